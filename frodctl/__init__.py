@@ -1,0 +1,34 @@
+"""FRoD: joint decomposition of a model's layers, streamed from Hugging Face checkpoints.
+
+The jobs behind the ``frodctl`` command are plain functions here::
+
+    frodctl.decompose(model, output, ...) -> DecomposeResult
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frodctl.formats.basis_file import BasisFile, open_basis
+    from frodctl.jobs.decompose import DecomposeResult, decompose
+
+__version__ = "0.1.0.dev0"
+
+__all__ = ["BasisFile", "DecomposeResult", "decompose", "open_basis"]
+
+_HOME = {
+    "BasisFile": "frodctl.formats.basis_file",
+    "DecomposeResult": "frodctl.jobs.decompose",
+    "decompose": "frodctl.jobs.decompose",
+    "open_basis": "frodctl.formats.basis_file",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that the command line starts at once."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

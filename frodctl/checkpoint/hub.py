@@ -1,0 +1,184 @@
+"""Checkpoints on the Hugging Face Hub, through huggingface_hub and its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from frodctl.checkpoint import codec
+from frodctl.checkpoint.source import (
+    Checkpoint,
+    Location,
+    TensorInfo,
+    check_complete,
+    choose_weights,
+    read_json,
+    shards_of,
+)
+from frodctl.errors import FrodctlError
+
+_TIMEOUT_SECONDS = 15
+
+
+def is_offline(location: Location) -> bool:
+    """Whether the Hub must not be asked: by the request or by HF_HUB_OFFLINE."""
+    return location.offline or constants.HF_HUB_OFFLINE
+
+
+def download(location: Location, progress: Callable[[str], None] | None = None) -> tuple[str, str | None, Path]:
+    """Fetch weights, index and config into the Hub's cache, or find them there.
+
+    Returns
+    -------
+    model : str
+        The repository's id.
+    revision : str or None
+        The commit.
+    folder : Path
+        The cached folder that holds the files.
+    """
+    repo, revision = _repo_and_revision(location)
+    common: dict[str, Any] = {"token": location.token, "cache_dir": location.cache_dir}
+    with _clear_errors(repo, revision):
+        if is_offline(location):
+            folder = snapshot_download(repo, revision=revision, local_files_only=True, **common)
+        else:
+            commit, files = _files(location, repo, revision)
+            wanted = _needed_files(location, repo, commit, files)
+            if progress is not None:
+                progress(f"fetching {len(wanted)} files of {repo} at {commit[:12]} (cached ones are not fetched again)")
+            folder = snapshot_download(
+                repo,
+                # by name, so that the cache learns what the name stands for and --offline can use it
+                revision=revision,
+                allow_patterns=[_prefixed(location, name) for name in wanted],
+                **common,
+            )
+    root = Path(folder)
+    return repo, root.name, root / location.subfolder
+
+
+def remote_headers(location: Location) -> Checkpoint:
+    """The checkpoint's headers by range requests, without its weights."""
+    repo, revision = _repo_and_revision(location)
+    with _clear_errors(repo, revision):
+        commit, files = _files(location, repo, revision)
+        config: dict[str, Any] = {}
+        if "config.json" in files:
+            config = read_json(_fetch(location, repo, commit, "config.json"))
+        entry = choose_weights(files, repo)
+        if ".safetensors" not in entry:
+            raise FrodctlError(
+                f"{repo}: its weights ({entry}) are pickled, and their headers cannot be read remotely; "
+                "download the checkpoint first"
+            )
+        shards: dict[Any, str] = {None: entry}
+        if entry.endswith(".index.json"):
+            shards = dict(shards_of(read_json(_fetch(location, repo, commit, entry)), f"{repo}/{entry}"))
+        tensors = _remote_tensors(location, repo, commit, sorted(set(shards.values())))
+    check_complete(shards, tensors, repo)
+    return Checkpoint(repo, commit, None, config, tensors)
+
+
+def _remote_tensors(location: Location, repo: str, commit: str, files: list[str]) -> dict[str, TensorInfo]:
+    api = HfApi(token=location.token)
+
+    def headers(file: str) -> list[TensorInfo]:
+        found = api.parse_safetensors_file_metadata(repo, _prefixed(location, file), revision=commit)
+        entries = {name: asdict(tensor) for name, tensor in found.tensors.items()}
+        header = codec.check_header(entries, where=f"{repo}/{file}", data_start=0, data_bytes=None)
+        return [TensorInfo(s.name, s.dtype, s.shape, file, at) for s, at in header.tensors.values()]
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return {info.name: info for infos in pool.map(headers, files) for info in infos}
+
+
+def _repo_and_revision(location: Location) -> tuple[str, str | None]:
+    repo, _, revision = location.model.partition("@")
+    return repo, location.revision or revision or None
+
+
+def _files(location: Location, repo: str, revision: str | None) -> tuple[str, list[str]]:
+    """The commit and the names of the files in the folder (of the repository) that is asked for."""
+    info = HfApi(token=location.token).model_info(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
+    folder = PurePosixPath(location.subfolder)
+    paths = [PurePosixPath(sibling.rfilename) for sibling in info.siblings or ()]
+    if info.sha is None:
+        raise FrodctlError(f"{repo}: the Hub names no commit")
+    return info.sha, [path.name for path in paths if path.parent == folder]
+
+
+def _needed_files(location: Location, repo: str, commit: str, files: list[str]) -> list[str]:
+    entry = choose_weights(files, repo)
+    wanted = {entry, *(name for name in files if name in ("config.json", "generation_config.json"))}
+    if entry.endswith(".index.json"):
+        wanted.update(shards_of(read_json(_fetch(location, repo, commit, entry)), f"{repo}/{entry}").values())
+    return sorted(wanted)
+
+
+def _fetch(location: Location, repo: str, commit: str, name: str) -> Path:
+    return Path(
+        hf_hub_download(
+            repo,
+            _prefixed(location, name),
+            revision=commit,
+            token=location.token,
+            cache_dir=location.cache_dir,
+        )
+    )
+
+
+def _prefixed(location: Location, name: str) -> str:
+    return str(PurePosixPath(location.subfolder, name))
+
+
+@contextmanager
+def _clear_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn the client's exceptions into one line that says what to do."""
+    try:
+        yield
+    except GatedRepoError:
+        raise FrodctlError(
+            f"{repo}: access is gated; accept its terms on the Hub and give a token (--token or HF_TOKEN)"
+        ) from None
+    except RepositoryNotFoundError:
+        raise FrodctlError(
+            f"{repo}: no such local file or folder, and no such model on the Hub "
+            "(if it is private, give a token: --token or HF_TOKEN)"
+        ) from None
+    except RevisionNotFoundError:
+        raise FrodctlError(f"{repo}: no revision {revision!r} on the Hub") from None
+    except HFValidationError:
+        raise FrodctlError(f"{repo}: no such file or folder, and not a Hub id (name or org/name)") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise FrodctlError(f"{repo}: not in the local cache, and the Hub is off limits or out of reach") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        hint = "; the token is not valid" if status == 401 else ""
+        raise FrodctlError(f"{repo}: the Hub refused the request ({status}{hint})") from None
+    except OSError:
+        raise
+    except Exception as error:
+        if _is_connection_error(error):
+            raise FrodctlError(f"{repo}: the Hub is out of reach ({type(error).__name__}); try --offline") from None
+        raise
+
+
+def _is_connection_error(error: Exception) -> bool:
+    """Whether it comes from the client's HTTP library, whose name changed between its versions."""
+    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")

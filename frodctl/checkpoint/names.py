@@ -1,0 +1,107 @@
+"""Module names: which layer a module belongs to, and which category shares its basis.
+
+The names are PEFT's (peft 0.21, ``tuners/frod``) wherever they tell roles apart, so that its adapters and
+these bases speak of the same thing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+
+def peft_category(module: str) -> str:
+    """The category that PEFT gives the module at this path.
+
+    >>> peft_category("model.layers.3.self_attn.q_proj")
+    'self_attn_q_proj'
+    >>> peft_category("encoder.layer.0.attention.output.dense")
+    'attention_output'
+    """
+    parts = module.split(".")
+    if len(parts) == 1:
+        return parts[0]
+    if parts[-2].isdigit():
+        return parts[-1]
+    if parts[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    return f"{parts[-2]}_{parts[-1]}"
+
+
+def layer_index(module: str) -> int | None:
+    """The number of the block that holds the module; None outside the blocks."""
+    parts = module.split(".")
+    for before, part in pairwise(parts):
+        if before == "layers" and part.isdigit():
+            return int(part)
+    return next((int(part) for part in parts if part.isdigit()), None)
+
+
+def in_block(module: str) -> bool:
+    """Whether the module stands inside a numbered block, rather than being a numbered item itself."""
+    return any(part.isdigit() for part in module.split(".")[:-1])
+
+
+def role(module: str) -> str:
+    """The module's path without its numbers: equal for the same part of every block.
+
+    >>> role("model.layers.3.mlp.experts.7.w1")
+    'model.layers.mlp.experts.w1'
+    """
+    *parents, last = re.sub(r"\[\d+\]$", "", module).split(".")
+    return ".".join([part for part in parents if not part.isdigit()] + [last])
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that orders numbers by value: layer 9 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def categories(widths: Mapping[str, int]) -> tuple[dict[str, str], list[str]]:
+    """Name the category of each module.
+
+    Parameters
+    ----------
+    widths : mapping of str to int
+        The targeted modules and their ``in_features``.
+
+    Returns
+    -------
+    names : dict of str to str
+        For each module its category. Modules of one category have one role and one width. The name is
+        PEFT's; where PEFT gives one name to several roles or widths, each is qualified by what tells it apart.
+    collisions : list of str
+        PEFT's names that had to be qualified. PEFT has one basis for each, and cannot take ours.
+    """
+    groups: dict[str, dict[tuple[str, int], list[str]]] = {}
+    for module, width in widths.items():
+        base = peft_category(re.sub(r"\[\d+\]$", "", module))
+        groups.setdefault(base, {}).setdefault((role(module), width), []).append(module)
+    names: dict[str, str] = {}
+    collisions = []
+    taken = {base for base, kinds in groups.items() if len(kinds) == 1}
+    for base, kinds in sorted(groups.items()):
+        labels = {next(iter(kinds)): base}
+        if len(kinds) > 1:
+            collisions.append(base)
+            labels = _qualify(base, sorted(kinds), taken)
+            taken.update(labels.values())
+        for kind, modules in kinds.items():
+            names.update(dict.fromkeys(modules, labels[kind]))
+    return names, collisions
+
+
+def _qualify(base: str, kinds: Sequence[tuple[str, int]], taken: Iterable[str]) -> dict[tuple[str, int], str]:
+    """Names for the roles and widths that PEFT calls ``base``: distinct, and not among ``taken``."""
+    paths = {path: path.split(".") for path, _ in kinds}
+    shared = set.intersection(*(set(parts) for parts in paths.values()))
+    several_widths = {path for path, _ in kinds if sum(path == other for other, _ in kinds) > 1}
+    short, long = {}, {}
+    for path, width in kinds:
+        own = [part for part in paths[path] if part not in shared]
+        suffix = [str(width)] if path in several_widths else []
+        short[path, width] = "_".join([*own, base, *suffix])
+        long[path, width] = "_".join([*paths[path], str(width)])
+    distinct = len(set(short.values())) == len(kinds) and not set(short.values()) & set(taken)
+    return short if distinct else long

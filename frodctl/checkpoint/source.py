@@ -1,0 +1,226 @@
+"""Where a checkpoint is and what it holds: a folder, a file or a Hub id becomes a `Checkpoint`.
+
+Only headers and configs are read here; the tensors' bytes are read by `frodctl.checkpoint.stream`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from frodctl.checkpoint import codec
+from frodctl.errors import FrodctlError, InvalidInput
+
+#: What transformers and diffusers call their weights, in the order in which one is preferred to another.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint and where its bytes lie."""
+
+    name: str
+    dtype: str  #: the safetensors format's name of the dtype
+    shape: tuple[int, ...]
+    file: str  #: path of the file inside the checkpoint
+    offset: int  #: of the first byte, in that file
+    stride: tuple[int, ...] | None = None  #: in elements, where a pickled tensor is not contiguous
+    data: Any = field(default=None, repr=False, compare=False)  #: the torch.Tensor of an old-format pickle
+
+    @property
+    def parameters(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file, from its first element to its last."""
+        elements = prod(self.shape)
+        if self.stride is not None and elements:
+            elements = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return elements * codec.DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class Location:
+    """A model as its user names it, and how to reach it."""
+
+    model: str
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    offline: bool = False
+
+    def local_path(self) -> Path | None:
+        """The file or folder on disk; None for a Hub id."""
+        path = Path(self.model).expanduser()
+        if path.exists():
+            return path
+        if self.model.startswith((".", "/", "~")) or self.model.count("/") > 1 or "\\" in self.model:
+            raise FrodctlError(f"{self.model}: no such file or folder")
+        return None
+
+    def short_name(self) -> str:
+        """The last part of the model's name, for naming files after it."""
+        path = self.local_path()
+        name = path.resolve().name if path else self.model.rsplit("/", 1)[-1].split("@", 1)[0]
+        return re.sub(r"\.(safetensors|bin)$", "", name)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The headers of a checkpoint."""
+
+    model: str  #: as the user named it, without the revision
+    revision: str | None  #: the commit, of a checkpoint from the Hub
+    root: Path | None  #: folder that holds the files; None where only headers were fetched
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def parameters(self) -> int:
+        """Number of parameters: floating-point elements, tied tensors counted once."""
+        seen: dict[tuple[str, int], int] = {}
+        for info in self.tensors.values():
+            if info.dtype in codec.FLOAT_DTYPES and info.name not in self._tied_copies():
+                seen[info.file, info.offset] = info.parameters
+        return sum(seen.values())
+
+    def _tied_copies(self) -> Collection[str]:
+        """Heads stored a second time although the config ties them to the input embedding."""
+        if not self.config.get("tie_word_embeddings"):
+            return ()
+        embeddings = any("embed_tokens." in name or "wte." in name for name in self.tensors)
+        return [name for name in self.tensors if embeddings and name.endswith("lm_head.weight")]
+
+
+def open_checkpoint(
+    location: Location, *, headers_only: bool = False, progress: Callable[[str], None] | None = None
+) -> Checkpoint:
+    """Find the checkpoint and read its headers; download it first if it is on the Hub.
+
+    Parameters
+    ----------
+    location : Location
+    headers_only : bool
+        Fetch no weights from the Hub: headers come by range requests, and the result cannot be streamed.
+    progress : callable, optional
+        Called with a line of text before anything slow.
+
+    Raises
+    ------
+    FrodctlError
+        The model does not exist, or the Hub cannot be reached.
+    InvalidInput
+        A file is truncated, missing from beside its index, or not a checkpoint.
+    """
+    path = location.local_path()
+    if path is None:
+        from frodctl.checkpoint import hub
+
+        if headers_only and not hub.is_offline(location):
+            return hub.remote_headers(location)
+        model, revision, root = hub.download(location, progress)
+        return _from_folder(root, model, revision)
+    if path.is_file():
+        return _from_file(path, location.model)
+    folder = path / location.subfolder
+    if not folder.is_dir():
+        raise FrodctlError(f"{folder}: no such folder")
+    return _from_folder(folder, location.model, None)
+
+
+def choose_weights(files: Collection[str], where: str) -> str:
+    """The weights' entry point among a folder's file names: an index or a single file."""
+    for name in WEIGHT_FILES:
+        if name in files:
+            return name
+    single = sorted(f for f in files if f.endswith(".safetensors") and not f.startswith("adapter_"))
+    if len(single) == 1:
+        return single[0]
+    if single:
+        raise InvalidInput(f"{where}: several safetensors files and no index; name the one you mean")
+    hint = " (it holds an adapter: name its base model)" if "adapter_config.json" in files else ""
+    raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin{hint}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is an `InvalidInput`."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{path}: expected a JSON object")
+    return value
+
+
+def shards_of(index: dict[str, Any], where: str) -> dict[str, str]:
+    """The ``weight_map`` of an index, each of its file names checked to lie in the folder itself."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidInput(f"{where}: the index has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or PurePosixPath(file).name != file or "\\" in file:
+            raise InvalidInput(f"{where}: tensor {name} is said to be in {file!r}, outside the folder")
+    return weight_map
+
+
+def _from_file(path: Path, model: str) -> Checkpoint:
+    config = path.parent / "config.json"
+    tensors = _read_headers(path.parent, {None: path.name})
+    return Checkpoint(model, None, path.parent, read_json(config) if config.is_file() else {}, tensors)
+
+
+def _from_folder(folder: Path, model: str, revision: str | None) -> Checkpoint:
+    entry = choose_weights([p.name for p in folder.iterdir()], str(folder))
+    if entry.endswith(".index.json"):
+        shards: dict[Any, str] = dict(shards_of(read_json(folder / entry), str(folder / entry)))
+    else:
+        shards = {None: entry}
+    config = folder / "config.json"
+    tensors = _read_headers(folder, shards)
+    return Checkpoint(model, revision, folder, read_json(config) if config.is_file() else {}, tensors)
+
+
+def _read_headers(folder: Path, shards: dict[Any, str]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(shards.values())):
+        path = folder / file
+        if not path.is_file():
+            raise InvalidInput(f"{path}: named by the index but missing; download the checkpoint again")
+        for info in _read_file_header(path):
+            if shards.get(info.name, file) == file:
+                tensors[info.name] = info
+    check_complete(shards, tensors, str(folder))
+    return tensors
+
+
+def check_complete(shards: dict[Any, str], tensors: Collection[str], where: str) -> None:
+    """Every tensor that the index promises must be in the shard it names."""
+    missing = sorted(name for name in shards if name is not None and name not in tensors)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InvalidInput(f"{where}: tensor {missing[0]}{more} is in the index but not in {shards[missing[0]]}")
+
+
+def _read_file_header(path: Path) -> list[TensorInfo]:
+    if path.suffix == ".safetensors":
+        header = codec.read_header(path)
+        return [TensorInfo(s.name, s.dtype, s.shape, path.name, at) for s, at in header.tensors.values()]
+    if path.suffix in (".bin", ".pt", ".pth"):
+        from frodctl.checkpoint import pickled
+
+        return pickled.read_header(path)
+    raise InvalidInput(f"{path}: not a checkpoint; expected .safetensors or .bin")

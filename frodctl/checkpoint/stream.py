@@ -1,0 +1,124 @@
+"""The tensors' bytes: read one tensor at a time, ahead of the arithmetic, digested on the way.
+
+Files are read into buffers of our own, never mapped, so that what was read does not stay resident.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from queue import Full, Queue
+from typing import Any, TypeVar
+
+import torch
+
+from frodctl.checkpoint.source import TensorInfo
+from frodctl.errors import InvalidInput
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "C64": torch.complex64,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+T = TypeVar("T")
+
+
+def read_tensor(root: Path, info: TensorInfo, index: int | None = None) -> torch.Tensor:
+    """Read one tensor, or slice ``index`` of its first dimension, in its stored dtype and shape.
+
+    The result is contiguous (except where a pickled tensor was stored with other strides) and begins on
+    an address that does not depend on the file, so that equal bytes give equal arithmetic.
+    """
+    if info.data is not None:
+        whole: torch.Tensor = info.data
+        return whole if index is None else whole[index]
+    shape, offset, nbytes = info.shape, info.offset, info.nbytes
+    if index is not None:
+        shape, nbytes = shape[1:], nbytes // shape[0]
+        offset += index * nbytes
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    with open(root / info.file, "rb", buffering=0) as file:
+        file.seek(offset)
+        _read_into(file, tensor_bytes(buffer), root / info.file, info.name)
+    flat = buffer.view(TORCH_DTYPES[info.dtype])
+    return flat.view(shape) if info.stride is None else flat.as_strided(shape, info.stride)
+
+
+def _read_into(file: Any, view: memoryview, path: Path, name: str) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise InvalidInput(f"{path}: tensor {name}: the file ends before it; download it again")
+        done += count
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """``sha256:…`` of the tensor's bytes in their stored order."""
+    if not tensor.is_contiguous():  # a view over a pickled storage: its bytes are the storage's
+        tensor = torch.as_strided(tensor, (_span(tensor),), (1,))
+    return "sha256:" + hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def _span(tensor: torch.Tensor) -> int:
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def check_finite(tensor: torch.Tensor, name: str, file: str) -> None:
+    """Raise `InvalidInput` that names the tensor if it holds NaN or Inf."""
+    if torch.isfinite(tensor.sum(dtype=torch.float64)):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise InvalidInput(f"{file}: tensor {name} holds {bad} values that are NaN or Inf; the weights are damaged")
+
+
+def prefetch(tasks: Sequence[Callable[[], T]], depth: int = 1) -> Iterator[T]:
+    """Yield each task's result in order, computed by a thread that stays ``depth`` results ahead.
+
+    An exception in a task is raised at its place. Leaving the iteration early stops the thread.
+    """
+    queue: Queue[tuple[T, None] | tuple[None, BaseException]] = Queue(maxsize=depth)
+    stop = threading.Event()
+    thread = threading.Thread(target=_work, args=(tasks, queue, stop), name="frodctl-read", daemon=True)
+    thread.start()
+    try:
+        for _ in tasks:
+            result, error = queue.get()
+            if error is not None:
+                raise error
+            yield result  # type: ignore[misc]
+            del result  # before the next one comes
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _work(tasks: Sequence[Callable[[], T]], queue: Queue[Any], stop: threading.Event) -> None:
+    """Put each task's result, or the exception that ended them, into the queue."""
+    for task in tasks:
+        try:
+            item: tuple[Any, Any] = (task(), None)
+        except BaseException as error:
+            item = (None, error)
+        while not stop.is_set():
+            try:
+                queue.put(item, timeout=0.1)
+                break
+            except Full:
+                continue
+        if stop.is_set() or item[1] is not None:
+            return
+        del item

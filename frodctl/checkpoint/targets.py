@@ -1,0 +1,257 @@
+"""Which weights of a checkpoint are decomposed, found from names, shapes and config alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from frodctl.checkpoint import names
+from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.source import Checkpoint, TensorInfo
+from frodctl.errors import UsageError
+
+#: The modules that PEFT 0.21 adapts by default, by ``model_type``: names, or one regular expression.
+DEFAULT_TARGETS: Mapping[str, str] = {
+    **dict.fromkeys(
+        "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm phi gemma gemma2 gemma3_text qwen2 qwen3".split(),
+        "q_proj,v_proj",
+    ),
+    **dict.fromkeys("t5 mt5".split(), "q,v"),
+    **dict.fromkeys("bert roberta xlm-roberta electra layoutlm vit".split(), "query,value"),
+    **dict.fromkeys("bloom gpt_neox chatglm RefinedWeb RefinedWebModel falcon".split(), "query_key_value"),
+    **dict.fromkeys("gpt2 gpt_bigcode".split(), "c_attn"),
+    "mpt": "Wqkv",
+    "codegen": "qkv_proj",
+    "deberta": "in_proj",
+    "deberta-v2": "query_proj,value_proj",
+    "btlm": "c_proj,c_attn",
+    "blip-2": "q,v,q_proj,v_proj",
+    "nemotron_h": "q_proj,k_proj,v_proj,o_proj",
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "rwkv": "key,value,receptance,output",
+    "rwkv7": "r_proj,k_proj,v_proj,o_proj,key,value",
+}
+
+#: Model types whose layers of these names are transformers' Conv1D, which stores the transposed weight.
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder")
+CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+#: Model types that store fused experts as (experts, in_features, out_features).
+TRANSPOSED_EXPERT_MODELS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text")
+
+_EMBEDDING = re.compile(
+    r"embed(?!.*proj)|^(wte|wpe|shared|relative_attention_bias|rel_pos.*|pos_emb.*)$", re.IGNORECASE
+)
+_NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
+_ROUTER = re.compile(r"^(routers?|shared_expert_gate)$")
+_NAMES = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to decompose."""
+
+    module: str  #: path in the checkpoint; a slice of a fused expert tensor ends in ``[7]``
+    tensor: TensorInfo
+    index: int | None  #: which slice of a fused expert tensor
+    shape: tuple[int, int]  #: as stored
+    transposed: bool  #: stored as (in_features, out_features)
+
+    @property
+    def m(self) -> int:
+        """out_features"""
+        return self.shape[1] if self.transposed else self.shape[0]
+
+    @property
+    def n(self) -> int:
+        """in_features"""
+        return self.shape[0] if self.transposed else self.shape[1]
+
+    @property
+    def layer(self) -> int | None:
+        return names.layer_index(self.module)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A matrix of the checkpoint that is not decomposed, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a request selects: the targets in natural order, and everything else with its reason."""
+
+    targets: tuple[Target, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def select(
+    checkpoint: Checkpoint,
+    target_modules: str = "default",
+    exclude_modules: str | None = None,
+    layers: str | None = None,
+) -> Selection:
+    """Choose the weights to decompose.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    target_modules : str
+        ``default`` (PEFT's for the model type), ``all-linear`` (every linear layer inside the repeated
+        blocks), module names separated by commas, or a regular expression that must match the whole path.
+    exclude_modules : str, optional
+        Names or a regular expression of modules to leave out.
+    layers : str, optional
+        Block numbers to take, such as ``0-11`` or ``0,2,8-11``.
+
+    Raises
+    ------
+    UsageError
+        Nothing, or one of several names, matches; the message lists the names that exist.
+    """
+    wanted, wording = _matcher(checkpoint, target_modules)
+    excluded = _pattern(exclude_modules) if exclude_modules else lambda module: False
+    chosen_layers = _layer_numbers(layers) if layers else None
+    targets: list[Target] = []
+    left_out: list[LeftOut] = []
+    matched: list[str] = []
+    for info in sorted(checkpoint.tensors.values(), key=lambda t: names.natural_key(t.name)):
+        module = info.name.removesuffix(".weight")
+        reason = _not_linear(info, checkpoint)
+        if reason is None:
+            matched.append(module)
+            if not wanted(module):
+                reason = wording
+            elif excluded(module):
+                reason = "excluded by --exclude-modules"
+            elif chosen_layers is not None and names.layer_index(module) not in chosen_layers:
+                reason = "its block is not among --layers"
+        if reason is None:
+            targets += _targets(info, checkpoint)
+        elif len(info.shape) > 1:
+            left_out.append(LeftOut(info.name, info.shape, reason))
+    _require_matches(target_modules, matched, bool(targets))
+    return Selection(tuple(targets), tuple(left_out))
+
+
+def _not_linear(info: TensorInfo, checkpoint: Checkpoint) -> str | None:
+    """Why the tensor is no linear layer's weight; None if it is one."""
+    *parents, last = info.name.removesuffix(".weight").split(".")
+    if info.dtype not in FLOAT_DTYPES:
+        return f"not floating point ({info.dtype})"
+    if len(info.shape) == 3 and "experts" in parents:
+        return None if _expert_orientation(info, checkpoint) is not None else "experts of unknown orientation"
+    if len(info.shape) != 2 or 0 in info.shape:
+        return "not a matrix"
+    if not info.name.endswith(".weight"):
+        return "not the weight of a linear layer"
+    if _EMBEDDING.search(last):
+        return "an embedding"
+    if _NORM.search(last):
+        return "a norm"
+    if any(_ROUTER.match(part) for part in [*parents, last]) or _gates_experts(parents, last, checkpoint):
+        return "a router"
+    return None
+
+
+def _gates_experts(parents: list[str], last: str, checkpoint: Checkpoint) -> bool:
+    prefix = ".".join([*parents, "experts."])
+    return last == "gate" and any(name.startswith(prefix) for name in checkpoint.tensors)
+
+
+def _expert_orientation(info: TensorInfo, checkpoint: Checkpoint) -> bool | None:
+    """Whether a fused expert tensor stores each expert transposed; None where nothing tells.
+
+    The layers around the experts have the model's hidden size, so a projection *into* the experts has it as
+    in_features, and one out of them (``down_proj``, ``w2``, ``output_linear``) as out_features.
+    """
+    config = _config_of(info.name, checkpoint.config)
+    if config.get("model_type") in TRANSPOSED_EXPERT_MODELS:
+        return True
+    hidden = config.get("hidden_size", checkpoint.config.get("hidden_size"))
+    _, rows, columns = info.shape
+    if (rows == hidden) == (columns == hidden):
+        return False if hidden == rows == columns else None
+    out_of_experts = re.search(r"down|w2|output|out_proj", info.name.rsplit("experts", 1)[-1]) is not None
+    return bool((columns if out_of_experts else rows) == hidden)
+
+
+def _targets(info: TensorInfo, checkpoint: Checkpoint) -> list[Target]:
+    module = info.name.removesuffix(".weight")
+    if len(info.shape) == 3:
+        transposed = bool(_expert_orientation(info, checkpoint))
+        shape = (info.shape[1], info.shape[2])
+        return [Target(f"{module}[{i}]", info, i, shape, transposed) for i in range(info.shape[0])]
+    config = _config_of(module, checkpoint.config)
+    conv1d = config.get("model_type") in CONV1D_MODELS and module.rsplit(".", 1)[-1] in CONV1D_NAMES
+    return [Target(module, info, None, (info.shape[0], info.shape[1]), conv1d)]
+
+
+def _config_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a composite model's config that describes the tower this module is in."""
+    parts = name.split(".")
+    for key, part in config.items():
+        tower = key.removesuffix("_config").removesuffix("_model")
+        if isinstance(part, dict) and "model_type" in part and _in_tower(tower, parts):
+            return part
+    return config
+
+
+def _in_tower(tower: str, parts: Collection[str]) -> bool:
+    aliases = {"text": ("text_model", "language_model"), "vision": ("vision_model", "vision_tower", "visual")}
+    return any(alias in parts for alias in (tower, f"{tower}_model", *aliases.get(tower, ())))
+
+
+def _matcher(checkpoint: Checkpoint, target_modules: str) -> tuple[Callable[[str], bool], str]:
+    """The test for a targeted module, and the reason to give for those that fail it."""
+    if target_modules == "all-linear":
+        return names.in_block, "outside the repeated blocks"
+    if target_modules == "default":
+        model_type = str(checkpoint.config.get("model_type", ""))
+        if model_type not in DEFAULT_TARGETS:
+            what = f"no default targets for model type {model_type!r}" if model_type else "no config.json here"
+            raise UsageError(f"{what}: say --target-modules all-linear, names or a regular expression")
+        return _pattern(DEFAULT_TARGETS[model_type]), "not a default target"
+    return _pattern(target_modules), "not among --target-modules"
+
+
+def _pattern(text: str) -> Callable[[str], bool]:
+    """A test for module paths: comma-separated names match path endings, anything else is a regex."""
+    if _NAMES.fullmatch(text):
+        endings = text.split(",")
+        return lambda module: any(module == e or module.endswith("." + e) for e in endings)
+    try:
+        regex = re.compile(text)
+    except re.error as error:
+        raise UsageError(f"{text!r} is neither module names nor a regular expression ({error})") from None
+    return lambda module: regex.fullmatch(module) is not None
+
+
+def _layer_numbers(text: str) -> set[int]:
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise UsageError(f"--layers {text}: expected block numbers such as 0-11 or 0,2,8-11")
+        first, last = int(match[1]), int(match[2] or match[1])
+        numbers.update(range(first, last + 1))
+    return numbers
+
+
+def _require_matches(target_modules: str, linear: list[str], any_target: bool) -> None:
+    """Raise `UsageError` with the names that exist if the request, or one name of it, matches nothing."""
+    missing = []
+    if target_modules not in ("default", "all-linear") and _NAMES.fullmatch(target_modules):
+        missing = [t for t in target_modules.split(",") if not any(map(_pattern(t), linear))]
+    if any_target and not missing:
+        return
+    what = ",".join(missing) or target_modules
+    roles = sorted({names.role(module).rsplit(".", 1)[-1] for module in linear})
+    there = f"linear layers here: {', '.join(roles)}" if roles else "there are no linear layers here"
+    raise UsageError(f"target modules {what}: nothing is left to decompose; {there}")

@@ -1,0 +1,159 @@
+"""``frodctl decompose``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import click
+
+from frodctl.checkpoint import names
+from frodctl.cli.options import Share, Size, output_options, source_options
+from frodctl.cli.output import Column, Output, human_bytes, human_count
+from frodctl.cli.progress import Reporter
+from frodctl.jobs import decompose as job
+
+_PLAN_COLUMNS = (
+    Column("category", "category", left=True),
+    Column("layers", "layers"),
+    Column("n", "n"),
+    Column("m_min"),
+    Column("m_max", "m", lambda r: str(r["m_max"]) if r["m_min"] == r["m_max"] else f"{r['m_min']}–{r['m_max']}"),
+    Column("parameters"),
+    Column("sparsity", "sparsity", lambda r: f"{r['sparsity']:.4g}"),
+    Column("nnz"),
+    Column("trainable_parameters", "trainable", lambda r: human_count(r["trainable_parameters"])),
+    Column("flops", "flop", lambda r: human_count(r["flops"])),
+)  # fmt: skip
+_RESULT_COLUMNS = (
+    *(column for column in _PLAN_COLUMNS if column.key != "flops"),
+    Column("flops"),
+    Column("precision", "precision"),
+    Column("rank", "rank"),
+    Column("condition_number", "cond", lambda r: f"{r['condition_number']:.3g}"),
+    Column("tau_min", "τ min", lambda r: f"{r['tau_min']:.4g}"),
+    Column("tau_max", "τ max", lambda r: f"{r['tau_max']:.4g}"),
+    Column("seconds", "time", lambda r: "resumed" if r["resumed"] else f"{r['seconds']:.2f} s"),
+    Column("resumed"),
+)
+
+
+@click.command("decompose")
+@click.argument("model")
+@click.option("-o", "--output", metavar="FILE", help="Default: ./<model name>.frod.safetensors")
+@click.option(
+    "--target-modules",
+    default="default",
+    show_default=True,
+    metavar="default|all-linear|NAMES|REGEX",
+    help="PEFT's default for the model, every linear layer of the blocks, names separated by commas, or a "
+    "regular expression for the whole path.",
+)
+@click.option("--exclude-modules", metavar="NAMES|REGEX", help="Modules to leave out.")
+@click.option("--layers", metavar="0-11", help="Blocks to take, such as 0-11 or 0,2,8-11.")
+@click.option("--sparsity", type=float, metavar="S", help="Share of n² positions trained per layer.  [default: 0.01]")
+@click.option(
+    "--budget",
+    type=Share(),
+    metavar="SHARE",
+    help="Trainable share of the checkpoint, such as 1.72%; sets S.",
+)
+@click.option("--alpha", type=float, default=1e-3, show_default=True, help="Regularisation of the decomposition.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sparse pattern.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "float64"]),
+    default="auto",
+    show_default=True,
+    help="Of the products with weights; sums and factorisations are float64.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="In which V is stored.",
+)
+@click.option("--cache-size", type=Size(), default="128MB", show_default=True, help="Memory for reused Gram matrices.")
+@source_options
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; download and write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing FILE.")
+@click.option("--resume/--no-resume", default=True, help="Take up what a killed run had finished.  [default: resume]")
+@output_options
+def command(
+    model: str,
+    output: str | None,
+    sparsity: float | None,
+    dry_run: bool,
+    format_: str | None,
+    json_: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Compute the joint decomposition of MODEL's layers and write it to one shared-basis file.
+
+    \b
+    Examples:
+      frodctl decompose meta-llama/Llama-3.2-1B
+      frodctl decompose ./my-model --target-modules all-linear --budget 1.72%
+      frodctl decompose org/name@main --layers 0-11 --dry-run
+      frodctl decompose ./my-model -o basis.safetensors --json | jq .trainable_share
+
+    MODEL is a local folder or file, or a Hub id (name, org/name, org/name@revision).
+    """
+    if sparsity is not None:
+        if options["budget"] is not None:
+            raise click.UsageError("--sparsity and --budget exclude each other.")
+        options["sparsity"] = sparsity
+    out = Output(format_, json_)
+    with Reporter(quiet) as report:
+        plan = job.plan_decompose(model, output, dry_run=dry_run, progress=report, **options)
+        _warn(plan, report)
+        if dry_run:
+            _describe(plan, report)
+            document = plan.as_dict() | {"dry_run": True}
+            out.emit(document, document["categories"], _PLAN_COLUMNS)
+            return
+        result = job.run_decompose(plan, report)
+    document = result.as_dict()
+    report.note(
+        f"Wrote {result.output} ({human_bytes(result.output_bytes)}): {_summary(document)}, "
+        f"in {result.seconds:.1f} s on {result.device}"
+    )
+    out.emit(document, document["categories"], _RESULT_COLUMNS)
+
+
+def _warn(plan: job.DecomposePlan, report: Reporter) -> None:
+    if plan.peft_collisions:
+        report.note(
+            f"Warning: PEFT gives one name to several categories here ({', '.join(plan.peft_collisions)}), "
+            "so it cannot load this basis; frodctl can."
+        )
+
+
+def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
+    """What a dry run says on stderr beside the table of categories."""
+    document = plan.as_dict()
+    report.note(f"Would write {plan.output} ({human_bytes(plan.output_bytes)}): {_summary(document)}")
+    report.note(
+        f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
+        "operations"
+    )
+    if plan.output.exists() and not plan.options.force:
+        report.note(f"Warning: {plan.output} exists; the run will need --force.")
+    left_out = Counter((names.role(item.name), item.reason) for item in plan.left_out)
+    if left_out:
+        report.note("Left out:")
+    for (role, reason), count in left_out.items():
+        report.note(f"  {role} ×{count}: {reason}")
+
+
+def _summary(document: dict[str, Any]) -> str:
+    categories = len(document["categories"])
+    share = document["trainable_share"]
+    return (
+        f"{len(document['modules'])} weights in {categories} {'category' if categories == 1 else 'categories'}, "
+        f"{human_count(document['trainable_parameters'])} of {human_count(document['parameters'])} parameters "
+        f"trainable{f' ({share:.2%})' if share is not None else ''}"
+    )

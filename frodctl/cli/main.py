@@ -1,0 +1,113 @@
+"""The ``frodctl`` command: finds the subcommand, runs it, and turns what went wrong into an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+import frodctl
+from frodctl.errors import FrodctlError, OutOfResources
+
+_COMMANDS = {
+    "decompose": "Joint decomposition of a checkpoint into one shared-basis file.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a subcommand when it is asked for, so that --help is instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"frodctl.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(frodctl.__version__, prog_name="frodctl")
+def cli() -> None:
+    """Full-rank fine-tuning with few trainable numbers (FRoD), for Hugging Face checkpoints.
+
+    \b
+    Examples:
+      frodctl decompose meta-llama/Llama-3.2-1B --target-modules all-linear
+      frodctl decompose ./my-model -o basis.safetensors --budget 1.72%
+
+    Data goes to stdout, everything else to stderr. `frodctl COMMAND --help` has the rest.
+    """
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(arguments, prog_name="frodctl", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return 130
+    except _Terminated:
+        return 143
+    except BaseException as error:
+        if _closed_pipe(error):
+            return 0
+        if "--debug" in arguments:
+            traceback.print_exc()
+        message, code = _explain(error)
+        click.echo(f"Error: {message}", err=True)
+        return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _closed_pipe(error: BaseException) -> bool:
+    """Whether the reader of our output has gone, which is its right."""
+    from frodctl.cli.output import OutputClosed
+
+    if not isinstance(error, OutputClosed | BrokenPipeError):
+        return False
+    # Whatever is left in the buffer cannot be written; without this the interpreter complains at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """The text and the exit code for an exception."""
+    if isinstance(error, FrodctlError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return "out of memory; choose fewer target modules", OutOfResources.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "; nothing was left under the final name, and a rerun resumes"
+            return f"{where}{error.strerror or error}{hint}", OutOfResources.exit_code
+        return f"{where}{error.strerror or error}", FrodctlError.exit_code
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)", FrodctlError.exit_code

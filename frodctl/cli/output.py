@@ -1,0 +1,126 @@
+"""What is printed: data on stdout as a table or in a format for programs, messages on stderr."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class OutputClosed(Exception):
+    """The reader of stdout has gone."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; those without a title are for programs only."""
+
+    key: str
+    title: str = ""
+    show: Callable[[Mapping[str, Any]], str] | None = None  #: the cell, from the row; by default its value
+    left: bool = False  #: align to the left
+
+
+class Output:
+    """Standard output in one of the formats."""
+
+    def __init__(self, format_: str | None, as_json: bool) -> None:
+        default = "human" if sys.stdout is not None and sys.stdout.isatty() else "tsv"
+        self.format = "json" if as_json else format_ or default
+
+    def emit(self, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+        """Print the result: ``document`` as JSON, or ``rows`` in the format that was asked for."""
+        if self.format == "json":
+            self._write(json.dumps(_plain(document), indent=2, allow_nan=False) + "\n")
+        elif self.format == "jsonl":
+            for row in rows:
+                self._write(json.dumps(_plain(row), allow_nan=False) + "\n")
+        elif self.format == "human":
+            self._table(rows, columns)
+        else:
+            self._separated(rows, columns)
+
+    def _separated(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+        keys = [column.key for column in columns]
+        if self.format == "csv":
+            writer = csv.writer(_Lines(self._write), lineterminator="\n")
+            writer.writerow(keys)
+            writer.writerows([_cell(row[key]) for key in keys] for row in rows)
+            return
+        for line in [keys, *([_cell(row[key]) for key in keys] for row in rows)]:
+            self._write("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in line) + "\n")
+
+    def _table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        shown = [column for column in columns if column.title]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in shown:
+            table.add_column(column.title, justify="left" if column.left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(c.show(row) if c.show else _cell(row[c.key]) for c in shown))
+        console = Console(markup=False, highlight=False)
+        with console.capture() as capture:
+            console.print(table)
+        self._write(capture.get())
+
+    def _write(self, text: str) -> None:
+        if sys.stdout is None:
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise OutputClosed from None
+
+
+class _Lines:
+    """The little of a file that csv.writer needs."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write = write
+
+
+def _plain(value: Any) -> Any:
+    """The value with what is not finite as None, as JSON has no word for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return str(value)
+
+
+def human_bytes(count: float) -> str:
+    """A size for a person: ``12.3 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def human_count(count: float) -> str:
+    """A number for a person: ``1.23 M``."""
+    for unit in ("", " k", " M", " G"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} T"

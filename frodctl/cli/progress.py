@@ -1,0 +1,81 @@
+"""A job's progress on stderr: a bar with the time left on a terminal, a line a step elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+from typing import Any
+
+import click
+
+from frodctl.jobs.progress import Progress
+
+
+class Reporter:
+    """Shows the reports of a job; a context manager, whose call is the job's callback."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bars = not quiet and _bars_wanted()
+        self.bar: Any = None
+        self.task: Any = None
+        self.last = ""
+        if not self.bars:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if quiet:
+            os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+    def __call__(self, report: Progress) -> None:
+        if self.quiet:
+            return
+        if not report.total:
+            self.note(("Warning: " if report.warning else "") + report.text)
+        elif self.bars:
+            self._update_bar(report)
+        elif report.text != self.last:
+            self.last = report.text
+            self.note(f"{report.text} ({min(report.done / report.total, 1):.0%} done)")
+
+    def note(self, text: str) -> None:
+        """A line on stderr, unless quiet."""
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            click.echo(text, err=True)
+
+    def _update_bar(self, report: Progress) -> None:
+        if self.bar is None:
+            from rich import progress
+            from rich.console import Console
+
+            self.bar = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.TaskProgressColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left:"),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.task = self.bar.add_task(report.text, total=report.total)
+            self.bar.start()
+        self.bar.update(self.task, description=report.text, completed=min(report.done, report.total))
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _bars_wanted() -> bool:
+    disabled = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
+    return not disabled and sys.stderr is not None and sys.stderr.isatty()

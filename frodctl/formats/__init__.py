@@ -1,0 +1,1 @@
+"""The files frodctl defines or shares with PEFT: the shared-basis file."""

@@ -1,0 +1,206 @@
+"""The shared-basis file: what `frodctl decompose` writes and everything else reads.
+
+One safetensors file::
+
+    V.{category}        (n, n)   the shared basis
+    tau.{category}      (n,)     float64, ascending, null directions last
+    lambda.{module}     (n,)     float32, in the order of V's columns
+    indices.{category}  (2, nnz) int64, only where the pattern is not the seeded one
+
+and in its ``__metadata__`` the key ``frodctl``: a JSON object, see `BasisMetadata`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+from frodctl.checkpoint import codec
+from frodctl.errors import InvalidInput
+
+VERSION = 1
+_V_DTYPES = ("F32", "BF16", "F16")
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """One decomposed weight."""
+
+    name: str  #: the module's path in the checkpoint
+    category: str
+    layer: int | None  #: number of its block
+    shape: tuple[int, int]  #: as stored
+    transposed: bool  #: stored as (in_features, out_features)
+    digest: str  #: ``sha256:…`` of the stored bytes
+
+
+@dataclass(frozen=True)
+class BasisMetadata:
+    """The ``frodctl`` object in the file's metadata."""
+
+    tool: str
+    model: str
+    revision: str | None
+    alpha: float
+    seed: int
+    sparsity: Mapping[str, float]  #: by category
+    precision: str  #: as asked for: auto, float32 or float64
+    basis: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
+    modules: Sequence[ModuleRecord]
+    peft_collisions: Sequence[str] = field(default=())  #: PEFT's names that stand for several categories here
+    version: int = VERSION
+
+    @property
+    def peft_loadable(self) -> bool:
+        """Whether PEFT's own categories are these, so that it could use the file's bases."""
+        return not self.peft_collisions
+
+    def to_json(self) -> str:
+        value = asdict(self) | {"peft_loadable": self.peft_loadable}
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> BasisMetadata:
+        """Parse and check; `InvalidInput` names the file."""
+        try:
+            value = json.loads(text)
+            version = value["version"]
+            if version != VERSION:
+                raise InvalidInput(
+                    f"{where}: shared-basis format {version}; this frodctl reads {VERSION}: upgrade frodctl"
+                )
+            known = {f.name for f in fields(cls)}
+            kept = {key: item for key, item in value.items() if key in known}
+            modules = [_module_record(record) for record in kept.pop("modules")]
+            return cls(modules=modules, **kept)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{where}: damaged shared-basis metadata ({error!r})") from None
+
+
+def _module_record(value: Mapping[str, Any]) -> ModuleRecord:
+    rows, columns = value["shape"]
+    known = {f.name: value[f.name] for f in fields(ModuleRecord)}
+    return ModuleRecord(**known | {"shape": (rows, columns)})
+
+
+@dataclass(frozen=True)
+class BasisFile:
+    """A validated shared-basis file; tensors are read when asked for."""
+
+    path: Path
+    metadata: BasisMetadata
+    header: codec.Header = field(repr=False)
+
+    def width(self, category: str) -> int:
+        """n of the category."""
+        return self.header.tensors[f"V.{category}"][0].shape[0]
+
+    def tensor(self, name: str) -> Any:
+        """The torch.Tensor of that name, in its stored dtype."""
+        from frodctl.checkpoint.source import TensorInfo
+        from frodctl.checkpoint.stream import read_tensor
+
+        spec, offset = self.header.tensors[name]
+        return read_tensor(self.path.parent, TensorInfo(name, spec.dtype, spec.shape, self.path.name, offset))
+
+    def indices(self) -> dict[str, Any]:
+        """The sparse pattern of every category, (2, nnz) int64: stored, or drawn from the seed."""
+        import torch
+
+        from frodctl.method.pattern import patterns
+
+        widths = {category: self.width(category) for category in self.metadata.basis}
+        drawn = patterns(widths, self.metadata.sparsity, self.metadata.seed)
+        stored = {c: f"indices.{c}" for c in widths if f"indices.{c}" in self.header.tensors}
+        return {c: self.tensor(stored[c]) if c in stored else torch.from_numpy(drawn[c]) for c in widths}
+
+    def verify(self) -> None:
+        """Compare the digest of every V with the one recorded; `InvalidInput` where they differ."""
+        from frodctl.checkpoint.stream import digest
+
+        for category, recorded in self.metadata.basis.items():
+            if digest(self.tensor(f"V.{category}")) != recorded:
+                raise InvalidInput(f"{self.path}: V.{category} is damaged: its digest is not the recorded one")
+
+
+def open_basis(path: Path) -> BasisFile:
+    """Read and validate the header of a shared-basis file.
+
+    Raises
+    ------
+    InvalidInput
+        Not such a file, of another version, truncated, or with tensors missing or of the wrong shape.
+    """
+    header = codec.read_header(path)
+    if "frodctl" not in header.metadata:
+        raise InvalidInput(f"{path}: not a shared-basis file (made by frodctl decompose)")
+    metadata = BasisMetadata.from_json(header.metadata["frodctl"], str(path))
+    _check_tensors(path, header, metadata)
+    return BasisFile(path, metadata, header)
+
+
+def _check_tensors(path: Path, header: codec.Header, metadata: BasisMetadata) -> None:
+    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    for category in metadata.basis:
+        spec = header.tensors.get(f"V.{category}")
+        n = spec[0].shape[0] if spec and spec[0].shape else 0
+        expected[f"V.{category}"] = ((n, n), _V_DTYPES)
+        expected[f"tau.{category}"] = ((n,), ("F64",))
+    for module in metadata.modules:
+        if module.category not in metadata.basis:
+            raise InvalidInput(f"{path}: module {module.name} is of category {module.category}, which is not there")
+        n = module.shape[0] if module.transposed else module.shape[1]
+        if expected[f"V.{module.category}"][0] != (n, n):
+            raise InvalidInput(f"{path}: module {module.name} has {n} columns, unlike V.{module.category}")
+        expected[f"lambda.{module.name}"] = ((n,), ("F32",))
+    for name, (shape, dtypes) in expected.items():
+        if name not in header.tensors:
+            raise InvalidInput(f"{path}: tensor {name} is missing")
+        found, _ = header.tensors[name]
+        if found.shape != shape or found.dtype not in dtypes:
+            raise InvalidInput(f"{path}: tensor {name} is {found.dtype} {list(found.shape)}, expected {list(shape)}")
+
+
+def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata) -> None:
+    """Write the shared-basis file from ``parts``, safetensors files that hold each category's tensors."""
+    tensors = {}
+    for part in parts:
+        for name, (spec, offset) in codec.read_header(part).tensors.items():
+            tensors[name] = (spec, part, offset)
+    specs = codec.layout([spec for spec, _, _ in tensors.values()])
+
+    def chunks() -> Iterator[bytes]:
+        for spec in specs:
+            _, part, offset = tensors[spec.name]
+            yield from _read_chunks(part, offset, spec.nbytes)
+
+    codec.write_file(file, specs, file_metadata(metadata), chunks())
+
+
+def file_metadata(metadata: BasisMetadata) -> dict[str, str]:
+    """The safetensors ``__metadata__`` of a shared-basis file."""
+    return {"format": "pt", "frodctl": metadata.to_json()}
+
+
+def specs_of(category: str, n: int, dtype: str, modules: Sequence[str]) -> list[codec.TensorSpec]:
+    """The tensors of one category in the file; ``dtype`` is V's (the safetensors format's name)."""
+    return [
+        codec.TensorSpec(f"V.{category}", dtype, (n, n)),
+        codec.TensorSpec(f"tau.{category}", "F64", (n,)),
+        *(codec.TensorSpec(f"lambda.{module}", "F32", (n,)) for module in modules),
+    ]
+
+
+def _read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while nbytes > 0:
+            chunk = file.read(min(_CHUNK, nbytes))
+            if not chunk:
+                raise InvalidInput(f"{path}: truncated; delete it and run again")
+            nbytes -= len(chunk)
+            yield chunk

@@ -1,0 +1,13 @@
+"""Decompose: a checkpoint becomes a shared-basis file."""
+
+from frodctl.jobs.decompose.plan import DecomposeOptions, DecomposePlan, plan_decompose
+from frodctl.jobs.decompose.run import DecomposeResult, decompose, run_decompose
+
+__all__ = [
+    "DecomposeOptions",
+    "DecomposePlan",
+    "DecomposeResult",
+    "decompose",
+    "plan_decompose",
+    "run_decompose",
+]

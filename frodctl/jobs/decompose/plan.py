@@ -1,0 +1,240 @@
+"""The plan of a decomposition: what will be done, settled from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import frodctl
+from frodctl.checkpoint import codec, names, sink, targets
+from frodctl.checkpoint.quantized import refuse_quantized
+from frodctl.checkpoint.source import Checkpoint, Location, open_checkpoint
+from frodctl.errors import UsageError
+from frodctl.formats import basis_file
+from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.method import budget, cost
+
+SCHEMA_VERSION = 1
+MEGABYTE = 1_000_000
+#: How a stored V may be rounded: torch's name of the dtype, and the safetensors format's.
+V_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_PRECISIONS = ("auto", "float32", "float64")
+#: Resident memory of the process before any tensor: the interpreter and torch.
+_PROCESS_BYTES = 320 * MEGABYTE
+
+
+@dataclass(frozen=True)
+class DecomposeOptions:
+    """What may be chosen about a decomposition; the command line has a flag for each."""
+
+    target_modules: str = "default"  #: default, all-linear, names separated by commas, or a regex
+    exclude_modules: str | None = None  #: names or a regex
+    layers: str | None = None  #: block numbers, such as "0-11"
+    sparsity: float = 0.01  #: share of the n² positions of each layer that is trained
+    budget: float | None = None  #: instead of sparsity: share of the checkpoint's parameters to train
+    alpha: float = 1e-3  #: regularisation of the joint decomposition
+    seed: int = 0  #: of the sparse pattern
+    device: str = "auto"
+    precision: str = "auto"  #: of the products with weights: auto, float32 or float64
+    dtype: str = "float32"  #: of the stored V: float32, bfloat16 or float16
+    cache_size: int = 128 * MEGABYTE  #: bytes for Gram matrices kept between passes
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    offline: bool = False
+    force: bool = False  #: replace an existing output
+    resume: bool = True  #: take up what a killed run of the same job had finished
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, text: str) -> None:
+            if not holds:
+                raise UsageError(text)
+
+        require(0 <= self.sparsity <= 1, f"sparsity {self.sparsity}: must lie between 0 and 1")
+        require(self.budget is None or 0 < self.budget <= 1, f"budget {self.budget}: must lie between 0 and 100%")
+        require(0 < self.alpha < float("inf"), f"alpha {self.alpha}: must be positive")
+        require(self.precision in _PRECISIONS, f"precision {self.precision}: one of {', '.join(_PRECISIONS)}")
+        require(self.dtype in V_DTYPES, f"dtype {self.dtype}: one of {', '.join(V_DTYPES)}")
+        require(self.cache_size >= 0, f"cache size {self.cache_size}: must not be negative")
+
+
+@dataclass(frozen=True)
+class CategoryPlan:
+    """One category: the weights that will share a basis."""
+
+    name: str
+    targets: tuple[targets.Target, ...] = field(repr=False)
+    sparsity: float
+
+    @property
+    def n(self) -> int:
+        return self.targets[0].n
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(m, n) = (out_features, in_features) of each weight."""
+        return [(target.m, target.n) for target in self.targets]
+
+    @property
+    def trainable_parameters(self) -> int:
+        return len(self.targets) * budget.trainable(self.n, self.sparsity)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations, about."""
+        return cost.flops(self.shapes)
+
+    def row(self) -> dict[str, Any]:
+        """The category as a line of a table."""
+        return {
+            "category": self.name,
+            "layers": len(self.targets),
+            "n": self.n,
+            "m_min": min(m for m, _ in self.shapes),
+            "m_max": max(m for m, _ in self.shapes),
+            "parameters": sum(m * n for m, n in self.shapes),
+            "sparsity": self.sparsity,
+            "nnz": budget.nnz(self.n, self.sparsity),
+            "trainable_parameters": self.trainable_parameters,
+            "flops": self.flops,
+        }
+
+
+@dataclass(frozen=True)
+class DecomposePlan:
+    """Everything that will be done, known from headers alone."""
+
+    checkpoint: Checkpoint = field(repr=False)
+    output: Path
+    options: DecomposeOptions
+    categories: tuple[CategoryPlan, ...]
+    left_out: tuple[targets.LeftOut, ...]
+    peft_collisions: tuple[str, ...]
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(category.trainable_parameters for category in self.categories)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the shared-basis file."""
+        specs = [spec for category in self.categories for spec in self.specs(category)]
+        metadata = self.metadata(*self._blank_digests())
+        return codec.file_bytes(specs, basis_file.file_metadata(metadata))
+
+    def _blank_digests(self) -> tuple[dict[str, str], dict[str, str]]:
+        """For `metadata`, before there are digests: placeholders as long as they will be."""
+        blank = "sha256:" + "0" * 64
+        modules = [target.module for category in self.categories for target in category.targets]
+        return {category.name: blank for category in self.categories}, dict.fromkeys(modules, blank)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak resident memory of the whole process, about."""
+        return _PROCESS_BYTES + max(_working_bytes(c, self.options) for c in self.categories)
+
+    @property
+    def flops(self) -> float:
+        return sum(category.flops for category in self.categories)
+
+    def specs(self, category: CategoryPlan) -> list[codec.TensorSpec]:
+        """The tensors that the file holds of a category."""
+        modules = [target.module for target in category.targets]
+        return basis_file.specs_of(category.name, category.n, V_DTYPES[self.options.dtype], modules)
+
+    def metadata(self, bases: Mapping[str, str], modules: Mapping[str, str]) -> basis_file.BasisMetadata:
+        """The file's metadata, given the digests of each category's V and of each module's weight."""
+        return basis_file.BasisMetadata(
+            tool=f"frodctl {frodctl.__version__}",
+            model=self.checkpoint.model,
+            revision=self.checkpoint.revision,
+            alpha=self.options.alpha,
+            seed=self.options.seed,
+            sparsity={category.name: category.sparsity for category in self.categories},
+            precision=self.options.precision,
+            basis=bases,
+            modules=[
+                basis_file.ModuleRecord(t.module, c.name, t.layer, t.shape, t.transposed, modules[t.module])
+                for c in self.categories
+                for t in c.targets
+            ],
+            peft_collisions=self.peft_collisions,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the plan with its modules and what was left out."""
+        total = self.checkpoint.parameters()
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.checkpoint.model,
+            "revision": self.checkpoint.revision,
+            "output": str(self.output),
+            "output_bytes": self.output_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "flops": self.flops,
+            "alpha": self.options.alpha,
+            "seed": self.options.seed,
+            "precision": self.options.precision,
+            "dtype": self.options.dtype,
+            "parameters": total,
+            "trainable_parameters": self.trainable_parameters,
+            "trainable_share": self.trainable_parameters / total if total else None,
+            "peft_loadable": not self.peft_collisions,
+            "categories": [category.row() for category in self.categories],
+            "modules": [
+                {key: value for key, value in asdict(record).items() if key != "digest"}
+                for record in self.metadata(*self._blank_digests()).modules
+            ],
+            "left_out": [asdict(item) for item in self.left_out],
+        }  # fmt: skip
+
+
+def plan_decompose(
+    model: str,
+    output: str | Path | None = None,
+    *,
+    progress: Callback = silent,
+    dry_run: bool = False,
+    **options: Any,
+) -> DecomposePlan:
+    """Settle what `decompose` would do. Parameters and errors are those of `decompose`.
+
+    With ``dry_run`` no weights are downloaded, and the output may exist.
+    """
+    chosen = DecomposeOptions(**options)
+    location = Location(model, chosen.revision, chosen.subfolder, chosen.token, chosen.cache_dir, chosen.offline)
+    path = Path(output) if output is not None else Path(f"{location.short_name()}.frod.safetensors")
+    if not dry_run:
+        sink.check_output_file(path, force=chosen.force)
+    checkpoint = open_checkpoint(location, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
+    refuse_quantized(checkpoint)
+    selection = targets.select(checkpoint, chosen.target_modules, chosen.exclude_modules, chosen.layers)
+    categories, collisions = _categories(selection.targets, checkpoint, chosen)
+    return DecomposePlan(checkpoint, path, chosen, categories, selection.left_out, tuple(collisions))
+
+
+def _categories(
+    selected: Sequence[targets.Target], checkpoint: Checkpoint, options: DecomposeOptions
+) -> tuple[tuple[CategoryPlan, ...], list[str]]:
+    labels, collisions = names.categories({target.module: target.n for target in selected})
+    sparsity = options.sparsity
+    if options.budget is not None:
+        numbers = options.budget * checkpoint.parameters()
+        try:
+            sparsity = budget.sparsity_for_budget([target.n for target in selected], numbers)
+        except UsageError as error:
+            least = sum(target.n for target in selected) / checkpoint.parameters()
+            raise UsageError(f"{error}, {least:.4%} of the checkpoint's parameters") from None
+    groups: dict[str, list[targets.Target]] = {}
+    for target in selected:
+        groups.setdefault(labels[target.module], []).append(target)
+    return tuple(CategoryPlan(name, tuple(groups[name]), sparsity) for name in sorted(groups)), collisions
+
+
+def _working_bytes(category: CategoryPlan, options: DecomposeOptions) -> int:
+    """Memory that one category takes: the arithmetic's, and up to three weights read ahead."""
+    stored = max(codec.DTYPE_BITS[t.tensor.dtype] // 8 * t.m * t.n for t in category.targets)
+    return cost.memory_bytes(category.shapes, options.cache_size) + 3 * stored

@@ -1,0 +1,268 @@
+"""Running the plan of a decomposition, category by category."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import frodctl
+from frodctl.checkpoint import codec, sink
+from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.targets import Target
+from frodctl.errors import InvalidInput
+from frodctl.formats import basis_file
+from frodctl.jobs.decompose.plan import V_DTYPES, CategoryPlan, DecomposePlan, plan_decompose
+from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.resources import choose_device, memory_errors, require_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from frodctl.method.joint_basis import JointBasis
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one category."""
+
+    precision: str  #: of the products: float32 or float64
+    rank: int  #: directions of V that are not null
+    condition_number: float  #: of the stacked weights, on their range
+    tau_min: float
+    tau_max: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CategoryResult:
+    """A finished category."""
+
+    plan: CategoryPlan
+    outcome: Outcome
+    resumed: bool  #: taken from an earlier run
+
+    def row(self) -> dict[str, Any]:
+        """The category as a line of a table."""
+        return self.plan.row() | asdict(self.outcome) | {"resumed": self.resumed}
+
+
+@dataclass(frozen=True)
+class DecomposeResult:
+    """A finished decomposition."""
+
+    plan: DecomposePlan
+    categories: tuple[CategoryResult, ...]
+    output: Path
+    output_bytes: int
+    device: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the plan's figures and what came of them."""
+        return self.plan.as_dict() | {
+            "output_bytes": self.output_bytes,
+            "device": self.device,
+            "seconds": self.seconds,
+            "categories": [category.row() for category in self.categories],
+        }
+
+
+def decompose(
+    model: str, output: str | Path | None = None, *, progress: Callback = silent, **options: Any
+) -> DecomposeResult:
+    """Compute the joint decomposition of a checkpoint and write it to a shared-basis file.
+
+    Parameters
+    ----------
+    model : str
+        A local folder or file, or a Hub id (``name``, ``org/name``, ``org/name@revision``).
+    output : path, optional
+        The shared-basis file; by default ``./<model name>.frod.safetensors``.
+    progress : callable, optional
+        Called with a `frodctl.jobs.progress.Progress` as the work goes on.
+    **options
+        The fields of `DecomposeOptions`.
+
+    Returns
+    -------
+    DecomposeResult
+
+    Raises
+    ------
+    UsageError
+        The output exists, or no module matches.
+    InvalidInput
+        The checkpoint is damaged, quantized, or holds NaN or Inf.
+    OutOfResources
+        Disk or memory will not do.
+    FrodctlError
+        The model cannot be found or fetched.
+
+    Examples
+    --------
+    >>> import frodctl
+    >>> result = frodctl.decompose("examples/tiny-llama", "basis.safetensors", target_modules="all-linear")
+    """
+    return run_decompose(plan_decompose(model, output, progress=progress, **options), progress)
+
+
+def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> DecomposeResult:
+    """Carry out a plan of `plan_decompose`. Errors are those of `decompose`."""
+    started = time.perf_counter()
+    device = choose_device(plan.options.device)
+    require_memory(plan.peak_memory_bytes, device)
+    sink.require_disk(plan.output.parent, 2 * plan.output_bytes)
+    staging = sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume)
+    try:
+        parts = _Parts(plan, staging, device, progress)
+        results = tuple(parts.finish(i) for i in range(len(plan.categories)))
+        progress(Progress(f"writing {plan.output}"))
+        metadata = plan.metadata(parts.bases, parts.modules)
+        paths = [parts.path(i) for i in range(len(results))]
+        staging.publish(lambda file: basis_file.write_basis(file, paths, metadata))
+    finally:
+        staging.discard_if_empty()
+    size = plan.output.stat().st_size
+    return DecomposeResult(plan, results, plan.output, size, str(device), time.perf_counter() - started)
+
+
+class _Parts:
+    """The finished categories, each a safetensors file in the staging folder."""
+
+    def __init__(self, plan: DecomposePlan, staging: sink.Staging, device: torch.device, progress: Callback) -> None:
+        self.plan = plan
+        self.staging = staging
+        self.device = device
+        self.progress = progress
+        self.done = 0.0
+        self.bases: dict[str, str] = {}  #: digest of each category's V
+        self.modules: dict[str, str] = {}  #: digest of each module's weight
+
+    def path(self, number: int) -> Path:
+        return self.staging.path(f"{number:04d}.safetensors")
+
+    def finish(self, number: int) -> CategoryResult:
+        """Take the category from an earlier run, or compute and keep it."""
+        category = self.plan.categories[number]
+        record = _read_part(self.path(number), category)
+        resumed = record is not None
+        if record is None:
+            record = self._compute(number, category)
+        else:
+            self._advance(category, category.flops)
+        self.bases[category.name] = record["basis"]
+        self.modules.update(record["modules"])
+        return CategoryResult(category, Outcome(**record["outcome"]), resumed)
+
+    def _compute(self, number: int, category: CategoryPlan) -> dict[str, Any]:
+        from frodctl.checkpoint import stream
+        from frodctl.method.joint_basis import joint_basis
+
+        options = self.plan.options
+        started = time.perf_counter()
+        begun = self.done
+        layers = _Weights(self.plan.checkpoint, category.targets)
+        with memory_errors(self.device):
+            basis = joint_basis(
+                layers,
+                alpha=options.alpha,
+                precision=options.precision,
+                dtype=stream.TORCH_DTYPES[V_DTYPES[options.dtype]],
+                device=self.device,
+                cache_bytes=options.cache_size,
+                advance=lambda flops: self._advance(category, flops),
+            )
+        outcome = Outcome(
+            precision=basis.precision,
+            rank=basis.rank,
+            condition_number=basis.condition,
+            tau_min=float(basis.tau[0]),
+            tau_max=float(basis.tau[-1]),
+            seconds=time.perf_counter() - started,
+        )
+        record = {"basis": stream.digest(basis.V), "modules": layers.digests, "outcome": asdict(outcome)}
+        specs = codec.layout(self.plan.specs(category))
+        tensors = _tensors(category, basis)
+        chunks = (stream.tensor_bytes(tensors[spec.name]) for spec in specs)
+        metadata = {"category": category.name, "record": json.dumps(record)}
+        self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
+        self._advance(category, begun + category.flops - self.done)
+        return record
+
+    def _advance(self, category: CategoryPlan, flops: float) -> None:
+        self.done += flops
+        self.progress(Progress(category.name, self.done, self.plan.flops))
+
+
+def _read_part(path: Path, category: CategoryPlan) -> dict[str, Any] | None:
+    """The record of a finished category; None where there is none, or a damaged one."""
+    try:
+        metadata = codec.read_header(path).metadata
+        return json.loads(metadata["record"]) if metadata["category"] == category.name else None
+    except (FileNotFoundError, InvalidInput, KeyError, ValueError):
+        return None
+
+
+def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, torch.Tensor]:
+    tensors = {f"V.{category.name}": basis.V, f"tau.{category.name}": basis.tau}
+    for target, scale in zip(category.targets, basis.scales, strict=True):
+        tensors[f"lambda.{target.module}"] = scale
+    return tensors
+
+
+class _Weights:
+    """The weights of a category, read from the checkpoint at each walk; digested and checked at the first."""
+
+    def __init__(self, checkpoint: Checkpoint, targets: tuple[Target, ...]) -> None:
+        assert checkpoint.root is not None, "the plan of a dry run cannot be run"
+        self.root = checkpoint.root
+        self.targets = targets
+        self.digests: dict[str, str] = {}
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(target.m, target.n) for target in self.targets]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        from frodctl.checkpoint.stream import prefetch
+
+        tasks: list[Callable[[], torch.Tensor]] = [partial(self._read, target) for target in self.targets]
+        return prefetch(tasks)
+
+    def _read(self, target: Target) -> torch.Tensor:
+        from frodctl.checkpoint import stream
+
+        weight = stream.read_tensor(self.root, target.tensor, target.index)
+        if target.module not in self.digests:
+            stream.check_finite(weight, target.tensor.name, str(self.root / target.tensor.file))
+            self.digests[target.module] = stream.digest(weight)
+        return weight.T if target.transposed else weight
+
+
+def _job_key(plan: DecomposePlan, device: torch.device) -> str:
+    """A digest of everything that the output's bytes depend on but the weights' values."""
+    import torch
+
+    assert plan.checkpoint.root is not None
+    files = sorted({t.tensor.file for c in plan.categories for t in c.targets})
+    states = [(plan.checkpoint.root / file).stat() for file in files]
+    job = {
+        "frodctl": frodctl.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "revision": plan.checkpoint.revision,
+        "files": [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)],
+        "options": [plan.options.alpha, plan.options.precision, plan.options.dtype, plan.options.cache_size],
+        "categories": [
+            [c.name, [(t.module, t.tensor.file, t.tensor.offset, t.transposed) for t in c.targets]]
+            for c in plan.categories
+        ],
+    }
+    return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]

@@ -1,0 +1,89 @@
+"""The device a job computes on, and whether its memory will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from frodctl.errors import OutOfResources, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``: "auto" is the first CUDA GPU if there is one, else the CPU.
+
+    Raises
+    ------
+    UsageError
+        There is no such device here, or it has no float64 arithmetic.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: not a device; say auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: no such GPU here ({torch.cuda.device_count()} found)")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: only cpu and cuda have the float64 arithmetic that is needed")
+    return device
+
+
+def require_memory(nbytes: int, device: torch.device) -> None:
+    """Raise `OutOfResources` if ``nbytes`` are not available on the device."""
+    available = _available(device)
+    if available is not None and available < nbytes:
+        raise OutOfResources(
+            f"about {nbytes / 1e9:.2f} GB of memory needed on {device}, {available / 1e9:.2f} GB available; "
+            "choose fewer or narrower target modules"
+        )
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn an allocation that failed into `OutOfResources`."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not ours:
+            raise
+        raise OutOfResources(
+            f"out of memory on {device}; choose fewer or narrower target modules, or a smaller --cache-size"
+        ) from None
+
+
+def _available(device: torch.device) -> int | None:
+    """Bytes available, or None where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_meminfo(), _cgroup()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _meminfo() -> int | None:
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+
+
+def _cgroup() -> int | None:
+    """What a container may still take (cgroup v2)."""
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not limit.is_file() or not used.is_file():
+        return None
+    text = limit.read_text().strip()
+    return max(0, int(text) - int(used.read_text())) if text.isdigit() else None

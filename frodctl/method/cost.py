@@ -1,0 +1,28 @@
+"""What the joint basis of a category costs, from its shapes alone: operations and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def layer_flops(m: int, n: int) -> tuple[float, float, float]:
+    """Floating-point operations of one layer's part in the three passes (G, T, λ), about."""
+    gram = m * n * n
+    if m >= n:
+        return gram, n**3, 2 * min(m, 2 * n) * n * n
+    return gram, 2 * m * n * n + 2 * m * m * n, 2 * m * n * n
+
+
+def flops(shapes: Sequence[tuple[int, int]]) -> float:
+    """Floating-point operations of a whole category, about: the layers' and the eigendecompositions'."""
+    n = shapes[0][1]
+    return sum(sum(layer_flops(m, n)) for m, _ in shapes) + 20.0 * n**3
+
+
+def memory_bytes(shapes: Sequence[tuple[int, int]], cache_bytes: int) -> int:
+    """Peak memory of `joint_basis` in bytes, about, without the process's own and the weights read ahead."""
+    n = shapes[0][1]
+    widest = max(m for m, _ in shapes)
+    narrow = sum(m >= n for m, _ in shapes)
+    cached = min(narrow, cache_bytes // (8 * n * n)) * 8 * n * n
+    return 7 * 8 * n * n + 3 * 8 * widest * n + cached
