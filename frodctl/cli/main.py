@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 import click
+from click.shell_completion import shell_complete
 
 import frodctl
 from frodctl.errors import FrodctlError, OutOfResources
@@ -62,14 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = cli.main(arguments, prog_name="frodctl", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return _run(arguments)
+    except click.exceptions.Exit as error:
+        return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:
+    except (KeyboardInterrupt, click.Abort):
         return 130
     except _Terminated:
         return 143
@@ -81,6 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = _explain(error)
         click.echo(f"Error: {message}", err=True)
         return code
+
+
+def _run(arguments: list[str]) -> int:
+    """What click's own ``main`` does, which turns a closed pipe into exit code 1."""
+    completion = os.environ.get("_FRODCTL_COMPLETE")
+    if completion:
+        return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
+    with cli.make_context("frodctl", arguments) as context:
+        cli.invoke(context)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return 0
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

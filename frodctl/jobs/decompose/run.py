@@ -19,7 +19,7 @@ from frodctl.errors import InvalidInput
 from frodctl.formats import basis_file
 from frodctl.jobs.decompose.plan import V_DTYPES, CategoryPlan, DecomposePlan, plan_decompose
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import choose_device, memory_errors, require_memory
+from frodctl.jobs.resources import choose_device, memory_errors, require_memory, return_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -115,11 +115,12 @@ def decompose(
 def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> DecomposeResult:
     """Carry out a plan of `plan_decompose`. Errors are those of `decompose`."""
     started = time.perf_counter()
+    return_freed_memory()
     device = choose_device(plan.options.device)
     require_memory(plan.peak_memory_bytes, device)
-    sink.require_disk(plan.output.parent, 2 * plan.output_bytes)
     staging = sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume)
     try:
+        sink.require_disk(staging.folder, 2 * plan.output_bytes)
         parts = _Parts(plan, staging, device, progress)
         results = tuple(parts.finish(i) for i in range(len(plan.categories)))
         progress(Progress(f"writing {plan.output}"))

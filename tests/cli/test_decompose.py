@@ -1,0 +1,300 @@
+"""``frodctl decompose`` as a process: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import frodctl as package
+from tests.conftest import LLAMA_CONFIG, Run, llama_layers, save_checkpoint
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
+
+
+def one_error(result: subprocess.CompletedProcess[str], code: int) -> str:
+    """The error, after checking that it is one or two lines on stderr and nothing is on stdout."""
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Error: "))
+    assert len(lines) - start <= 2
+    assert "Traceback" not in result.stderr
+    return "\n".join(lines[start:])
+
+
+def test_help_is_examples_first(frodctl: Run) -> None:
+    for flag in ("-h", "--help"):
+        assert "decompose" in frodctl(flag).stdout
+        text = frodctl("decompose", flag).stdout
+        assert text.index("Examples:") < text.index("Options:")
+
+
+def test_help_does_not_import_torch() -> None:
+    program = (
+        "import sys; from frodctl.cli.main import main\n"
+        "main(['--help']); main(['decompose', '--help'])\n"
+        "assert 'torch' not in sys.modules and 'huggingface_hub' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_dry_run_reads_headers_only(frodctl: Run, example: Path) -> None:
+    result = frodctl("decompose", example, "--dry-run")
+    assert result.returncode == 0
+    rows = list(csv.DictReader(io.StringIO(result.stdout), delimiter="\t"))
+    assert [row["category"] for row in rows] == ["self_attn_q_proj", "self_attn_v_proj"]
+    assert "Left out:" in result.stderr
+    assert "not a default target" in result.stderr
+    program = (
+        "import sys; from frodctl.cli.main import main\n"
+        f"main(['decompose', {str(example)!r}, '--dry-run', '--json'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_dry_run_and_run_agree_and_write_only_when_asked(frodctl: Run, model: Path, tmp_path: Path) -> None:
+    plan = json.loads(frodctl("decompose", model, "--dry-run", "--json").stdout)
+    assert not list(tmp_path.glob("*.frod*"))
+    done = json.loads(frodctl("decompose", model, "--json").stdout)
+    assert (tmp_path / "model.frod.safetensors").stat().st_size == plan["output_bytes"] == done["output_bytes"]
+    assert plan["schema_version"] == done["schema_version"] == 1
+    for key in ("parameters", "trainable_parameters", "trainable_share", "modules", "left_out", "peft_loadable"):
+        assert plan[key] == done[key]
+    assert {row["category"] for row in done["categories"]} == {row["category"] for row in plan["categories"]}
+
+
+def test_every_format(frodctl: Run, model: Path) -> None:
+    def run(*arguments: str) -> str:
+        result = frodctl("decompose", model, "--target-modules", "all-linear", "--dry-run", *arguments)
+        assert result.returncode == 0
+        return result.stdout
+
+    expected = [row["category"] for row in json.loads(run("--json"))["categories"]]
+    assert json.loads(run("--format", "json")) == json.loads(run("--json"))
+    assert [json.loads(line)["category"] for line in run("--format", "jsonl").splitlines()] == expected
+    assert [row["category"] for row in csv.DictReader(io.StringIO(run("--format", "csv")))] == expected
+    tsv = run()
+    assert tsv == run("--format", "tsv")
+    assert [line.split("\t")[0] for line in tsv.splitlines()] == ["category", *expected]
+    human = run("--format", "human")
+    assert all(category in human for category in expected)
+    assert "\x1b" not in human
+
+
+def test_quiet_leaves_stderr_empty(frodctl: Run, model: Path) -> None:
+    result = frodctl("decompose", model, "-q")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("category\t")
+
+
+def test_without_a_terminal_progress_is_plain_lines(frodctl: Run, model: Path) -> None:
+    result = frodctl("decompose", model)
+    assert "\x1b" not in result.stderr
+    assert "\r" not in result.stderr
+    assert "self_attn_q_proj" in result.stderr
+    assert "Wrote model.frod.safetensors" in result.stderr
+
+
+def test_a_closed_pipe_ends_quietly(model: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m frodctl decompose {model} --target-modules all-linear --dry-run -q | head -1"
+    result = subprocess.run(
+        ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    header, status = result.stdout.splitlines()
+    assert header.startswith("category\t")
+    assert (status, result.stderr) == ("0", "")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "decompose MODEL --json -q", "decompose MODEL --dry-run -q"])
+def test_stdout_closed_before_anything_is_written(arguments: str, model: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = arguments.replace("MODEL", str(model)).split()
+    result = subprocess.run(
+        [sys.executable, "-m", "frodctl", *words], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, check=False
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
+    shut = subprocess.run(["bash", "-c", f"{sys.executable} -m frodctl {' '.join(words)} --force >&-"], cwd=tmp_path,
+                          capture_output=True, check=False) if "decompose" in words else None  # fmt: skip
+    assert shut is None or shut.returncode == 0
+
+
+def test_existing_output_needs_force(frodctl: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.st").write_text("precious")
+    assert "--force" in one_error(frodctl("decompose", model, "-o", "b.st"), 2)
+    assert (tmp_path / "b.st").read_text() == "precious"
+    assert frodctl("decompose", model, "-o", "b.st", "--force").returncode == 0
+    package.open_basis(tmp_path / "b.st").verify()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["model", "--target-modules", "c_attn"], 2, "down_proj, k_proj, q_proj, up_proj"),
+        (["model", "--target-modules", "q_proj,nothing"], 2, "nothing"),
+        (["model", "--target-modules", "(("], 2, "regular expression"),
+        (["model", "--layers", "7-9"], 2, "nothing is left"),
+        (["model", "--layers", "x"], 2, "block numbers"),
+        (["model", "--sparsity", "2"], 2, "between 0 and 1"),
+        (["model", "--budget", "0.001%"], 2, "the scales alone take"),
+        (["model", "--budget", "lots"], 2, "expected a share"),
+        (["model", "--budget", "1%", "--sparsity", "0.1"], 2, "exclude each other"),
+        (["model", "--alpha", "0"], 2, "positive"),
+        (["model", "--device", "abacus"], 2, "not a device"),
+        (["model", "--device", "meta"], 2, "float64"),
+        (["model", "--cache-size", "much"], 2, "expected a size"),
+        (["model", "--nonsense"], 2, "No such option"),
+        (["model", "-o", "nowhere/b.st"], 2, "no such folder"),
+        (["model", "-o", "."], 2, "is a folder"),
+        (["./missing"], 1, "no such file or folder"),
+        (["model/config.json"], 3, "not a checkpoint"),
+        (["model/model.safetensors", "--offline", "--subfolder", ""], 0, ""),
+    ],
+)
+def test_bad_input(frodctl: Run, model: Path, arguments: list[str], code: int, text: str, tmp_path: Path) -> None:
+    assert model == tmp_path / "model"
+    result = frodctl("decompose", *arguments)
+    if code == 0:
+        assert result.returncode == 0
+        return
+    assert text in one_error(result, code)
+    assert not list(tmp_path.glob("*.frod*"))
+
+
+def test_default_needs_a_known_model_type(frodctl: Run, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "bare", llama_layers(2))
+    assert "no config.json" in one_error(frodctl("decompose", "bare/model.safetensors"), 2)
+
+
+def test_a_nan_is_named(frodctl: Run, tmp_path: Path) -> None:
+    tensors = llama_layers(2)
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_checkpoint(tmp_path / "model", tensors, LLAMA_CONFIG)
+    error = one_error(frodctl("decompose", "model", "--target-modules", "all-linear"), 3)
+    assert "model.layers.1.self_attn.q_proj.weight" in error
+    assert not (tmp_path / "model.frod.safetensors").exists()
+
+
+def test_a_quantized_checkpoint_is_refused(frodctl: Run, tmp_path: Path) -> None:
+    config = {**LLAMA_CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    save_checkpoint(tmp_path / "model", llama_layers(2), config)
+    assert "full-precision" in one_error(frodctl("decompose", "model"), 3)
+
+
+def test_a_truncated_shard(frodctl: Run, model: Path) -> None:
+    file = model / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    error = one_error(frodctl("decompose", model), 3)
+    assert "model.safetensors" in error
+    assert "truncated" in error
+
+
+@pytest.mark.parametrize("shard", ["missing.safetensors", "../outside.safetensors", "/etc/passwd"])
+def test_an_index_that_names_what_is_not_there(frodctl: Run, model: Path, shard: str) -> None:
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(llama_layers(3), shard)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    error = one_error(frodctl("decompose", model), 3)
+    assert shard in error
+
+
+def limit_file_size() -> None:
+    """Files end at 4000 bytes, as a disk that fills up would have it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+
+def test_a_full_disk(frodctl: Run, model: Path, tmp_path: Path) -> None:
+    result = frodctl("decompose", model, "-o", "b.st", preexec_fn=limit_file_size)
+    one_error(result, 4)
+    assert not (tmp_path / "b.st").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert frodctl("decompose", model, "-o", "b.st").returncode == 0
+    assert not (tmp_path / "b.st.partial").exists()
+
+
+def test_a_disk_known_to_be_too_small(tmp_path: Path, frodctl: Run, model: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", mount], capture_output=True).returncode:
+        pytest.skip("mounting needs privileges")
+    try:
+        error = one_error(frodctl("decompose", model, "--target-modules", "all-linear", "-o", mount / "b.st"), 4)
+        assert "free" in error
+        assert not list(mount.iterdir())
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_a_target_that_cannot_be_written(frodctl: Run, model: Path) -> None:
+    """/proc is there for everyone, and takes no files from anyone."""
+    if not Path("/proc/self").exists():
+        pytest.skip("no /proc")
+    error = one_error(frodctl("decompose", model, "-o", "/proc/b.st"), 1)
+    assert "/proc" in error
+
+
+def test_a_read_only_disk(tmp_path: Path, frodctl: Run, model: Path) -> None:
+    mount = tmp_path / "fixed"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", mount], capture_output=True).returncode:
+        pytest.skip("mounting needs privileges")
+    try:
+        assert "not writable" in one_error(frodctl("decompose", model, "-o", mount / "b.st"), 1)
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_debug_shows_the_traceback(frodctl: Run) -> None:
+    result = frodctl("decompose", "./missing", "--debug")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(number: int, code: int, tmp_path: Path) -> None:
+    """The finished categories stay for the next run; nothing is under the final name."""
+    import torch
+
+    tensors = {f"layers.{i}.{role}.weight": torch.randn(512, 512) for i in range(40) for role in ("a", "b", "c")}
+    save_checkpoint(tmp_path / "model", tensors)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "frodctl", "decompose", "model", "--target-modules", "all-linear", "-o", "b.st"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("b.st.partial/*/0000.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "")
+    assert "Traceback" not in err
+    assert not (tmp_path / "b.st").exists()
+    assert list(tmp_path.glob("b.st.partial/*/0000.safetensors"))
+
+
+def test_version(frodctl: Run) -> None:
+    assert package.__version__ in frodctl("--version").stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shell_completion(frodctl: Run, shell: str) -> None:
+    script = frodctl(env={"_FRODCTL_COMPLETE": f"{shell}_source"})
+    assert (script.returncode, script.stderr) == (0, "")
+    assert "_FRODCTL_COMPLETE" in script.stdout
+    words = {"COMP_WORDS": "frodctl dec", "COMP_CWORD": "1"}
+    assert "decompose" in frodctl(env={"_FRODCTL_COMPLETE": f"{shell}_complete", **words}).stdout

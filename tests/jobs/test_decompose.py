@@ -1,0 +1,324 @@
+"""Decompositions of real and tiny checkpoints, checked from the file alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import frodctl
+from frodctl.checkpoint import codec
+from frodctl.errors import InvalidInput, UsageError
+from frodctl.jobs.decompose import plan_decompose
+from tests.conftest import LLAMA_CONFIG, llama_layers, save_checkpoint
+from tests.method import reference
+
+ALPHA = 1e-3
+
+
+def weights_of(folder: Path, basis: frodctl.BasisFile) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """By category, each module's name and weight in nn.Linear orientation, read by the safetensors library."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    grouped: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for module in basis.metadata.modules:
+        weight = tensors[f"{module.name}.weight"]
+        assert tuple(weight.shape) == module.shape
+        grouped.setdefault(module.category, []).append((module.name, weight.T if module.transposed else weight))
+    return grouped
+
+
+def check_identities(folder: Path, path: Path) -> None:
+    """What holds for every shared-basis file: the weights come back from V and λ, and Σλ² = 1."""
+    basis = frodctl.open_basis(path)
+    basis.verify()
+    for category, members in weights_of(folder, basis).items():
+        V, tau = basis.tensor(f"V.{category}"), basis.tensor(f"tau.{category}")
+        scales = [basis.tensor(f"lambda.{name}") for name, _ in members]
+        weights = [weight for _, weight in members]
+        assert max(reference.reconstruction_errors(weights, V, scales)) <= 1e-5
+        squares = sum(scale.double().square() for scale in scales)
+        live = squares > 0
+        assert (squares[live] - 1).abs().max() <= 1e-5
+        assert (tau[~live] == 1 / ALPHA).all()
+        assert (tau.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("checkpoint", ["minilm", "example"])
+def test_trained_checkpoints(checkpoint: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    from peft.tuners.frod.model import _projection_from_weights
+
+    folder: Path = request.getfixturevalue(checkpoint)
+    result = frodctl.decompose(str(folder), tmp_path / "basis.safetensors", target_modules="all-linear")
+    check_identities(folder, result.output)
+    basis = frodctl.open_basis(result.output)
+    for category, members in weights_of(folder, basis).items():
+        weights = [weight for _, weight in members]
+        V, tau = basis.tensor(f"V.{category}"), basis.tensor(f"tau.{category}")
+        expected = reference.tau(weights, ALPHA)
+        assert np.abs(tau.numpy() - expected).max() <= 1e-5 * expected[-1]
+        assert reference.eigen_residual(weights, ALPHA, V) <= 1e-3
+        theirs = torch.nn.functional.normalize(_projection_from_weights([w.float() for w in weights], ALPHA), dim=0)
+        ours = torch.nn.functional.normalize(V, dim=0)
+        cosines = (ours.double() * theirs.double()).sum(dim=0)
+        sines = (ours.double() - cosines.sign() * theirs.double()).norm(dim=0)
+        steps = torch.from_numpy(np.diff(expected, prepend=-np.inf, append=np.inf))
+        gaps = torch.minimum(steps[:-1], steps[1:])
+        assert (sines <= 1e-4 * expected[-1] / gaps).all()
+
+
+def tiny_models() -> dict[str, Any]:
+    """Models of the architectures that PEFT's tuner gets wrong, and the ordinary ones."""
+    import transformers as t
+
+    bert = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 50,
+    }
+    clip = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    return {
+        "t5": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=50)
+        ),
+        "bart": lambda: t.BartForConditionalGeneration(
+            t.BartConfig(
+                d_model=32, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=40,
+                encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=50, max_position_embeddings=16,
+            )
+        ),
+        "clip": lambda: t.CLIPModel(
+            t.CLIPConfig(
+                text_config={**clip, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 50},
+                vision_config={**clip, "hidden_size": 24, "intermediate_size": 40, "image_size": 8, "patch_size": 4},
+                projection_dim=16,
+            )
+        ),
+        "bert-cross-attention": lambda: t.BertLMHeadModel(
+            t.BertConfig(**bert, is_decoder=True, add_cross_attention=True)
+        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=50, n_positions=16)),
+        "one-layer-llama": lambda: t.LlamaForCausalLM(
+            t.LlamaConfig(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                vocab_size=50,
+            )
+        ),
+        "mixtral": lambda: t.MixtralForCausalLM(
+            t.MixtralConfig(
+                hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                vocab_size=50, num_local_experts=4,
+            )
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tiny_models())
+def test_every_layer_of_every_architecture(name: str, tmp_path: Path) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = tiny_models()[name]()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    first, second = (
+        frodctl.decompose(str(folder), tmp_path / f"{i}.safetensors", target_modules="all-linear") for i in range(2)
+    )
+    assert first.output.read_bytes() == second.output.read_bytes()
+    check_identities(folder, first.output)
+    basis = frodctl.open_basis(first.output)
+    stored = {module.name for module in basis.metadata.modules}
+    for path, module in model.named_modules():
+        linear = isinstance(module, torch.nn.Linear | Conv1D) and any(part.isdigit() for part in path.split("."))
+        if linear and not path.endswith(".gate"):
+            assert any(path == name or path.endswith("." + name) for name in stored), path
+    for category, members in weights_of(folder, basis).items():
+        assert {weight.shape[1] for _, weight in members} == {basis.width(category)}
+
+
+def test_conv1d_is_decomposed_as_its_transpose(tmp_path: Path) -> None:
+    weights = [torch.randn(32, 96, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    linear = {f"h.{i}.attn.c_attn.weight": w.T for i, w in enumerate(weights)}
+    conv1d = {f"h.{i}.attn.c_attn.weight": w for i, w in enumerate(weights)}
+    a = save_checkpoint(tmp_path / "linear", linear, {"model_type": "gpt_bigcode"})
+    b = save_checkpoint(tmp_path / "conv1d", conv1d, {"model_type": "gpt2"})
+    files = [frodctl.decompose(str(f), tmp_path / f"{f.name}.st").output for f in (a, b)]
+    first, second = (load_file(f) for f in files)
+    assert first["V.attn_c_attn"].shape == (32, 32)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(value: float, tmp_path: Path) -> None:
+    tensors = llama_layers(3)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    folder = save_checkpoint(tmp_path / "model", tensors, LLAMA_CONFIG)
+    with pytest.raises(InvalidInput, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or Inf"):
+        frodctl.decompose(str(folder), tmp_path / "basis.st", target_modules="all-linear")
+    assert not (tmp_path / "basis.st").exists()
+
+
+def test_header_metadata_is_the_contract(example: Path, tmp_path: Path) -> None:
+    import hashlib
+    import json
+
+    output = frodctl.decompose(str(example), tmp_path / "b.st", sparsity=0.02, seed=5, alpha=0.01).output
+    with safe_open(output, "pt") as file:
+        assert file.metadata()["format"] == "pt"
+        metadata = json.loads(file.metadata()["frodctl"])
+        for category, digest in metadata["basis"].items():
+            raw = file.get_tensor(f"V.{category}").numpy().tobytes()
+            assert digest == "sha256:" + hashlib.sha256(raw).hexdigest()
+    assert metadata["version"] == 1
+    assert metadata["model"] == str(example)
+    assert (metadata["alpha"], metadata["seed"]) == (0.01, 5)
+    assert metadata["sparsity"] == dict.fromkeys(metadata["basis"], 0.02)
+    stored: dict[str, torch.Tensor] = {}
+    for shard in example.glob("*.safetensors"):
+        stored |= load_file(shard)
+    for module in metadata["modules"]:
+        weight = stored[module["name"] + ".weight"].view(torch.uint8).numpy().tobytes()
+        assert module["digest"] == "sha256:" + hashlib.sha256(weight).hexdigest()
+
+
+def test_collisions_are_said_in_the_file(tmp_path: Path) -> None:
+    tensors = {
+        f"{tower}.layers.{i}.self_attn.q_proj.weight": torch.randn(8, width)
+        for tower, width in (("encoder", 8), ("decoder", 12))
+        for i in range(2)
+    }
+    folder = save_checkpoint(tmp_path / "model", tensors)
+    basis = frodctl.open_basis(frodctl.decompose(str(folder), tmp_path / "b.st", target_modules="q_proj").output)
+    assert set(basis.metadata.basis) == {"encoder_self_attn_q_proj", "decoder_self_attn_q_proj"}
+    assert not basis.metadata.peft_loadable
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_budget_is_kept(share: float, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
+    plan = plan_decompose(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=share)
+    total = plan.checkpoint.parameters()
+    assert share * total - 4 * 3 <= plan.trainable_parameters <= share * total
+    with pytest.raises(UsageError, match="scales alone take"):
+        plan_decompose(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=1e-4)
+
+
+def test_plan_tells_the_size_of_the_output(example: Path, tmp_path: Path) -> None:
+    plan = plan_decompose(str(example), tmp_path / "b.st", target_modules="all-linear", dry_run=True)
+    result = frodctl.decompose(str(example), tmp_path / "b.st", target_modules="all-linear")
+    assert plan.output_bytes == result.output_bytes == result.output.stat().st_size
+
+
+KILLED = """
+import os, signal, sys, frodctl
+def kill_at_second_category(report):
+    if report.total and report.text == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+frodctl.decompose(sys.argv[1], sys.argv[2], target_modules="all-linear", progress=kill_at_second_category)
+"""
+
+
+def test_a_killed_run_is_taken_up_with_the_same_bytes(example: Path, tmp_path: Path) -> None:
+    undisturbed = frodctl.decompose(str(example), tmp_path / "whole.st", target_modules="all-linear")
+    names = [category.plan.name for category in undisturbed.categories]
+    output = tmp_path / "killed.st"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(example), str(output), names[2]], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not output.exists()
+    assert (tmp_path / "killed.st.partial").is_dir()
+    resumed = frodctl.decompose(str(example), output, target_modules="all-linear")
+    assert [category.resumed for category in resumed.categories] == [True, True] + [False] * (len(names) - 2)
+    assert output.read_bytes() == undisturbed.output.read_bytes()
+    assert not (tmp_path / "killed.st.partial").exists()
+
+
+def test_another_job_does_not_take_up_the_pieces(example: Path, tmp_path: Path) -> None:
+    output = tmp_path / "b.st"
+    subprocess.run([sys.executable, "-c", KILLED, str(example), str(output), "mlp_up_proj"], check=False)
+    assert (tmp_path / "b.st.partial").is_dir()
+    result = frodctl.decompose(str(example), output, target_modules="all-linear", alpha=0.5)
+    assert not any(category.resumed for category in result.categories)
+    assert not (tmp_path / "b.st.partial").exists()
+
+
+def test_a_damaged_piece_is_computed_again(example: Path, tmp_path: Path) -> None:
+    output = tmp_path / "b.st"
+    subprocess.run([sys.executable, "-c", KILLED, str(example), str(output), "mlp_up_proj"], check=False)
+    pieces = sorted((tmp_path / "b.st.partial").glob("*/0000.safetensors"))
+    assert len(pieces) == 1
+    os.truncate(pieces[0], 1000)
+    result = frodctl.decompose(str(example), output, target_modules="all-linear")
+    assert not result.categories[0].resumed
+    check_identities(example, output)
+
+
+PEAK = """
+import resource, sys, frodctl
+frodctl.decompose(sys.argv[1], sys.argv[2], target_modules="all-linear", cache_size=16_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
+    """Twice the layers add 100 MB of weights; the peak stays within 10 %."""
+    peaks = []
+    for count in (12, 24):
+        tensors = {f"layers.{i}.up_proj.weight": torch.randn(2048, 1024) for i in range(count)}
+        folder = save_checkpoint(tmp_path / str(count), tensors)
+        command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / f"{count}.st")]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] <= 1.1 * peaks[0]
+
+
+def test_the_plan_bounds_the_peak(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "m", {f"layers.{i}.up.weight": torch.randn(512, 1024) for i in range(4)})
+    plan = plan_decompose(str(folder), tmp_path / "b.st", target_modules="all-linear", cache_size=16_000_000)
+    command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "b.st")]
+    peak = 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.6 * plan.peak_memory_bytes <= peak <= 1.1 * plan.peak_memory_bytes
+
+
+def test_fused_experts_are_one_matrix_each(tmp_path: Path) -> None:
+    """(experts, out, in) and, for some model types, (experts, in, out)."""
+    hidden, inner, experts = 16, 24, 3
+    gate_up = [torch.randn(experts, 2 * inner, hidden, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    config = {"model_type": "qwen3_moe", "hidden_size": hidden}
+    straight = save_checkpoint(
+        tmp_path / "a", {f"model.layers.{i}.mlp.experts.gate_up_proj": w for i, w in enumerate(gate_up)}, config
+    )
+    turned = save_checkpoint(
+        tmp_path / "b",
+        {f"model.layers.{i}.mlp.experts.gate_up_proj": w.mT for i, w in enumerate(gate_up)},
+        {**config, "model_type": "gpt_oss"},
+    )
+    results = []
+    for folder in (straight, turned):
+        output = frodctl.decompose(str(folder), tmp_path / f"{folder.name}.st", target_modules="all-linear").output
+        results.append(load_file(output))
+        assert len(frodctl.open_basis(output).metadata.modules) == 2 * experts
+    assert results[0]["V.experts_gate_up_proj"].shape == (hidden, hidden)
+    assert "lambda.model.layers.1.mlp.experts.gate_up_proj[2]" in results[0]
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_file_is_readable_by_the_safetensors_library(example: Path, tmp_path: Path) -> None:
+    output = frodctl.decompose(str(example), tmp_path / "b.st", dtype="bfloat16").output
+    ours = codec.read_header(output)
+    theirs = load_file(output)
+    assert set(ours.tensors) == set(theirs)
+    assert theirs["V.self_attn_q_proj"].dtype == torch.bfloat16
+    assert theirs["tau.self_attn_q_proj"].dtype == torch.float64

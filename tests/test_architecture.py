@@ -1,0 +1,69 @@
+"""The arrows between the packages run one way, and only the command line prints."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "frodctl"
+MAY_IMPORT = {
+    "cli": {"jobs", "checkpoint", "errors", ""},
+    "jobs": {"checkpoint", "method", "formats", "errors", ""},
+    "formats": {"checkpoint", "method", "errors"},
+    "checkpoint": {"errors"},
+    "method": {"errors"},
+    "training": {"method", "formats", "errors"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The frodctl modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "frodctl")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "frodctl":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def package_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and ((ROOT / parts[1]).exists() or (ROOT / f"{parts[1]}.py").exists()) else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    if package not in MAY_IMPORT:  # __init__, __main__, errors
+        return
+    allowed = MAY_IMPORT[package] | {package}
+    assert {package_of(module) for module in imported(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_command_line_prints(path: Path) -> None:
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    printing = [call.id for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+    streams = [
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")
+    ]
+    if path.relative_to(ROOT).parts[0] != "cli":
+        assert not printing + streams
+
+
+def test_no_torch_at_import_time_outside_the_numbers() -> None:
+    """Plans are made without torch: only these modules import it when they are imported."""
+    numbers = {"checkpoint/pickled.py", "checkpoint/stream.py", "method/joint_basis.py", "method/linalg.py"}
+    found = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        for node in ast.parse(path.read_text()).body
+        if (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "torch" for a in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch")
+    }
+    assert found == numbers
