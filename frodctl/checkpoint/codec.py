@@ -67,7 +67,8 @@ def read_header(path: Path) -> Header:
             )
         raw = file.read(length)
     try:
-        entries = json.loads(raw, object_pairs_hook=_no_duplicates)
+        # decoded here: json.loads would take UTF-16 and a byte order mark too
+        entries = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: the safetensors header is not valid JSON ({error})") from None
     return check_header(entries, where=str(path), data_start=8 + length, data_bytes=size - 8 - length)
@@ -77,7 +78,8 @@ def check_header(entries: Any, *, where: str, data_start: int, data_bytes: int |
     """Validate the decoded header ``entries`` against the number of data bytes (None: not known)."""
     if not isinstance(entries, dict):
         raise InvalidInput(f"{where}: the safetensors header is not a JSON object")
-    metadata = entries.get("__metadata__", {})
+    metadata = entries.get("__metadata__")
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InvalidInput(f"{where}: __metadata__ must map strings to strings")
     spans = []
@@ -97,11 +99,13 @@ def _check_entry(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, in
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise InvalidInput(f"{where}: tensor {name}: the header lacks dtype, shape or data_offsets") from None
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InvalidInput(f"{where}: tensor {name}: unknown dtype {dtype!r}")
     numbers = [*shape, begin, end] if isinstance(shape, (list, tuple)) else [None]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise InvalidInput(f"{where}: tensor {name}: shape and data_offsets must be non-negative integers")
+    if prod(max(size, 1) for size in shape) >= 2**63:
+        raise InvalidInput(f"{where}: tensor {name}: shape {list(shape)} is beyond 64 bits")
     spec = TensorSpec(name, dtype, tuple(shape))
     if end - begin != spec.nbytes or prod(spec.shape) * DTYPE_BITS[dtype] % 8:
         raise InvalidInput(
@@ -125,6 +129,7 @@ def _check_spans(spans: list[tuple[int, int, str]], where: str, data_bytes: int 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
+    "".join(entries).encode()  # a lone surrogate is a ValueError here, and not wherever the name is shown
     if len(entries) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")

@@ -18,10 +18,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.source import (
+    WEIGHT_FILES,
     Checkpoint,
     Location,
     TensorInfo,
@@ -30,7 +32,7 @@ from frodctl.checkpoint.source import (
     read_json,
     shards_of,
 )
-from frodctl.errors import FrodctlError
+from frodctl.errors import FrodctlError, InvalidInput
 
 _TIMEOUT_SECONDS = 15
 
@@ -56,7 +58,11 @@ def download(location: Location, progress: Callable[[str], None] | None = None) 
     common: dict[str, Any] = {"token": location.token, "cache_dir": location.cache_dir}
     with _clear_errors(repo, revision):
         if is_offline(location):
-            folder = snapshot_download(repo, revision=revision, local_files_only=True, **common)
+            # Of the files only the config is asked for: the client refuses a snapshot that lacks any of them,
+            # and what else is needed is seen below.
+            only = [_prefixed(location, "config.json")]
+            folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=only, **common)
+            _require_cached(Path(folder) / location.subfolder, repo)
         else:
             commit, files = _files(location, repo, revision)
             wanted = _needed_files(location, repo, commit, files)
@@ -71,6 +77,15 @@ def download(location: Location, progress: Callable[[str], None] | None = None) 
             )
     root = Path(folder)
     return repo, root.name, root / location.subfolder
+
+
+def _require_cached(folder: Path, repo: str) -> None:
+    files = [path.name for path in folder.iterdir() if path.exists()] if folder.is_dir() else []
+    entry = next((name for name in WEIGHT_FILES if name in files), None)
+    needed = shards_of(read_json(folder / entry), str(folder / entry)).values() if entry and "index" in entry else ()
+    single = entry or any(name.endswith(".safetensors") for name in files)
+    if not single or not set(needed) <= set(files):
+        raise FrodctlError(f"{repo}: not in the local cache as a whole; run once without --offline")
 
 
 def remote_headers(location: Location) -> Checkpoint:
@@ -99,7 +114,10 @@ def _remote_tensors(location: Location, repo: str, commit: str, files: list[str]
     api = HfApi(token=location.token)
 
     def headers(file: str) -> list[TensorInfo]:
-        found = api.parse_safetensors_file_metadata(repo, _prefixed(location, file), revision=commit)
+        try:
+            found = api.parse_safetensors_file_metadata(repo, _prefixed(location, file), revision=commit)
+        except SafetensorsParsingError as error:
+            raise InvalidInput(f"{repo}/{file}: {str(error).splitlines()[0]}") from None
         entries = {name: asdict(tensor) for name, tensor in found.tensors.items()}
         header = codec.check_header(entries, where=f"{repo}/{file}", data_start=0, data_bytes=None)
         return [TensorInfo(s.name, s.dtype, s.shape, file, at) for s, at in header.tensors.values()]

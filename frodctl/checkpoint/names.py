@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 
 
 def peft_category(module: str) -> str:
@@ -32,10 +31,15 @@ def peft_category(module: str) -> str:
 def layer_index(module: str) -> int | None:
     """The number of the block that holds the module; None outside the blocks."""
     parts = module.split(".")
-    for before, part in pairwise(parts):
-        if before == "layers" and part.isdigit():
-            return int(part)
-    return next((int(part) for part in parts if part.isdigit()), None)
+    numbers = [int(part) if _is_number(part) else None for part in parts]
+    if "layers" in parts[:-1] and (after := numbers[parts.index("layers") + 1]) is not None:
+        return after
+    return next((number for number in numbers if number is not None), None)
+
+
+def _is_number(part: str) -> bool:
+    """Whether it is a number that blocks have; int() refuses some of what str.isdigit() takes."""
+    return part.isascii() and part.isdigit() and len(part) < 19
 
 
 def in_block(module: str) -> bool:
@@ -55,7 +59,8 @@ def role(module: str) -> str:
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that orders numbers by value: layer 9 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts: list[tuple[int, str]] = [(int(p), p) if _is_number(p) else (-1, p) for p in re.split(r"([0-9]+)", name)]
+    return parts
 
 
 def categories(widths: Mapping[str, int]) -> tuple[dict[str, str], list[str]]:
@@ -97,11 +102,14 @@ def _qualify(base: str, kinds: Sequence[tuple[str, int]], taken: Iterable[str]) 
     paths = {path: path.split(".") for path, _ in kinds}
     shared = set.intersection(*(set(parts) for parts in paths.values()))
     several_widths = {path for path, _ in kinds if sum(path == other for other, _ in kinds) > 1}
-    short, long = {}, {}
+    short, long, full = {}, {}, {}
     for path, width in kinds:
         own = [part for part in paths[path] if part not in shared]
         suffix = [str(width)] if path in several_widths else []
         short[path, width] = "_".join([*own, base, *suffix])
         long[path, width] = "_".join([*paths[path], str(width)])
-    distinct = len(set(short.values())) == len(kinds) and not set(short.values()) & set(taken)
-    return short if distinct else long
+        full[path, width] = f"{path}.{width}"  # distinct by construction: no other name has dots
+    for labels in (short, long):
+        if len(set(labels.values())) == len(kinds) and not set(labels.values()) & set(taken):
+            return labels
+    return full

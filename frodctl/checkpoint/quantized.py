@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 
-from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.source import Checkpoint, TensorInfo
 from frodctl.errors import InvalidInput
 
 _PACKED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|weight_blocks|\w+_blocks"
-    r"|SCB|weight_format|weight\.(absmax|quant_map|quant_state\..*|nested_absmax))$"
+    r"|SCB|W_q|weight_format|weight\.(absmax|quant_map|quant_state\..*|nested_absmax))$"
 )
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise `InvalidInput` for a GPTQ, AWQ, bitsandbytes, FP8 or other quantized checkpoint."""
-    settings = checkpoint.config.get("quantization_config")
-    method = str(settings.get("quant_method", "unknown method")) if isinstance(settings, dict) else None
+    configs = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
+    settings = next((s for c in configs if isinstance(s := c.get("quantization_config"), dict) and s), None)
+    method = str(settings.get("quant_method", "unknown method")) if settings else None
     packed = next((name for name in checkpoint.tensors if _PACKED.search(name)), None)
-    narrow = next((t for t in checkpoint.tensors.values() if t.name.endswith(".weight") and _is_packed(t.dtype)), None)
+    narrow = next((t for t in checkpoint.tensors.values() if _is_packed(t)), None)
     if method is None and packed is None and narrow is None:
         return
     evidence = f"quantization_config: {method}" if method else f"tensor {packed or (narrow and narrow.name)}"
@@ -28,5 +29,6 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     )
 
 
-def _is_packed(dtype: str) -> bool:
-    return dtype.startswith(("F8", "F6", "F4")) or dtype in ("I8", "U8", "I32", "U32")
+def _is_packed(info: TensorInfo) -> bool:
+    narrow = info.dtype.startswith(("F8", "F6", "F4"))
+    return narrow or (info.name.endswith(".weight") and info.dtype in ("I8", "U8", "I32", "U32"))

@@ -23,6 +23,8 @@ def check_output_file(path: Path, *, force: bool) -> None:
     """
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is not an ordinary file; name another with -o")
     if path.exists() and not force:
         raise UsageError(f"{path}: exists; use --force to replace it, or name another file with -o")
     if not path.parent.is_dir():

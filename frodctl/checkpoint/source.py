@@ -6,9 +6,10 @@ Only headers and configs are read here; the tensors' bytes are read by `frodctl.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -51,6 +52,15 @@ class TensorInfo:
             elements = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return elements * codec.DTYPE_BITS[self.dtype] // 8
 
+    def slice(self, index: int) -> TensorInfo:
+        """One slice of the first dimension."""
+        if self.stride is None:
+            step, stride = prod(self.shape[1:]), None
+        else:
+            step, stride = self.stride[0], self.stride[1:]
+        offset = self.offset + index * step * codec.DTYPE_BITS[self.dtype] // 8
+        return replace(self, shape=self.shape[1:], offset=offset, stride=stride)
+
 
 @dataclass(frozen=True)
 class Location:
@@ -65,17 +75,18 @@ class Location:
 
     def local_path(self) -> Path | None:
         """The file or folder on disk; None for a Hub id."""
-        path = Path(self.model).expanduser()
+        path = Path(os.path.expanduser(self.model))
         if path.exists():
             return path
-        if self.model.startswith((".", "/", "~")) or self.model.count("/") > 1 or "\\" in self.model:
+        repo = self.model.partition("@")[0]  # a revision may hold slashes: refs/pr/1
+        if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or "\\" in repo:
             raise FrodctlError(f"{self.model}: no such file or folder")
         return None
 
     def short_name(self) -> str:
         """The last part of the model's name, for naming files after it."""
         path = self.local_path()
-        name = path.resolve().name if path else self.model.rsplit("/", 1)[-1].split("@", 1)[0]
+        name = path.resolve().name if path else self.model.partition("@")[0].rsplit("/", 1)[-1]
         return re.sub(r"\.(safetensors|bin)$", "", name)
 
 
@@ -92,9 +103,11 @@ class Checkpoint:
     def parameters(self) -> int:
         """Number of parameters: floating-point elements, tied tensors counted once."""
         seen: dict[tuple[str, int], int] = {}
+        copies = self._tied_copies()
         for info in self.tensors.values():
-            if info.dtype in codec.FLOAT_DTYPES and info.name not in self._tied_copies():
-                seen[info.file, info.offset] = info.parameters
+            if info.dtype in codec.FLOAT_DTYPES and info.name not in copies:
+                place = info.file, info.offset  # where an empty tensor may be beside another
+                seen[place] = max(info.parameters, seen.get(place, 0))
         return sum(seen.values())
 
     def _tied_copies(self) -> Collection[str]:

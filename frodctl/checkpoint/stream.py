@@ -26,28 +26,35 @@ TORCH_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
+#: Tensors that may wait, read, for the arithmetic.
+READ_AHEAD = 1
+
+_PIECE = 1 << 20  # elements
+
 T = TypeVar("T")
 
 
-def read_tensor(root: Path, info: TensorInfo, index: int | None = None) -> torch.Tensor:
+def read_tensor(
+    root: Path, info: TensorInfo, index: int | None = None, buffer: torch.Tensor | None = None
+) -> torch.Tensor:
     """Read one tensor, or slice ``index`` of its first dimension, in its stored dtype and shape.
 
-    The result is contiguous (except where a pickled tensor was stored with other strides) and begins on
-    an address that does not depend on the file, so that equal bytes give equal arithmetic.
+    Its bytes go to the beginning of ``buffer`` (uint8) if one is given, else to fresh memory. The result is
+    contiguous (except where a pickled tensor was stored with other strides) and aligned regardless of its
+    place in the file, so that equal bytes give equal arithmetic.
     """
     if info.data is not None:
         whole: torch.Tensor = info.data
         return whole if index is None else whole[index]
-    shape, offset, nbytes = info.shape, info.offset, info.nbytes
     if index is not None:
-        shape, nbytes = shape[1:], nbytes // shape[0]
-        offset += index * nbytes
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
+        info = info.slice(index)
+    offset, nbytes = info.offset, info.nbytes
+    buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
     with open(root / info.file, "rb", buffering=0) as file:
         file.seek(offset)
         _read_into(file, tensor_bytes(buffer), root / info.file, info.name)
     flat = buffer.view(TORCH_DTYPES[info.dtype])
-    return flat.view(shape) if info.stride is None else flat.as_strided(shape, info.stride)
+    return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
 
 
 def _read_into(file: Any, view: memoryview, path: Path, name: str) -> None:
@@ -78,17 +85,22 @@ def _span(tensor: torch.Tensor) -> int:
 
 def check_finite(tensor: torch.Tensor, name: str, file: str) -> None:
     """Raise `InvalidInput` that names the tensor if it holds NaN or Inf."""
-    if torch.isfinite(tensor.sum(dtype=torch.float64)):
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
+    rows = tensor.reshape(-1) if tensor.is_contiguous() else tensor
+    step = max(1, _PIECE * len(rows) // max(1, rows.numel()))
+    pieces = [rows[i : i + step] for i in range(0, len(rows), step)]
+    # piece by piece: the sum in float64 converts all that it is given; only a sum that is not finite is counted
+    bad = sum(
+        int((~torch.isfinite(piece)).sum()) for piece in pieces if not torch.isfinite(piece.sum(dtype=torch.float64))
+    )
     if bad:
         raise InvalidInput(f"{file}: tensor {name} holds {bad} values that are NaN or Inf; the weights are damaged")
 
 
-def prefetch(tasks: Sequence[Callable[[], T]], depth: int = 1) -> Iterator[T]:
+def prefetch(tasks: Sequence[Callable[[], T]], depth: int = READ_AHEAD) -> Iterator[T]:
     """Yield each task's result in order, computed by a thread that stays ``depth`` results ahead.
 
-    An exception in a task is raised at its place. Leaving the iteration early stops the thread.
+    An exception in a task is raised at its place. Leaving the iteration early stops the thread. A task is begun
+    only when the caller is done with the result ``depth + 2`` places before, so that many buffers are enough.
     """
     queue: Queue[tuple[T, None] | tuple[None, BaseException]] = Queue(maxsize=depth)
     stop = threading.Event()

@@ -45,8 +45,11 @@ _EMBEDDING = re.compile(
     r"embed(?!.*proj)|^(wte|wpe|shared|relative_attention_bias|rel_pos.*|pos_emb.*)$", re.IGNORECASE
 )
 _NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
+_HEAD = re.compile(r"^(lm_)?head$|^embed_out$")
 _ROUTER = re.compile(r"^(routers?|shared_expert_gate)$")
-_NAMES = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
+#: Fused experts (experts, out_features, in_features) whose path does not say so: GraniteMoE's, JetMoE's.
+_FUSED_EXPERTS = ("input_linear", "output_linear")
+_NAMES = re.compile(r"\s*[\w.\-]+(\s*,\s*[\w.\-]+)*\s*")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Target:
     def n(self) -> int:
         """in_features"""
         return self.shape[0] if self.transposed else self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in its file."""
+        return self.tensor.nbytes if self.index is None else self.tensor.slice(self.index).nbytes
 
     @property
     def layer(self) -> int | None:
@@ -117,7 +125,7 @@ def select(
     """
     wanted, wording = _matcher(checkpoint, target_modules)
     excluded = _pattern(exclude_modules) if exclude_modules else lambda module: False
-    chosen_layers = _layer_numbers(layers) if layers else None
+    in_layers = _layer_numbers(layers) if layers else lambda layer: True
     targets: list[Target] = []
     left_out: list[LeftOut] = []
     matched: list[str] = []
@@ -128,9 +136,11 @@ def select(
             matched.append(module)
             if not wanted(module):
                 reason = wording
+            elif target_modules == "all-linear" and _HEAD.match(module.rsplit(".", 1)[-1]):
+                reason = "a head"
             elif excluded(module):
                 reason = "excluded by --exclude-modules"
-            elif chosen_layers is not None and names.layer_index(module) not in chosen_layers:
+            elif not in_layers(names.layer_index(module)):
                 reason = "its block is not among --layers"
         if reason is None:
             targets += _targets(info, checkpoint)
@@ -145,7 +155,7 @@ def _not_linear(info: TensorInfo, checkpoint: Checkpoint) -> str | None:
     *parents, last = info.name.removesuffix(".weight").split(".")
     if info.dtype not in FLOAT_DTYPES:
         return f"not floating point ({info.dtype})"
-    if len(info.shape) == 3 and "experts" in parents:
+    if len(info.shape) == 3 and ("experts" in parents or last in _FUSED_EXPERTS):
         return None if _expert_orientation(info, checkpoint) is not None else "experts of unknown orientation"
     if len(info.shape) != 2 or 0 in info.shape:
         return "not a matrix"
@@ -175,11 +185,16 @@ def _expert_orientation(info: TensorInfo, checkpoint: Checkpoint) -> bool | None
     if config.get("model_type") in TRANSPOSED_EXPERT_MODELS:
         return True
     hidden = config.get("hidden_size", checkpoint.config.get("hidden_size"))
-    _, rows, columns = info.shape
-    if (rows == hidden) == (columns == hidden):
-        return False if hidden == rows == columns else None
-    out_of_experts = re.search(r"down|w2|output|out_proj", info.name.rsplit("experts", 1)[-1]) is not None
-    return bool((columns if out_of_experts else rows) == hidden)
+    parent = info.name.removesuffix(".weight").rpartition(".")[0] + "."
+    # the tensor itself first; where it is square, the others of these experts tell
+    fused = [info, *(t for t in checkpoint.tensors.values() if t.name.startswith(parent) and len(t.shape) == 3)]
+    for name, (_, rows, columns) in ((t.name.removesuffix(".weight"), t.shape) for t in fused):
+        if (rows == hidden) != (columns == hidden):
+            out_of_experts = re.search(r"down|w2|output|out_proj", name.rpartition(".")[-1]) is not None
+            return bool((columns if out_of_experts else rows) == hidden)
+        if not hidden == rows == columns:
+            return None
+    return None if "experts" in parent else False
 
 
 def _targets(info: TensorInfo, checkpoint: Checkpoint) -> list[Target]:
@@ -224,7 +239,7 @@ def _matcher(checkpoint: Checkpoint, target_modules: str) -> tuple[Callable[[str
 def _pattern(text: str) -> Callable[[str], bool]:
     """A test for module paths: comma-separated names match path endings, anything else is a regex."""
     if _NAMES.fullmatch(text):
-        endings = text.split(",")
+        endings = [name.strip() for name in text.split(",")]
         return lambda module: any(module == e or module.endswith("." + e) for e in endings)
     try:
         regex = re.compile(text)
@@ -233,15 +248,17 @@ def _pattern(text: str) -> Callable[[str], bool]:
     return lambda module: regex.fullmatch(module) is not None
 
 
-def _layer_numbers(text: str) -> set[int]:
-    numbers: set[int] = set()
+def _layer_numbers(text: str) -> Callable[[int | None], bool]:
+    ranges: list[range] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match:
             raise UsageError(f"--layers {text}: expected block numbers such as 0-11 or 0,2,8-11")
         first, last = int(match[1]), int(match[2] or match[1])
-        numbers.update(range(first, last + 1))
-    return numbers
+        if last < first:
+            raise UsageError(f"--layers {text}: {first}-{last} runs backwards")
+        ranges.append(range(first, last + 1))
+    return lambda layer: any(layer in numbers for numbers in ranges)
 
 
 def _require_matches(target_modules: str, linear: list[str], any_target: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -13,26 +14,32 @@ from frodctl.cli.output import Column, Output, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import decompose as job
 
-_PLAN_COLUMNS = (
+
+def _heights(row: Mapping[str, Any]) -> str:
+    lowest, highest = row["m_min"], row["m_max"]
+    return str(highest) if lowest == highest else f"{lowest}–{highest}"
+
+
+_SHAPE_COLUMNS = (
     Column("category", "category", left=True),
     Column("layers", "layers"),
     Column("n", "n"),
     Column("m_min"),
-    Column("m_max", "m", lambda r: str(r["m_max"]) if r["m_min"] == r["m_max"] else f"{r['m_min']}–{r['m_max']}"),
+    Column("m_max", "m", _heights),
     Column("parameters"),
-    Column("sparsity", "sparsity", lambda r: f"{r['sparsity']:.4g}"),
+    Column("sparsity"),
     Column("nnz"),
     Column("trainable_parameters", "trainable", lambda r: human_count(r["trainable_parameters"])),
-    Column("flops", "flop", lambda r: human_count(r["flops"])),
-)  # fmt: skip
+)
+_PLAN_COLUMNS = (*_SHAPE_COLUMNS, Column("flops", "flop", lambda r: human_count(r["flops"])))
 _RESULT_COLUMNS = (
-    *(column for column in _PLAN_COLUMNS if column.key != "flops"),
+    *_SHAPE_COLUMNS,
     Column("flops"),
-    Column("precision", "precision"),
+    Column("precision"),
     Column("rank", "rank"),
     Column("condition_number", "cond", lambda r: f"{r['condition_number']:.3g}"),
-    Column("tau_min", "τ min", lambda r: f"{r['tau_min']:.4g}"),
-    Column("tau_max", "τ max", lambda r: f"{r['tau_max']:.4g}"),
+    Column("tau_min", "τ", lambda r: f"{r['tau_min']:.3g}–{r['tau_max']:.3g}"),
+    Column("tau_max"),
     Column("seconds", "time", lambda r: "resumed" if r["resumed"] else f"{r['seconds']:.2f} s"),
     Column("resumed"),
 )

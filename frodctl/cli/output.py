@@ -60,9 +60,14 @@ class Output:
         from rich.table import Table
 
         shown = [column for column in columns if column.title]
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in shown:
-            table.add_column(column.title, justify="left" if column.left else "right", overflow="fold")
+            table.add_column(
+                column.title,
+                justify="left" if column.left else "right",
+                overflow="fold",
+                no_wrap=not column.left,  # numbers stay whole, names break where the terminal is narrow
+            )
         for row in rows:
             table.add_row(*(c.show(row) if c.show else _cell(row[c.key]) for c in shown))
         console = Console(markup=False, highlight=False)

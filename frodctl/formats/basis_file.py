@@ -63,6 +63,15 @@ class BasisMetadata:
         value = asdict(self) | {"peft_loadable": self.peft_loadable}
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
+    def _check_types(self) -> None:
+        _require(type(self.seed) is int, "seed")
+        _require(isinstance(self.alpha, (int, float)), "alpha")
+        _require(isinstance(self.basis, dict), "basis")
+        _require(isinstance(self.sparsity, dict) and self.sparsity.keys() == self.basis.keys(), "sparsity")
+        _require(all(isinstance(rate, (int, float)) for rate in self.sparsity.values()), "sparsity")
+        _require(all(isinstance(m.category, str) and isinstance(m.name, str) for m in self.modules), "modules")
+        _require(all(type(size) is int for m in self.modules for size in m.shape), "shape")
+
     @classmethod
     def from_json(cls, text: str, where: str) -> BasisMetadata:
         """Parse and check; `InvalidInput` names the file."""
@@ -76,9 +85,16 @@ class BasisMetadata:
             known = {f.name for f in fields(cls)}
             kept = {key: item for key, item in value.items() if key in known}
             modules = [_module_record(record) for record in kept.pop("modules")]
-            return cls(modules=modules, **kept)
-        except (ValueError, KeyError, TypeError) as error:
+            metadata = cls(modules=modules, **kept)
+            metadata._check_types()
+            return metadata
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidInput(f"{where}: damaged shared-basis metadata ({error!r})") from None
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
 
 
 def _module_record(value: Mapping[str, Any]) -> ModuleRecord:
@@ -116,7 +132,11 @@ class BasisFile:
         widths = {category: self.width(category) for category in self.metadata.basis}
         drawn = patterns(widths, self.metadata.sparsity, self.metadata.seed)
         stored = {c: f"indices.{c}" for c in widths if f"indices.{c}" in self.header.tensors}
-        return {c: self.tensor(stored[c]) if c in stored else torch.from_numpy(drawn[c]) for c in widths}
+        found = {c: self.tensor(stored[c]) if c in stored else torch.from_numpy(drawn[c]) for c in widths}
+        for c in stored:
+            if found[c].numel() and not (found[c].min() >= 0 and found[c].max() < widths[c]):
+                raise InvalidInput(f"{self.path}: {stored[c]} points outside the {widths[c]} x {widths[c]} matrix")
+        return found
 
     def verify(self) -> None:
         """Compare the digest of every V with the one recorded; `InvalidInput` where they differ."""
@@ -150,6 +170,9 @@ def _check_tensors(path: Path, header: codec.Header, metadata: BasisMetadata) ->
         n = spec[0].shape[0] if spec and spec[0].shape else 0
         expected[f"V.{category}"] = ((n, n), _V_DTYPES)
         expected[f"tau.{category}"] = ((n,), ("F64",))
+        if indices := header.tensors.get(f"indices.{category}"):
+            nnz = indices[0].shape[-1] if indices[0].shape else 0
+            expected[f"indices.{category}"] = ((2, nnz), ("I64",))
     for module in metadata.modules:
         if module.category not in metadata.basis:
             raise InvalidInput(f"{path}: module {module.name} is of category {module.category}, which is not there")

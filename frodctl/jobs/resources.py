@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,19 +44,6 @@ def require_memory(nbytes: int, device: torch.device) -> None:
             f"about {nbytes / 1e9:.2f} GB of memory needed on {device}, {available / 1e9:.2f} GB available; "
             "choose fewer or narrower target modules"
         )
-
-
-def return_freed_memory() -> None:
-    """Have the C library give large freed blocks back to the system at once, where it is glibc.
-
-    By default it raises the size from which it does so as blocks are freed, and then keeps them; tensors that
-    one thread reads and another frees leave holes, and the process grows with the number of layers.
-    """
-    mmap_threshold, one_megabyte = -3, 1 << 20
-    try:
-        ctypes.CDLL(None).mallopt(mmap_threshold, one_megabyte)
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
 
 
 @contextmanager

@@ -28,18 +28,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from frodctl.errors import FrodctlError
+from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.method.cost import layer_flops
-from frodctl.method.linalg import add_gram_, mirror_, spd_inverse, spectral_norm, times_upper
+from frodctl.method.linalg import Scratch, add_gram_, inverse_cholesky, mirror_, spectral_norm, times_upper
 
-#: float32 products are used up to this condition number of R; there they leave τ within about 1e-6 τ_max.
-FLOAT32_CONDITION = 50.0
+#: float32 products are used up to these condition numbers of R, where they leave τ within a few 1e-6 of τ_max:
+#: for Gram matrices of wide layers, and (the terms of T being more sensitive to them) of tall ones.
+FLOAT32_CONDITION_WIDE = 50.0
+FLOAT32_CONDITION_TALL = 16.0
 #: Up to this one a Cholesky factor of G serves; beyond it, an eigendecomposition.
 CHOLESKY_CONDITION = 1e3
 #: τ equal to this relative difference are one eigenvalue, whose eigenvectors may be rotated.
 TIE = 1e-6
 #: λ below this fraction of the largest is written as 0.
 NEGLIGIBLE_SCALE = 1e-6
+
+
+class NonFiniteWeights(InvalidInput):
+    """Some weight holds NaN or Inf; which one, the Gram matrices do not tell."""
 
 
 class Layers(Protocol):
@@ -97,9 +103,10 @@ def joint_basis(
     alpha : float
         The regularisation α > 0 of C_i.
     precision : {"auto", "float32", "float64"}
-        Dtype of the products with weights. Sums and factorisations are float64 always, and so are the Gram
-        matrices of weights with m ≥ n. "auto" takes float32 where G is well conditioned (condition of R
-        up to 50); "float32" up to 1000. Beyond that, and where N = 1 or Σ m_i ≤ n, it is float64.
+        Dtype of the products with weights. Sums and factorisations of n × n matrices are float64 always, and so
+        are the Gram matrices of nearly square weights (n ≤ m < 2n), to whose rounding T is most sensitive.
+        "auto" takes float32 where G is well conditioned (condition of R up to 16, or 50 if no weight is tall);
+        "float32" up to 1000. Beyond that, and where N = 1 or Σ m_i ≤ n, it is float64.
     dtype : torch.dtype
         Of the stored V. λ is computed from V as stored.
     device : torch.device or str
@@ -115,6 +122,8 @@ def joint_basis(
 
     Raises
     ------
+    NonFiniteWeights
+        A weight holds NaN or Inf.
     FrodctlError
         V cannot be represented in ``dtype``.
     """
@@ -122,12 +131,14 @@ def joint_basis(
     work = torch.float64 if precision == "float64" or stack.tied_by_shape else torch.float32
     G = stack.gram(work)
     root = _cholesky_root(G)
-    limit = FLOAT32_CONDITION if precision == "auto" else CHOLESKY_CONDITION
+    limit = stack.float32_condition if precision == "auto" else CHOLESKY_CONDITION
     if work == torch.float32 and (root is None or root.condition > limit):
         work = torch.float64
-        if stack.any_wide:  # narrower layers' Gram matrices were float64 already
+        if not all(map(_nearly_square, stack.shapes)):  # theirs were float64 already
             G = stack.gram(work)
             root = _cholesky_root(G)
+    if not bool(torch.isfinite(G).all()):
+        raise NonFiniteWeights("the weights hold NaN or Inf")
     if root is None:
         root = _eigen_root(G)
     T = stack.mean_resolvent(G, root, alpha, work)
@@ -155,12 +166,14 @@ class _Stack:
         self.n = self.shapes[0][1]
         self.device = device
         self.advance = advance
+        self.scratch = Scratch(device)
         self.grams: dict[int, Tensor] = {}
         self.gram_room = int(cache_bytes // (8 * self.n**2))
 
     @property
-    def any_wide(self) -> bool:
-        return any(m < n for m, n in self.shapes)
+    def float32_condition(self) -> float:
+        """Up to which condition number of R float32 products will do."""
+        return FLOAT32_CONDITION_TALL if any(m >= n for m, n in self.shapes) else FLOAT32_CONDITION_WIDE
 
     @property
     def tied_by_shape(self) -> bool:
@@ -173,80 +186,157 @@ class _Stack:
             yield i, W.to(self.device)
             self.advance(layer_flops(*self.shapes[i])[step])
 
-    def zeros(self, n: int) -> Tensor:
-        return torch.zeros(n, n, dtype=torch.float64, device=self.device)
-
     def gram(self, work: torch.dtype) -> Tensor:
         """G = Σ W_iᵀ W_i (n, n) float64."""
         self.grams.clear()
-        G = self.zeros(self.n)
+        total = _Sum(self.n, self.scratch)
         for i, W in self.weights(0):
-            m, n = W.shape
-            if m < n:
-                add_gram_(G, W.to(work))
-            elif len(self.grams) < self.gram_room:
-                self.grams[i] = add_gram_(self.zeros(n), W.double())
-                G += self.grams[i]
+            if W.shape[0] >= self.n and len(self.grams) < self.gram_room:
+                kept = torch.empty(self.n, self.n, dtype=torch.float64, device=self.device)
+                self.grams[i] = kept.copy_(self.gram_of(W, work))
+                total.sum += kept
             else:
-                add_gram_(G, W.double())
-        for gram in self.grams.values():
-            mirror_(gram)
-        return mirror_(G)
+                total.add_gram(self.scratch.cast("W", W, _gram_dtype(tuple(W.shape), work)))
+        return total.result()
+
+    def gram_of(self, W: Tensor, work: torch.dtype) -> Tensor:
+        """The upper triangle of WᵀW (n, n), in scratch memory."""
+        dtype = _gram_dtype(tuple(W.shape), work)
+        return add_gram_(self.scratch.empty("gram", (self.n, self.n), dtype), self.scratch.cast("W", W, dtype), beta=0)
 
     def mean_resolvent(self, G: Tensor, root: _Root, alpha: float, work: torch.dtype) -> Tensor:
         """T = (1/N) Σ (C_i + αI)⁻¹ (r, r) float64."""
-        r = root.P.shape[1]
-        P = root.P.to(work)
-        T = self.zeros(r)
-        unwhitened: Tensor | None = None
-        correction: Tensor | None = None
-        wide = 0
+        terms = _Resolvents(G, root, alpha, work, self.scratch)
         for i, W in self.weights(1):
             if root.triangular and W.shape[0] >= self.n:
                 gram = self.grams.get(i)
-                gram = mirror_(add_gram_(self.zeros(self.n), W.double())) if gram is None else gram
-                inverse = spd_inverse(gram + alpha * G)
-                unwhitened = inverse if unwhitened is None else unwhitened.add_(inverse)
-                continue
-            Q = times_upper(W.to(work), P) if root.triangular else W.to(work) @ P
-            if Q.shape[0] < r:
-                K = mirror_(add_gram_(torch.zeros_like(Q[:, : len(Q)]), Q.T))
-                K.diagonal().add_(alpha)
-                B = torch.linalg.solve_triangular(torch.linalg.cholesky(K), Q, upper=False)
-                correction = add_gram_(self.zeros(r) if correction is None else correction, B)
-                wide += 1
+                terms.add_unwhitened(self.gram_of(W, work) if gram is None else gram)
             else:
-                C = mirror_(add_gram_(self.zeros(r), Q))
-                C.diagonal().add_(alpha)
-                T += spd_inverse(C)
-        if unwhitened is not None:
-            T += root.R @ unwhitened @ root.R.T
-        if correction is not None:
-            T -= mirror_(correction) / alpha
-            T.diagonal().add_(wide / alpha)
-        return mirror_(T.div_(len(self.shapes)))
+                terms.add_whitened(self.scratch.cast("W", W, work))
+        return terms.mean()
 
     def scales(self, V: Tensor, rank: int, work: torch.dtype) -> list[Tensor]:
         """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank."""
         D = torch.linalg.inv(V.double()).T[:, :rank].contiguous()
         narrow = D.to(work)
-        squares: list[Tensor] = []
+        squares = torch.empty(len(self.shapes), rank, dtype=torch.float64, device=self.device)
         for i, W in self.weights(2):
-            if i in self.grams and _gram_is_cheaper(W.shape[0], self.n, work):
-                square = ((self.grams[i] @ D) * D).sum(dim=0).clamp_(min=0)
+            if i in self.grams and work == torch.float64:
+                product = torch.mm(mirror_(self.grams[i]), D, out=self.scratch.empty("product", (self.n, rank)))
+                squares[i] = product.mul_(D).sum(dim=0).clamp_(min=0)
             else:
-                Y = W.to(work) @ narrow
-                square = torch.linalg.vector_norm(Y, dim=0, dtype=torch.float64).square()
-            squares.append(square)
+                Y = self.scratch.empty("product", (len(W), rank), work)
+                torch.mm(self.scratch.cast("W", W, work), narrow, out=Y)
+                squares[i] = Y.square_().sum(dim=0)
         scales = torch.zeros(len(squares), self.n, dtype=torch.float64)
-        scales[:, :rank] = torch.stack(squares).sqrt().cpu()
+        scales[:, :rank] = squares.sqrt_().cpu()
         scales[scales < NEGLIGIBLE_SCALE * scales.max()] = 0
         return list(scales.float())
 
 
-def _gram_is_cheaper(m: int, n: int, work: torch.dtype) -> bool:
-    """Whether n³ products in float64 cost less than m n² in the working precision (float64 at half speed)."""
-    return (2 * n if work == torch.float32 else n) < m
+class _Sum:
+    """A float64 sum of Gram matrices XᵀX, whose products may be float32.
+
+    float32 products are added up in float32 for a few thousand rows at a time, no more than one product has.
+    """
+
+    FLUSH_ROWS = 4096
+
+    def __init__(self, n: int, scratch: Scratch) -> None:
+        self.sum = torch.zeros(n, n, dtype=torch.float64, device=scratch.device)
+        self.scratch = scratch
+        self.pending: Tensor | None = None
+        self.rows = 0
+
+    def add_gram(self, X: Tensor, *, lower: bool = False) -> None:
+        """Add XᵀX for X (m, n); ``lower`` says that X is lower triangular."""
+        if X.dtype == self.sum.dtype:
+            add_gram_(self.sum, X, lower=lower)
+            return
+        if self.pending is None:
+            self.pending = self.scratch.empty("pending", tuple(self.sum.shape), X.dtype)
+        add_gram_(self.pending, X, beta=1 if self.rows else 0, lower=lower)
+        self.rows += len(X)
+        if self.rows >= self.FLUSH_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.pending is not None and self.rows:
+            self.sum += self.pending
+        self.rows = 0
+
+    def result(self) -> Tensor:
+        """The whole symmetric sum."""
+        self.flush()
+        return mirror_(self.sum)
+
+
+class _Resolvents:
+    """The sum of (C_i + αI)⁻¹ over the layers, each by the cheapest of the equal formulas."""
+
+    def __init__(self, G: Tensor, root: _Root, alpha: float, work: torch.dtype, scratch: Scratch) -> None:
+        self.G = G
+        self.root = root
+        self.alpha = alpha
+        self.P = root.P.to(work)
+        self.r = root.P.shape[1]
+        self.scratch = scratch
+        self.unwhitened: _Sum | None = None  #: Σ (G_i + αG)⁻¹
+        self.tall: _Sum | None = None  #: Σ (Q_iᵀQ_i + αI)⁻¹
+        self.wide: _Sum | None = None  #: Σ Q_iᵀ (Q_i Q_iᵀ + αI)⁻¹ Q_i
+        self.wide_count = 0
+        self.count = 0
+
+    def add_unwhitened(self, gram: Tensor) -> None:
+        """A layer with m ≥ n, by the upper triangle of its Gram matrix G_i (n, n)."""
+        self.count += 1
+        shifted = torch.add(gram, self.G, alpha=self.alpha, out=self.scratch.empty("shifted", tuple(gram.shape)))
+        self.unwhitened = self.unwhitened or _Sum(len(gram), self.scratch)
+        self.unwhitened.add_gram(inverse_cholesky(shifted), lower=True)
+
+    def add_whitened(self, W: Tensor) -> None:
+        """A layer of any height, by Q_i = W_i P (m, r)."""
+        self.count += 1
+        m, r = len(W), self.r
+        Q = self.scratch.empty("Q", (m, r), W.dtype)
+        Q = times_upper(W, self.P, Q) if self.root.triangular else torch.mm(W, self.P, out=Q)
+        if m < r:
+            self.wide = self.wide or _Sum(r, self.scratch)
+            X = self._inverse_root(Q.T)
+            self.wide.add_gram(times_upper(Q.T, X.T, self.scratch.empty("B", (r, m), W.dtype)).T)
+            self.wide_count += 1
+        else:
+            self.tall = self.tall or _Sum(r, self.scratch)
+            self.tall.add_gram(self._inverse_root(Q), lower=True)
+
+    def _inverse_root(self, Q: Tensor) -> Tensor:
+        """L⁻¹ (k, k) for QᵀQ + αI = LLᵀ, Q having k columns."""
+        k = Q.shape[1]
+        C = add_gram_(self.scratch.empty("shifted", (k, k), Q.dtype), Q, beta=0)
+        C.diagonal().add_(self.alpha)
+        return inverse_cholesky(C)
+
+    def mean(self) -> Tensor:
+        """T (r, r) float64."""
+        T = torch.zeros(self.r, self.r, dtype=torch.float64, device=self.G.device)
+        if self.unwhitened is not None:
+            T += self.root.R @ self.unwhitened.result() @ self.root.R.T
+        if self.tall is not None:
+            T += self.tall.result()
+        if self.wide is not None:
+            T -= self.wide.result() / self.alpha
+            T.diagonal().add_(self.wide_count / self.alpha)
+        return mirror_(T.div_(self.count))
+
+
+def _nearly_square(shape: tuple[int, ...]) -> bool:
+    m, n = shape
+    return n <= m < 2 * n
+
+
+def _gram_dtype(shape: tuple[int, ...], work: torch.dtype) -> torch.dtype:
+    """The dtype of a weight's Gram matrix where products are in ``work``."""
+    return torch.float64 if _nearly_square(shape) else work
 
 
 def _cholesky_root(G: Tensor) -> _Root | None:

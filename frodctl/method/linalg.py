@@ -1,14 +1,39 @@
 """The dense kernels under the joint basis: symmetric and triangular products at half their full cost.
 
-torch has no syrk or trmm on the CPU, so these work by column blocks and skip the half that is known.
+torch has no syrk or trmm on the CPU, so these work by column blocks and skip the half that is known. They write
+into tensors they are given: fresh ones would cost page faults, and holes in the heap, layer after layer.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
+
+#: Up to this size LAPACK is as fast as our own recursion.
+_LEAF = 128
+
+
+class Scratch:
+    """Memory that is used again: one block by name and dtype, as large as the largest request so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.blocks: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+        """A contiguous tensor whose contents are whatever was left there."""
+        size = prod(shape)
+        block = self.blocks.get((name, dtype))
+        if block is None or block.numel() < size:
+            block = self.blocks[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return block[:size].view(shape)
+
+    def cast(self, name: str, X: Tensor, dtype: torch.dtype) -> Tensor:
+        """X in another dtype; X itself where it has it already."""
+        return X if X.dtype == dtype else self.empty(name, tuple(X.shape), dtype).copy_(X)
 
 
 def _blocks(n: int) -> list[tuple[int, int]]:
@@ -18,39 +43,52 @@ def _blocks(n: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def add_gram_(total: Tensor, X: Tensor) -> Tensor:
-    """Add the upper block triangle of XᵀX to ``total`` (n, n), whose lower part is left undefined.
+def add_gram_(total: Tensor, X: Tensor, *, beta: int = 1, lower: bool = False) -> Tensor:
+    """Replace the upper triangle of ``total`` (n, n) by ``beta total`` + XᵀX, X (m, n) of the same dtype.
 
-    The product is taken in X's dtype (X is (m, n)) and added in that of ``total``.
+    What is below the diagonal is undefined then; see `mirror_`. ``lower`` says that X is lower triangular.
     """
     for begin, end in _blocks(X.shape[1]):
-        total[:end, begin:end] += X[:, :end].T @ X[:, begin:end]
+        rows = X[begin:] if lower else X
+        total[:end, begin:end].addmm_(rows[:, :end].T, rows[:, begin:end], beta=beta)
     return total
+
+
+def inverse_cholesky(A: Tensor) -> Tensor:
+    """L⁻¹ (n, n), lower triangular, for the symmetric positive definite A = LLᵀ (n, n).
+
+    Only the upper triangle of A is read, and A is overwritten. By halves, so that most of it is matrix products:
+    with A = [[A₁, B], [Bᵀ, A₂]], X₁ = L₁⁻¹ and C = X₁B, the Schur complement is A₂ − CᵀC = L₂L₂ᵀ, and
+    L⁻¹ = [[X₁, 0], [−X₂CᵀX₁, X₂]].
+    """
+    n = len(A)
+    if n <= _LEAF:
+        eye = torch.eye(n, dtype=A.dtype, device=A.device)
+        leaf: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(A.T), eye, upper=False)
+        return leaf
+    half = -(-n // 32) * 16
+    X = torch.zeros_like(A)
+    X[:half, :half] = inverse_cholesky(A[:half, :half])
+    C = X[:half, :half] @ A[:half, half:]
+    X[half:, half:] = inverse_cholesky(A[half:, half:].addmm_(C.T, C, alpha=-1))
+    torch.mm(X[half:, half:], C.T @ X[:half, :half], out=X[half:, :half]).neg_()
+    return X
 
 
 def mirror_(total: Tensor) -> Tensor:
     """Fill the lower triangle of ``total`` (n, n) from the upper one."""
-    for begin, end in _blocks(total.shape[0]):
-        total[begin:end, :begin] = total[:begin, begin:end].T
-        block = total[begin:end, begin:end]
-        block.copy_(block.triu() + block.triu(1).T)
-    return total
+    strict = total.triu(1)
+    return total.triu_().add_(strict.T)
 
 
-def times_upper(X: Tensor, P: Tensor) -> Tensor:
-    """X P for X (m, n) and upper triangular P (n, n)."""
-    product = torch.empty_like(X)
+def times_upper(X: Tensor, P: Tensor, out: Tensor) -> Tensor:
+    """X P for X (m, n) and upper triangular P (n, n), in ``out`` (m, n)."""
     for begin, end in _blocks(P.shape[0]):
-        torch.mm(X[:, :end], P[:end, begin:end], out=product[:, begin:end])
-    return product
+        torch.mm(X[:, :end], P[:end, begin:end], out=out[:, begin:end])
+    return out
 
 
-def spd_inverse(A: Tensor) -> Tensor:
-    """Inverse of a symmetric positive definite matrix (n, n), by its Cholesky factor."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(A))
-
-
-def spectral_norm(A: Tensor, steps: int = 20) -> float:
+def spectral_norm(A: Tensor, steps: int = 12) -> float:
     """‖A‖₂ by power iteration on AᵀA from A's largest column: a lower bound, mostly within a few per cent."""
     x = A[:, A.norm(dim=0).argmax()]
     for _ in range(steps):

@@ -236,5 +236,5 @@ def _categories(
 
 def _working_bytes(category: CategoryPlan, options: DecomposeOptions) -> int:
     """Memory that one category takes: the arithmetic's, and up to three weights read ahead."""
-    stored = max(codec.DTYPE_BITS[t.tensor.dtype] // 8 * t.m * t.n for t in category.targets)
+    stored = max(target.nbytes for target in category.targets)
     return cost.memory_bytes(category.shapes, options.cache_size) + 3 * stored

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from frodctl.errors import InvalidInput
 from frodctl.formats import basis_file
 from frodctl.jobs.decompose.plan import V_DTYPES, CategoryPlan, DecomposePlan, plan_decompose
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import choose_device, memory_errors, require_memory, return_freed_memory
+from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,6 @@ def decompose(
 def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> DecomposeResult:
     """Carry out a plan of `plan_decompose`. Errors are those of `decompose`."""
     started = time.perf_counter()
-    return_freed_memory()
     device = choose_device(plan.options.device)
     require_memory(plan.peak_memory_bytes, device)
     staging = sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume)
@@ -142,6 +142,7 @@ class _Parts:
         self.device = device
         self.progress = progress
         self.done = 0.0
+        self.total = plan.flops
         self.bases: dict[str, str] = {}  #: digest of each category's V
         self.modules: dict[str, str] = {}  #: digest of each module's weight
 
@@ -163,22 +164,26 @@ class _Parts:
 
     def _compute(self, number: int, category: CategoryPlan) -> dict[str, Any]:
         from frodctl.checkpoint import stream
-        from frodctl.method.joint_basis import joint_basis
+        from frodctl.method.joint_basis import NonFiniteWeights, joint_basis
 
         options = self.plan.options
         started = time.perf_counter()
         begun = self.done
         layers = _Weights(self.plan.checkpoint, category.targets)
-        with memory_errors(self.device):
-            basis = joint_basis(
-                layers,
-                alpha=options.alpha,
-                precision=options.precision,
-                dtype=stream.TORCH_DTYPES[V_DTYPES[options.dtype]],
-                device=self.device,
-                cache_bytes=options.cache_size,
-                advance=lambda flops: self._advance(category, flops),
-            )
+        try:
+            with memory_errors(self.device):
+                basis = joint_basis(
+                    layers,
+                    alpha=options.alpha,
+                    precision=options.precision,
+                    dtype=stream.TORCH_DTYPES[V_DTYPES[options.dtype]],
+                    device=self.device,
+                    cache_bytes=options.cache_size,
+                    advance=lambda flops: self._advance(category, flops),
+                )
+        except NonFiniteWeights:
+            layers.check_finite()
+            raise
         outcome = Outcome(
             precision=basis.precision,
             rank=basis.rank,
@@ -198,7 +203,7 @@ class _Parts:
 
     def _advance(self, category: CategoryPlan, flops: float) -> None:
         self.done += flops
-        self.progress(Progress(category.name, self.done, self.plan.flops))
+        self.progress(Progress(category.name, self.done, self.total))
 
 
 def _read_part(path: Path, category: CategoryPlan) -> dict[str, Any] | None:
@@ -218,13 +223,14 @@ def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, torch.Te
 
 
 class _Weights:
-    """The weights of a category, read from the checkpoint at each walk; digested and checked at the first."""
+    """The weights of a category, read from the checkpoint at each walk; digested at the first."""
 
     def __init__(self, checkpoint: Checkpoint, targets: tuple[Target, ...]) -> None:
         assert checkpoint.root is not None, "the plan of a dry run cannot be run"
         self.root = checkpoint.root
         self.targets = targets
         self.digests: dict[str, str] = {}
+        self.buffers: list[torch.Tensor] | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -233,15 +239,33 @@ class _Weights:
     def __iter__(self) -> Iterator[torch.Tensor]:
         from frodctl.checkpoint.stream import prefetch
 
-        tasks: list[Callable[[], torch.Tensor]] = [partial(self._read, target) for target in self.targets]
+        slots = itertools.cycle(self._buffers())
+        tasks = [partial(self._read, target, next(slots)) for target in self.targets]
         return prefetch(tasks)
 
-    def _read(self, target: Target) -> torch.Tensor:
+    def check_finite(self) -> None:
+        """Raise `InvalidInput` that names the first weight that holds NaN or Inf."""
+        from frodctl.checkpoint.stream import check_finite
+
+        for target, weight in zip(self.targets, self, strict=True):
+            check_finite(weight, target.tensor.name, str(self.root / target.tensor.file))
+
+    def _buffers(self) -> list[torch.Tensor]:
+        """Memory to read into: for the weight in use, those read ahead, and the one being read."""
+        import torch
+
+        from frodctl.checkpoint.stream import READ_AHEAD
+
+        if self.buffers is None:
+            largest = max(target.nbytes for target in self.targets)
+            self.buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(READ_AHEAD + 2)]
+        return self.buffers
+
+    def _read(self, target: Target, buffer: torch.Tensor) -> torch.Tensor:
         from frodctl.checkpoint import stream
 
-        weight = stream.read_tensor(self.root, target.tensor, target.index)
+        weight = stream.read_tensor(self.root, target.tensor, target.index, buffer)
         if target.module not in self.digests:
-            stream.check_finite(weight, target.tensor.name, str(self.root / target.tensor.file))
             self.digests[target.module] = stream.digest(weight)
         return weight.T if target.transposed else weight
 

@@ -1,0 +1,234 @@
+"""Checkpoints from a Hub on the loopback interface, through the real client and the real command."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from frodctl.formats.basis_file import open_basis
+from tests.conftest import LLAMA_CONFIG, Run, llama_layers, save_checkpoint
+from tests.hub_server import HubServer
+
+TOKEN = "hf_loopbackSecretToken"
+Decompose = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The checkpoint in two shards with an index, beside files that nobody needs."""
+    folder.mkdir(parents=True)
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {name: shards[i % 2] for i, name in enumerate(tensors)}
+    for shard in shards:
+        save_file({name: t for name, t in tensors.items() if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    for name in ("README.md", "modeling_evil.py", "pytorch_model.bin", "tokenizer.json", "consolidated.safetensors"):
+        (folder / name).write_bytes(bytes(100))
+
+
+@pytest.fixture(scope="module")
+def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("repos")
+    sharded(root / "sharded", llama_layers(2, n=64, m=96))
+    save_checkpoint(root / "plain", llama_layers(1), LLAMA_CONFIG)
+    save_checkpoint(root / "plain-v1", llama_layers(1, seed=1), LLAMA_CONFIG)
+    save_checkpoint(root / "nested" / "text_encoder", llama_layers(1, seed=2), LLAMA_CONFIG)
+    (root / "nested" / "model_index.json").write_text("{}")
+    save_checkpoint(root / "corrupt", llama_layers(1), LLAMA_CONFIG)
+    (root / "corrupt" / "model.safetensors").write_bytes(b"\xff" * 4096)
+    shutil.copytree(root / "sharded", root / "escaping")
+    weight_map = {"a": "../../secret.safetensors"}
+    (root / "escaping" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (root / "pickled").mkdir()
+    torch.save(llama_layers(1), root / "pickled" / "pytorch_model.bin")
+    (root / "pickled" / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    return root
+
+
+@pytest.fixture
+def hub(repos: Path) -> Iterator[HubServer]:
+    names = ("sharded", "plain", "nested", "corrupt", "escaping", "pickled")
+    served = {f"org/{name}": repos / name for name in names} | {"org/gated": repos / "plain"}
+    revisions = {"org/plain": {"v1": repos / "plain-v1", "refs/pr/1": repos / "plain-v1"}}
+    with HubServer(served, revisions=revisions, gated={"org/gated"}, token=TOKEN) as server:
+        yield server
+
+
+@pytest.fixture
+def decompose(frodctl: Run, hub: HubServer, tmp_path: Path) -> Decompose:
+    def run(model: str, *arguments: Any, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        environment = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", **hub.env(tmp_path / "home"), **(env or {})}
+        return frodctl("decompose", model, *arguments, env=environment)
+
+    return run
+
+
+def downloaded(hub: HubServer) -> set[str]:
+    """Names of the files whose content was sent."""
+    sent = [request.path for request in hub.requests if request.method == "GET" and request.status in (200, 206)]
+    return {path.rsplit("/", 1)[-1] for path in sent if "/resolve/" in path}
+
+
+def error_of(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    """The one line of a failed run."""
+    assert done.returncode == code, done.stderr
+    assert not done.stdout
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert "unexpected" not in line
+    assert all(other.startswith("fetching ") for other in done.stderr.strip().splitlines()[:-1])
+    assert TOKEN not in line
+    return line
+
+
+def test_fetched_once_then_reused(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
+    """Only what is needed is fetched; the second run downloads nothing, and offline nothing is asked for."""
+    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "1")
+    assert done.returncode == 0, done.stderr
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert downloaded(hub) == {"config.json", "model.safetensors.index.json", *shards}
+    assert open_basis(tmp_path / "1").metadata.revision == hub.commit("org/sharded")
+    assert open_basis(tmp_path / "1").metadata.model == "org/sharded"
+    hub.clear()
+    assert decompose("org/sharded", "-o", "2", "-q").returncode == 0
+    assert not downloaded(hub)
+    hub.clear()
+    offline = {"HF_HUB_OFFLINE": "1"}
+    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "3", env=offline)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "3").read_bytes() == (tmp_path / "1").read_bytes()
+    assert decompose("org/sharded", "--dry-run", "--offline").returncode == 0
+    assert not hub.requests
+
+
+def test_a_dry_run_downloads_headers_only(decompose: Decompose, hub: HubServer, repos: Path, tmp_path: Path) -> None:
+    done = decompose("org/sharded", "--target-modules", "all-linear", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    from_hub = json.loads(done.stdout)
+    weights = [request for request in hub.requests if ".safetensors" in request.path and "index" not in request.path]
+    assert all(request.range for request in weights if request.method == "GET")
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    local = json.loads(decompose(repos / "sharded", "--target-modules", "all-linear", "--dry-run", "--json").stdout)
+    for key in ("modules", "categories", "left_out", "parameters", "trainable_parameters", "peak_memory_bytes"):
+        assert from_hub[key] == local[key]
+    assert from_hub["revision"] == hub.commit("org/sharded")
+
+
+def test_a_dry_run_of_a_large_checkpoint_transfers_little(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "large", llama_layers(8, n=512, m=1024), LLAMA_CONFIG)
+    hub.folders["org/large"] = {"main": tmp_path / "large"}
+    assert decompose("org/large", "--dry-run").returncode == 0
+    assert hub.bytes_sent < 300_000 < (tmp_path / "large" / "model.safetensors").stat().st_size / 100
+
+
+def test_a_revision_is_fetched_and_found_again(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
+    done = decompose("org/plain@v1")
+    assert done.returncode == 0, done.stderr
+    metadata = open_basis(tmp_path / "plain.frod.safetensors").metadata
+    assert metadata.revision == hub.commit("org/plain", "v1") != hub.commit("org/plain")
+    done = decompose("org/plain", "--revision", "v1", "--offline", "--dry-run", "--json")
+    assert json.loads(done.stdout)["revision"] == metadata.revision
+
+
+@pytest.mark.parametrize("model", [("org/plain", "--revision", "v1"), ("org/plain@refs/pr/1",), ("org/plain@{}",)])
+def test_a_revision_is_a_branch_a_pull_request_or_a_commit(
+    decompose: Decompose, hub: HubServer, model: tuple[str, ...]
+) -> None:
+    commit = hub.commit("org/plain", "v1")
+    done = decompose(model[0].format(commit), *model[1:], "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["revision"] == commit
+
+
+def test_a_subfolder(decompose: Decompose, hub: HubServer) -> None:
+    assert decompose("org/nested", "--subfolder", "text_encoder", "--dry-run").returncode == 0
+    done = decompose("org/nested", "--subfolder", "text_encoder", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    assert downloaded(hub) == {"config.json", "model.safetensors"}
+    assert decompose("org/nested", "--subfolder", "text_encoder", "--dry-run", "--offline").returncode == 0
+    for flags in ((), ("--subfolder", "unet")):
+        assert "no weights" in error_of(decompose("org/nested", *flags, "-o", "none"), 3)
+
+
+def test_a_cache_of_ones_own(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
+    assert decompose("org/plain", "--cache-dir", "cache", "-o", "1").returncode == 0
+    assert list((tmp_path / "cache").rglob("model.safetensors"))
+    assert not list((tmp_path / "home").rglob("model.safetensors"))
+    hub.clear()
+    assert decompose("org/plain", "--cache-dir", "cache", "--dry-run", "--offline").returncode == 0
+    assert not hub.requests
+
+
+def test_a_pickled_repository(decompose: Decompose) -> None:
+    assert "pickled" in error_of(decompose("org/pickled", "--dry-run"))
+    assert decompose("org/pickled", "-o", "out").returncode == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_what_goes_wrong_is_one_clear_line(decompose: Decompose, flags: tuple[str, ...], tmp_path: Path) -> None:
+    assert "no such model on the Hub" in error_of(decompose("org/missing", *flags))
+    assert "no revision 'v9'" in error_of(decompose("org/plain@v9", *flags))
+    assert "gated" in error_of(decompose("org/gated", *flags))
+    assert "token is not valid" in error_of(decompose("org/plain", *flags, "--token", "hf_wrong"))
+    assert "not in the local cache" in error_of(decompose("org/plain", *flags, "--offline"))
+    assert "not a Hub id" in error_of(decompose("no such thing", *flags))
+    assert {path.name for path in tmp_path.iterdir()} <= {"home"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_invalid_files_on_the_hub_exit_3(decompose: Decompose, flags: tuple[str, ...]) -> None:
+    assert "model.safetensors" in error_of(decompose("org/corrupt", "-q", *flags), 3)
+    assert "outside the folder" in error_of(decompose("org/escaping", "-q", *flags), 3)
+
+
+def test_a_dry_run_leaves_no_half_checkpoint_for_offline(decompose: Decompose) -> None:
+    """The config that a dry run caches is no checkpoint: offline says that it is not in the cache."""
+    assert decompose("org/plain", "--dry-run").returncode == 0
+    assert "not in the local cache" in error_of(decompose("org/plain", "--offline"))
+
+
+def test_a_half_fetched_checkpoint_is_not_in_the_cache(decompose: Decompose, tmp_path: Path) -> None:
+    assert decompose("org/plain", "-o", "1").returncode == 0
+    (weights,) = (tmp_path / "home").rglob("model.safetensors")
+    weights.unlink()
+    assert "not in the local cache" in error_of(decompose("org/plain", "--offline", "-o", "2"))
+
+
+def test_no_server_is_one_clear_line(decompose: Decompose) -> None:
+    """Nothing listens on port 1."""
+    for flags in ((), ("--dry-run",)):
+        error_of(decompose("org/plain", *flags, env={"HF_ENDPOINT": "http://127.0.0.1:1"}))
+
+
+@pytest.mark.parametrize("how", ["flag", "environment"])
+def test_a_token_opens_and_appears_nowhere(decompose: Decompose, hub: HubServer, how: str, tmp_path: Path) -> None:
+    flags = ("--token", TOKEN) if how == "flag" else ()
+    env = {"HF_TOKEN": TOKEN} if how == "environment" else {}
+    for more in (("--dry-run", "--json"), ("-o", "out", "--debug"))[: 2 if flags else 1]:
+        done = decompose("org/gated", *flags, *more, env=env)
+        assert done.returncode == 0, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+    assert any(request.authorization == f"Bearer {TOKEN}" for request in hub.requests)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert (tmp_path / "out" in written) == (how == "flag")
+    assert not any(re.search(TOKEN.encode(), path.read_bytes()) for path in written)
+    hub.token = "hf_another"
+    done = decompose("org/gated", *flags, "-o", "2", "--debug", env=env)
+    assert done.returncode == 1
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_local_folder_comes_before_the_hub(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "org" / "plain", llama_layers(2), LLAMA_CONFIG)
+    assert decompose("org/plain", "--dry-run").returncode == 0
+    assert not hub.requests

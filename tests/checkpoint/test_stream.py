@@ -1,0 +1,153 @@
+"""Reading tensors: the right bytes, digested, checked, ahead of their use."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import threading
+import weakref
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from frodctl.checkpoint import codec, stream
+from frodctl.checkpoint.source import TensorInfo
+from frodctl.errors import InvalidInput
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def infos(path: Path) -> dict[str, TensorInfo]:
+    header = codec.read_header(path)
+    return {s.name: TensorInfo(s.name, s.dtype, s.shape, path.name, at) for s, at in header.tensors.values()}
+
+
+def test_every_dtype_and_shape_reads_as_with_the_library(tmp_path: Path) -> None:
+    raw = torch.arange(96, dtype=torch.uint8) % 2  # 0 and 1 are booleans too
+    tensors = {str(dtype): raw.clone().view(dtype).reshape(2, -1) for dtype in stream.DTYPE_NAMES}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "byte": torch.ones(1, dtype=torch.uint8)}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path)
+    for name, expected in load_file(path).items():
+        read = stream.read_tensor(tmp_path, infos(path)[name])
+        assert (read.dtype, read.shape) == (expected.dtype, expected.shape)
+        assert stream.tensor_bytes(read) == stream.tensor_bytes(expected)
+
+
+def test_a_slice_reads_as_the_slice_of_the_whole(tmp_path: Path) -> None:
+    experts = torch.randn(3, 4, 5).bfloat16()
+    save_file({"a": torch.ones(1), "experts": experts}, tmp_path / "x.safetensors")
+    info = infos(tmp_path / "x.safetensors")["experts"]
+    for i in range(3):
+        assert torch.equal(stream.read_tensor(tmp_path, info, i), experts[i])
+
+
+def test_the_digest_is_that_of_the_bytes_in_the_file(tmp_path: Path) -> None:
+    save_file({"a": torch.randn(3, 5).half(), "b": torch.randn(7)}, tmp_path / "x.safetensors")
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    for info in infos(tmp_path / "x.safetensors").values():
+        stored = raw[info.offset : info.offset + info.nbytes]
+        tensor = stream.read_tensor(tmp_path, info)
+        assert stream.digest(tensor) == "sha256:" + hashlib.sha256(stored).hexdigest()
+
+
+def test_a_file_that_shrank_since_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"some.weight": torch.randn(64)}, path)
+    info = infos(path)["some.weight"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InvalidInput, match=r"x\.safetensors.*some\.weight"):
+        stream.read_tensor(tmp_path, info)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_counted_and_the_tensor_named(dtype: torch.dtype, value: float) -> None:
+    tensor = torch.ones(40, 50, dtype=dtype)
+    tensor[3, 4] = tensor[-1, -1] = value
+    with pytest.raises(InvalidInput, match=r"model\.bin.*some\.weight.* 2 values"):
+        stream.check_finite(tensor, "some.weight", "model.bin")
+    with pytest.raises(InvalidInput):
+        stream.check_finite(tensor.T, "some.weight", "model.bin")
+
+
+def test_infinities_of_both_signs_do_not_cancel() -> None:
+    with pytest.raises(InvalidInput):
+        stream.check_finite(torch.tensor([float("inf"), float("-inf")]), "w", "f")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_finite_values_are_finite_though_their_sum_is_not(dtype: torch.dtype) -> None:
+    stream.check_finite(torch.full((100,), torch.finfo(dtype).max, dtype=dtype), "w", "f")
+    stream.check_finite(torch.empty(0, 3, dtype=dtype), "w", "f")
+
+
+def test_checking_takes_no_multiple_of_the_tensors_memory() -> None:
+    """One big tensor is read and checked in a process of its own; its peak stays near one copy of the tensor."""
+    code = """if True:
+        import resource, torch
+        from frodctl.checkpoint import stream
+        stream.check_finite(torch.ones(10), "w", "f")
+        tensor = torch.ones(32 * 2**20, dtype=torch.bfloat16)  # 64 MiB
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        stream.check_finite(tensor, "w", "f")
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "frodctl-read"]
+
+
+def test_results_come_in_order() -> None:
+    assert list(stream.prefetch([partial(pow, i, 2) for i in range(50)])) == [i * i for i in range(50)]
+    assert list(stream.prefetch([])) == []
+    assert not reader_threads()
+
+
+def test_an_exception_is_raised_at_its_place() -> None:
+    ran: list[int] = []
+
+    def task(i: int) -> int:
+        ran.append(i)
+        if i == 2:
+            raise InvalidInput("third")
+        return i
+
+    results = stream.prefetch([partial(task, i) for i in range(5)])
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(InvalidInput, match="third"):
+        next(results)
+    assert ran == [0, 1, 2]
+    assert not reader_threads()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_leaving_early_stops_the_thread(taken: int) -> None:
+    results = stream.prefetch([partial(int, 1)] * 100)
+    for _ in range(taken):
+        next(results)
+    results.close()
+    assert not reader_threads()
+
+
+def test_few_results_are_alive_at_any_time() -> None:
+    """The one in use, one waiting, one being read: the memory that the plan counts on."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def task() -> torch.Tensor:
+        tensor = torch.ones(4)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    for tensor in stream.prefetch([task] * 50):
+        most = max(most, sum(reference() is not None for reference in list(alive)))
+        del tensor
+    assert most <= 3

@@ -1,0 +1,207 @@
+"""The shared-basis file: written, validated, verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from frodctl.checkpoint import codec, stream
+from frodctl.errors import InvalidInput
+from frodctl.formats.basis_file import (
+    BasisMetadata,
+    ModuleRecord,
+    file_metadata,
+    open_basis,
+    specs_of,
+    write_basis,
+)
+from frodctl.method.pattern import patterns
+
+N = 6
+MODULES = ("model.layers.0.q_proj", "model.layers.1.q_proj")
+TENSORS = {
+    "V.q_proj": torch.arange(36.0).reshape(N, N),
+    "tau.q_proj": torch.arange(6.0, dtype=torch.float64),
+    **{f"lambda.{module}": torch.full((N,), 0.5) for module in MODULES},
+}
+METADATA = BasisMetadata(
+    tool="frodctl 0",
+    model="org/naïve",
+    revision=None,
+    alpha=1e-3,
+    seed=7,
+    sparsity={"q_proj": 0.1},
+    precision="auto",
+    basis={"q_proj": stream.digest(TENSORS["V.q_proj"])},
+    modules=[ModuleRecord(name, "q_proj", i, (4, N), False, "sha256:0") for i, name in enumerate(MODULES)],
+)
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], metadata: str | None = None) -> Path:
+    save_file(tensors, path, {"format": "pt", "frodctl": METADATA.to_json() if metadata is None else metadata})
+    return path
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> str:
+    value = json.loads(METADATA.to_json())
+    change(value)
+    return json.dumps(value)
+
+
+def test_metadata_survives_the_round_trip() -> None:
+    read = BasisMetadata.from_json(METADATA.to_json(), "x")
+    assert read.to_json() == METADATA.to_json()
+    assert read.modules[1] == METADATA.modules[1]
+    assert (read.model, read.sparsity, read.seed, read.peft_loadable) == ("org/naïve", {"q_proj": 0.1}, 7, True)
+    collided = dataclasses.replace(METADATA, peft_collisions=("self_query",))
+    assert not BasisMetadata.from_json(collided.to_json(), "x").peft_loadable
+
+
+def test_what_later_versions_add_is_ignored() -> None:
+    BasisMetadata.from_json(edited(lambda v: v.update(new=1)), "x")
+    BasisMetadata.from_json(edited(lambda v: v["modules"][0].update(new=1)), "x")
+
+
+def test_the_file_is_read_by_the_library_and_its_header_sorted(tmp_path: Path) -> None:
+    """Two parts, as categories come, become one file."""
+    other = {name.replace("q_proj", "v_proj"): tensor + 1 for name, tensor in TENSORS.items()}
+    save_file(other, tmp_path / "0")
+    save_file(TENSORS, tmp_path / "1")
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        write_basis(file, [tmp_path / "0", tmp_path / "1"], METADATA)
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == (TENSORS | other).keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in (TENSORS | other).items())
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "frodctl": METADATA.to_json()}
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert list(header) == sorted(header)
+    assert list(header["__metadata__"]) == ["format", "frodctl"]
+    frodctl = json.loads(header["__metadata__"]["frodctl"])
+    assert list(frodctl) == sorted(frodctl)
+
+
+def test_the_size_is_known_beforehand(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "0")
+    with open(tmp_path / "x", "wb") as file:
+        write_basis(file, [tmp_path / "0"], METADATA)
+    specs = specs_of("q_proj", N, "F32", MODULES)
+    assert codec.file_bytes(specs, file_metadata(METADATA)) == (tmp_path / "x").stat().st_size
+
+
+def test_an_opened_file_gives_its_tensors(tmp_path: Path) -> None:
+    basis = open_basis(save(tmp_path / "x.safetensors", TENSORS))
+    for name, tensor in TENSORS.items():
+        assert torch.equal(basis.tensor(name), tensor)
+    assert basis.width("q_proj") == N
+    assert torch.equal(
+        basis.indices()["q_proj"], torch.from_numpy(patterns({"q_proj": N}, {"q_proj": 0.1}, 7)["q_proj"])
+    )
+    basis.verify()
+
+
+def test_stored_indices_stand_in_for_the_seeded_ones(tmp_path: Path) -> None:
+    indices = torch.tensor([[0, 1], [1, 0]])
+    basis = open_basis(save(tmp_path / "x.safetensors", {**TENSORS, "indices.q_proj": indices}))
+    assert torch.equal(basis.indices()["q_proj"], indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_v_may_be_stored_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    v = TENSORS["V.q_proj"].to(dtype)
+    metadata = edited(lambda value: value["basis"].update(q_proj=stream.digest(v)))
+    open_basis(save(tmp_path / "x.safetensors", {**TENSORS, "V.q_proj": v}, metadata)).verify()
+
+
+WRONG_TENSORS = {
+    "V.q_proj": [torch.ones(s) for s in ((N, N + 1), (N,), (), (N + 1, N + 1))] + [torch.ones(N, N).long()],
+    "tau.q_proj": [torch.ones(N), torch.ones(N + 1).double(), torch.ones(N, 1).double()],
+    "lambda.model.layers.1.q_proj": [torch.ones(N).double(), torch.ones(N - 1), torch.ones(N).half()],
+    "indices.q_proj": [torch.ones(2, 3), torch.ones(3, 2).long(), torch.ones(2).long()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "tensor"), [(name, t) for name, wrong in WRONG_TENSORS.items() for t in wrong])
+def test_a_tensor_of_another_kind_is_refused_by_name(tmp_path: Path, name: str, tensor: torch.Tensor) -> None:
+    with pytest.raises(InvalidInput, match=r"x\.safetensors: .*(q_proj)"):
+        open_basis(save(tmp_path / "x.safetensors", {**TENSORS, name: tensor}))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_missing_tensor_is_refused(tmp_path: Path, name: str) -> None:
+    rest = {other: tensor for other, tensor in TENSORS.items() if other != name}
+    with pytest.raises(InvalidInput, match=r"x\.safetensors: .*q_proj"):
+        open_basis(save(tmp_path / "x.safetensors", rest))
+
+
+@pytest.mark.parametrize("indices", [[[0, 1], [1, N]], [[0, -1], [1, 0]]])
+def test_a_pattern_outside_the_matrix_is_refused(tmp_path: Path, indices: list[list[int]]) -> None:
+    path = save(tmp_path / "x.safetensors", {**TENSORS, "indices.q_proj": torch.tensor(indices)})
+    with pytest.raises(InvalidInput, match="q_proj"):
+        open_basis(path).indices()
+
+
+METADATA_DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no version": lambda v: v.pop("version"),
+    "no modules": lambda v: v.pop("modules"),
+    "no seed": lambda v: v.pop("seed"),
+    "modules is an object": lambda v: v.update(modules={"a": 1}),
+    "basis is a list": lambda v: v.update(basis=["q_proj"]),
+    "sparsity is a number": lambda v: v.update(sparsity=0.1),
+    "sparsity of no category": lambda v: v.update(sparsity={}),
+    "seed is a string": lambda v: v.update(seed="x"),
+    "alpha is null": lambda v: v.update(alpha=None),
+    "unknown category": lambda v: v["modules"][0].update(category="k_proj"),
+    "category is a list": lambda v: v["modules"][0].update(category=[]),
+    "shape of text": lambda v: v["modules"][0].update(shape="ab"),
+    "shape of three": lambda v: v["modules"][0].update(shape=[4, N, 1]),
+    "other width": lambda v: v["modules"][0].update(shape=[4, N + 1]),
+    "transposed": lambda v: v["modules"][0].update(transposed=True),
+    "no digest": lambda v: v["modules"][0].pop("digest"),
+}
+
+
+@pytest.mark.parametrize("damage", METADATA_DAMAGE.values(), ids=METADATA_DAMAGE)
+def test_damaged_metadata_is_refused(tmp_path: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
+    with pytest.raises(InvalidInput, match=r"x\.safetensors"):
+        open_basis(save(tmp_path / "x.safetensors", TENSORS, edited(damage)))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "{}", '"x"', "[" * 100_000])
+def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidInput, match=r"x\.safetensors"):
+        open_basis(save(tmp_path / "x.safetensors", TENSORS, text))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_version_is_refused(tmp_path: Path, version: object) -> None:
+    with pytest.raises(InvalidInput, match=r"upgrade|version"):
+        open_basis(save(tmp_path / "x.safetensors", TENSORS, edited(lambda v: v.update(version=version))))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidInput, match="not a shared-basis file"):
+        open_basis(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"text")
+    with pytest.raises(InvalidInput, match="not a safetensors file"):
+        open_basis(tmp_path / "x.safetensors")
+
+
+def test_a_flipped_bit_of_v_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.safetensors", TENSORS)
+    basis = open_basis(path)
+    raw = bytearray(path.read_bytes())
+    raw[basis.header.tensors["V.q_proj"][1] + 17] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(InvalidInput, match=r"V\.q_proj is damaged"):
+        open_basis(path).verify()
