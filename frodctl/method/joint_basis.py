@@ -13,7 +13,7 @@ Three passes over the weights (for G, for T, for λ) and a few (n, n) matrices a
 Three equal formulas for a layer's term of T; shapes and the condition of G choose:
 
 - m ≥ n, G well conditioned: (C_i + αI)⁻¹ = R (G_i + αG)⁻¹ Rᵀ, in float64. R is applied once, to the sum,
-  and a cached G_i makes the cost independent of m.
+  and a cached G_i makes this pass independent of m.
 - m < n: with Q_i = W_i R⁻¹, (1/α) (I − Q_iᵀ (Q_i Q_iᵀ + αI)⁻¹ Q_i), by Woodbury's identity.
 - G badly conditioned or singular: R from an eigendecomposition of G, which also splits off its null space;
   then (Q_iᵀ Q_i + αI)⁻¹ or Woodbury, whichever is smaller.
@@ -38,6 +38,8 @@ FLOAT32_CONDITION_WIDE = 50.0
 FLOAT32_CONDITION_TALL = 16.0
 #: Up to this one a Cholesky factor of G serves; beyond it, an eigendecomposition.
 CHOLESKY_CONDITION = 1e3
+#: Short weights are stacked to about so many rows before they are multiplied.
+STACK_ROWS = 2048
 #: τ equal to this relative difference are one eigenvalue, whose eigenvectors may be rotated.
 TIE = 1e-6
 #: λ below this fraction of the largest is written as 0.
@@ -180,23 +182,40 @@ class _Stack:
         """Whether T is a multiple of I for reasons of shape alone, so that rounding must not decide V."""
         return len(self.shapes) == 1 or sum(m for m, _ in self.shapes) <= self.n
 
-    def weights(self, step: int) -> Iterator[tuple[int, Tensor]]:
-        """Each layer's number and weight on the device; ``step`` is the pass, for progress."""
+    def stacks(self, step: int, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weights on the device, with the numbers of their layers; ``step`` is the pass, for progress.
+
+        Wide weights come in the working dtype, several of one height on top of each other, as short matrices do
+        not make the most of the machine; tall ones come as they are.
+        """
+        first, held = 0, 0
         for i, W in enumerate(self.layers):
-            yield i, W.to(self.device)
-            self.advance(layer_flops(*self.shapes[i])[step])
+            m, n = self.shapes[i]
+            self.advance(layer_flops(m, n)[step])
+            if m >= n:
+                yield slice(i, i + 1), W.to(self.device)
+                continue
+            per_stack = max(1, STACK_ROWS // m)
+            first = i if not held else first
+            stack = self.scratch.empty("stack", (per_stack * m, n), work)
+            stack[held * m : (held + 1) * m].copy_(W)
+            held += 1
+            if held == per_stack or i + 1 == len(self.shapes) or self.shapes[i + 1][0] != m:
+                yield slice(first, i + 1), stack[: held * m]
+                held = 0
 
     def gram(self, work: torch.dtype) -> Tensor:
         """G = Σ W_iᵀ W_i (n, n) float64."""
         self.grams.clear()
-        total = _Sum(self.n, self.scratch)
-        for i, W in self.weights(0):
-            if W.shape[0] >= self.n and len(self.grams) < self.gram_room:
+        total = _Sum(self.n, self.device)
+        for layers, W in self.stacks(0, work):
+            m = self.shapes[layers.start][0]
+            if m >= self.n and len(self.grams) < self.gram_room:
                 kept = torch.empty(self.n, self.n, dtype=torch.float64, device=self.device)
-                self.grams[i] = kept.copy_(self.gram_of(W, work))
+                self.grams[layers.start] = kept.copy_(self.gram_of(W, work))
                 total.sum += kept
             else:
-                total.add_gram(self.scratch.cast("W", W, _gram_dtype(tuple(W.shape), work)))
+                total.add_gram(self.scratch.cast("W", W, _gram_dtype((m, self.n), work)))
         return total.result()
 
     def gram_of(self, W: Tensor, work: torch.dtype) -> Tensor:
@@ -207,29 +226,23 @@ class _Stack:
     def mean_resolvent(self, G: Tensor, root: _Root, alpha: float, work: torch.dtype) -> Tensor:
         """T = (1/N) Σ (C_i + αI)⁻¹ (r, r) float64."""
         terms = _Resolvents(G, root, alpha, work, self.scratch)
-        for i, W in self.weights(1):
-            if root.triangular and W.shape[0] >= self.n:
-                gram = self.grams.get(i)
+        for layers, W in self.stacks(1, work):
+            m = self.shapes[layers.start][0]
+            if root.triangular and m >= self.n:
+                gram = self.grams.get(layers.start)
                 terms.add_unwhitened(self.gram_of(W, work) if gram is None else gram)
             else:
-                terms.add_whitened(self.scratch.cast("W", W, work))
+                terms.add_whitened(self.scratch.cast("W", W, work), m)
         return terms.mean()
 
     def scales(self, V: Tensor, rank: int, work: torch.dtype) -> list[Tensor]:
         """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank."""
-        D = torch.linalg.inv(V.double()).T[:, :rank].contiguous()
-        narrow = D.to(work)
-        squares = torch.empty(len(self.shapes), rank, dtype=torch.float64, device=self.device)
-        for i, W in self.weights(2):
-            if i in self.grams and work == torch.float64:
-                product = torch.mm(mirror_(self.grams[i]), D, out=self.scratch.empty("product", (self.n, rank)))
-                squares[i] = product.mul_(D).sum(dim=0).clamp_(min=0)
-            else:
-                Y = self.scratch.empty("product", (len(W), rank), work)
-                torch.mm(self.scratch.cast("W", W, work), narrow, out=Y)
-                squares[i] = Y.square_().sum(dim=0)
-        scales = torch.zeros(len(squares), self.n, dtype=torch.float64)
-        scales[:, :rank] = squares.sqrt_().cpu()
+        D = torch.linalg.inv(V.double()).T[:, :rank].to(work).contiguous()
+        squares = torch.zeros(len(self.shapes), self.n, dtype=torch.float64, device=self.device)
+        for layers, W in self.stacks(2, work):
+            Y = torch.mm(self.scratch.cast("W", W, work), D, out=self.scratch.empty("Y", (len(W), rank), work))
+            squares[layers, :rank] = torch.unflatten(Y.square_(), 0, (-1, self.shapes[layers.start][0])).sum(dim=1)
+        scales = squares.sqrt_().cpu()
         scales[scales < NEGLIGIBLE_SCALE * scales.max()] = 0
         return list(scales.float())
 
@@ -242,9 +255,8 @@ class _Sum:
 
     FLUSH_ROWS = 4096
 
-    def __init__(self, n: int, scratch: Scratch) -> None:
-        self.sum = torch.zeros(n, n, dtype=torch.float64, device=scratch.device)
-        self.scratch = scratch
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.sum = torch.zeros(n, n, dtype=torch.float64, device=device)
         self.pending: Tensor | None = None
         self.rows = 0
 
@@ -254,7 +266,7 @@ class _Sum:
             add_gram_(self.sum, X, lower=lower)
             return
         if self.pending is None:
-            self.pending = self.scratch.empty("pending", tuple(self.sum.shape), X.dtype)
+            self.pending = torch.empty_like(self.sum, dtype=X.dtype)
         add_gram_(self.pending, X, beta=1 if self.rows else 0, lower=lower)
         self.rows += len(X)
         if self.rows >= self.FLUSH_ROWS:
@@ -291,30 +303,34 @@ class _Resolvents:
         """A layer with m ≥ n, by the upper triangle of its Gram matrix G_i (n, n)."""
         self.count += 1
         shifted = torch.add(gram, self.G, alpha=self.alpha, out=self.scratch.empty("shifted", tuple(gram.shape)))
-        self.unwhitened = self.unwhitened or _Sum(len(gram), self.scratch)
-        self.unwhitened.add_gram(inverse_cholesky(shifted), lower=True)
+        self.unwhitened = self.unwhitened or _Sum(len(gram), gram.device)
+        inverse = inverse_cholesky(shifted, self.scratch.empty("inverse", tuple(gram.shape)))
+        self.unwhitened.add_gram(inverse, lower=True)
 
-    def add_whitened(self, W: Tensor) -> None:
-        """A layer of any height, by Q_i = W_i P (m, r)."""
-        self.count += 1
-        m, r = len(W), self.r
-        Q = self.scratch.empty("Q", (m, r), W.dtype)
+    def add_whitened(self, W: Tensor, m: int) -> None:
+        """Layers of any one height m, on top of each other in W, by Q_i = W_i P (m, r)."""
+        r = self.r
+        Q = self.scratch.empty("Q", (len(W), r), W.dtype)
         Q = times_upper(W, self.P, Q) if self.root.triangular else torch.mm(W, self.P, out=Q)
+        self.count += len(W) // m
         if m < r:
-            self.wide = self.wide or _Sum(r, self.scratch)
-            X = self._inverse_root(Q.T)
-            self.wide.add_gram(times_upper(Q.T, X.T, self.scratch.empty("B", (r, m), W.dtype)).T)
-            self.wide_count += 1
-        else:
-            self.tall = self.tall or _Sum(r, self.scratch)
-            self.tall.add_gram(self._inverse_root(Q), lower=True)
+            B = self.scratch.empty("B", (r, len(W)), W.dtype)  # of each layer, Bᵀ = Qᵀ L⁻ᵀ
+            for part, out in zip(torch.split(Q, m), torch.split(B, m, dim=1), strict=True):
+                times_upper(part.T, self._inverse_root(part.T).T, out)
+            self.wide = self.wide or _Sum(r, W.device)
+            self.wide.add_gram(B.T)
+            self.wide_count += len(W) // m
+            return
+        self.tall = self.tall or _Sum(r, W.device)
+        for part in torch.split(Q, m):
+            self.tall.add_gram(self._inverse_root(part), lower=True)
 
     def _inverse_root(self, Q: Tensor) -> Tensor:
-        """L⁻¹ (k, k) for QᵀQ + αI = LLᵀ, Q having k columns."""
+        """L⁻¹ (k, k) for QᵀQ + αI = LLᵀ, Q having k columns; in scratch memory."""
         k = Q.shape[1]
         C = add_gram_(self.scratch.empty("shifted", (k, k), Q.dtype), Q, beta=0)
         C.diagonal().add_(self.alpha)
-        return inverse_cholesky(C)
+        return inverse_cholesky(C, self.scratch.empty("inverse", (k, k), Q.dtype))
 
     def mean(self) -> Tensor:
         """T (r, r) float64."""

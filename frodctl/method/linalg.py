@@ -54,8 +54,8 @@ def add_gram_(total: Tensor, X: Tensor, *, beta: int = 1, lower: bool = False) -
     return total
 
 
-def inverse_cholesky(A: Tensor) -> Tensor:
-    """L⁻¹ (n, n), lower triangular, for the symmetric positive definite A = LLᵀ (n, n).
+def inverse_cholesky(A: Tensor, out: Tensor) -> Tensor:
+    """L⁻¹ in ``out`` (n, n), lower triangular, for the symmetric positive definite A = LLᵀ (n, n).
 
     Only the upper triangle of A is read, and A is overwritten. By halves, so that most of it is matrix products:
     with A = [[A₁, B], [Bᵀ, A₂]], X₁ = L₁⁻¹ and C = X₁B, the Schur complement is A₂ − CᵀC = L₂L₂ᵀ, and
@@ -64,15 +64,15 @@ def inverse_cholesky(A: Tensor) -> Tensor:
     n = len(A)
     if n <= _LEAF:
         eye = torch.eye(n, dtype=A.dtype, device=A.device)
-        leaf: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(A.T), eye, upper=False)
-        return leaf
+        return out.copy_(torch.linalg.solve_triangular(torch.linalg.cholesky(A.T), eye, upper=False))
     half = -(-n // 32) * 16
-    X = torch.zeros_like(A)
-    X[:half, :half] = inverse_cholesky(A[:half, :half])
-    C = X[:half, :half] @ A[:half, half:]
-    X[half:, half:] = inverse_cholesky(A[half:, half:].addmm_(C.T, C, alpha=-1))
-    torch.mm(X[half:, half:], C.T @ X[:half, :half], out=X[half:, :half]).neg_()
-    return X
+    first, second = out[:half, :half], out[half:, half:]
+    inverse_cholesky(A[:half, :half], first)
+    C = first @ A[:half, half:]
+    inverse_cholesky(A[half:, half:].addmm_(C.T, C, alpha=-1), second)
+    out[:half, half:].zero_()
+    out[half:, :half].addmm_(second, C.T @ first, beta=0, alpha=-1)
+    return out
 
 
 def mirror_(total: Tensor) -> Tensor:
