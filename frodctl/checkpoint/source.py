@@ -112,7 +112,8 @@ class Checkpoint:
 
     def _tied_copies(self) -> Collection[str]:
         """Heads stored a second time although the config ties them to the input embedding."""
-        if not self.config.get("tie_word_embeddings"):
+        parts = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
+        if not any(part.get("tie_word_embeddings") for part in parts):
             return ()
         embeddings = any("embed_tokens." in name or "wte." in name for name in self.tensors)
         return [name for name in self.tensors if embeddings and name.endswith("lm_head.weight")]
@@ -146,6 +147,8 @@ def open_checkpoint(
             return hub.remote_headers(location)
         model, revision, root = hub.download(location, progress)
         return _from_folder(root, model, revision)
+    if path.is_file() and path.name.endswith(".index.json"):
+        return _from_folder(path.parent, location.model, None, path.name)
     if path.is_file():
         return _from_file(path, location.model)
     folder = path / location.subfolder
@@ -196,8 +199,8 @@ def _from_file(path: Path, model: str) -> Checkpoint:
     return Checkpoint(model, None, path.parent, read_json(config) if config.is_file() else {}, tensors)
 
 
-def _from_folder(folder: Path, model: str, revision: str | None) -> Checkpoint:
-    entry = choose_weights([p.name for p in folder.iterdir()], str(folder))
+def _from_folder(folder: Path, model: str, revision: str | None, entry: str | None = None) -> Checkpoint:
+    entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder))
     if entry.endswith(".index.json"):
         shards: dict[Any, str] = dict(shards_of(read_json(folder / entry), str(folder / entry)))
     else:

@@ -146,6 +146,8 @@ def select(
             targets += _targets(info, checkpoint)
         elif len(info.shape) > 1:
             left_out.append(LeftOut(info.name, info.shape, reason))
+    if exclude_modules and not any(map(excluded, matched)):
+        raise UsageError(f"--exclude-modules {exclude_modules}: matches no linear layer")
     _require_matches(target_modules, matched, bool(targets))
     return Selection(tuple(targets), tuple(left_out))
 

@@ -30,7 +30,15 @@ from torch import Tensor
 
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.method.cost import layer_flops
-from frodctl.method.linalg import Scratch, add_gram_, inverse_cholesky, mirror_, spectral_norm, times_upper
+from frodctl.method.linalg import (
+    Scratch,
+    add_gram_,
+    full_float32,
+    inverse_cholesky,
+    mirror_,
+    spectral_norm,
+    times_upper,
+)
 
 #: float32 products are used up to these condition numbers of R, where they leave τ within a few 1e-6 of τ_max:
 #: for Gram matrices of wide layers, and (the terms of T being more sensitive to them) of tall ones.
@@ -86,6 +94,7 @@ class _Root:
     condition: float
 
 
+@full_float32()
 def joint_basis(
     layers: Layers,
     *,
@@ -145,9 +154,11 @@ def joint_basis(
         root = _eigen_root(G)
     T = stack.mean_resolvent(G, root, alpha, work)
     del G
-    tau, Z = torch.linalg.eigh(T)
+    # T is as precise as the products it came from: float32 where there are wide weights only
+    tau, Z = torch.linalg.eigh(T if stack.any_tall else T.to(work))
     del T
-    V = _untie(root.R.T @ Z, tau)
+    tau = tau.double()
+    V = _untie(root.R.T @ Z.double(), tau)
     del Z
     V, tau = _append_null(V, tau, root.null, alpha)
     rank, condition = root.P.shape[1], root.condition
@@ -173,9 +184,13 @@ class _Stack:
         self.gram_room = int(cache_bytes // (8 * self.n**2))
 
     @property
+    def any_tall(self) -> bool:
+        return any(m >= n for m, n in self.shapes)
+
+    @property
     def float32_condition(self) -> float:
         """Up to which condition number of R float32 products will do."""
-        return FLOAT32_CONDITION_TALL if any(m >= n for m, n in self.shapes) else FLOAT32_CONDITION_WIDE
+        return FLOAT32_CONDITION_TALL if self.any_tall else FLOAT32_CONDITION_WIDE
 
     @property
     def tied_by_shape(self) -> bool:
@@ -211,17 +226,16 @@ class _Stack:
         for layers, W in self.stacks(0, work):
             m = self.shapes[layers.start][0]
             if m >= self.n and len(self.grams) < self.gram_room:
-                kept = torch.empty(self.n, self.n, dtype=torch.float64, device=self.device)
-                self.grams[layers.start] = kept.copy_(self.gram_of(W, work))
+                kept = torch.empty(self.n, self.n, dtype=_gram_dtype((m, self.n), work), device=self.device)
+                self.grams[layers.start] = self.gram_of(W, kept)
                 total.sum += kept
             else:
                 total.add_gram(self.scratch.cast("W", W, _gram_dtype((m, self.n), work)))
         return total.result()
 
-    def gram_of(self, W: Tensor, work: torch.dtype) -> Tensor:
-        """The upper triangle of WᵀW (n, n), in scratch memory."""
-        dtype = _gram_dtype(tuple(W.shape), work)
-        return add_gram_(self.scratch.empty("gram", (self.n, self.n), dtype), self.scratch.cast("W", W, dtype), beta=0)
+    def gram_of(self, W: Tensor, out: Tensor) -> Tensor:
+        """The upper triangle of WᵀW (n, n) in ``out``."""
+        return add_gram_(out, self.scratch.cast("W", W, out.dtype), beta=0)
 
     def mean_resolvent(self, G: Tensor, root: _Root, alpha: float, work: torch.dtype) -> Tensor:
         """T = (1/N) Σ (C_i + αI)⁻¹ (r, r) float64."""
@@ -230,7 +244,10 @@ class _Stack:
             m = self.shapes[layers.start][0]
             if root.triangular and m >= self.n:
                 gram = self.grams.get(layers.start)
-                terms.add_unwhitened(self.gram_of(W, work) if gram is None else gram)
+                if gram is None:
+                    shape = (self.n, self.n)
+                    gram = self.gram_of(W, self.scratch.empty("gram", shape, _gram_dtype((m, self.n), work)))
+                terms.add_unwhitened(gram)
             else:
                 terms.add_whitened(self.scratch.cast("W", W, work), m)
         return terms.mean()
@@ -240,8 +257,14 @@ class _Stack:
         D = torch.linalg.inv(V.double()).T[:, :rank].to(work).contiguous()
         squares = torch.zeros(len(self.shapes), self.n, dtype=torch.float64, device=self.device)
         for layers, W in self.stacks(2, work):
+            m = self.shapes[layers.start][0]
+            gram = self.grams.get(layers.start)
+            if gram is not None and gram.dtype == work and m >= 2 * self.n:  # λ² = diag(Dᵀ G_i D) is the cheaper then
+                GD = torch.mm(mirror_(gram), D, out=self.scratch.empty("Y", (self.n, rank), work))
+                squares[layers, :rank] = GD.mul_(D).sum(dim=0).clamp_(min=0)
+                continue
             Y = torch.mm(self.scratch.cast("W", W, work), D, out=self.scratch.empty("Y", (len(W), rank), work))
-            squares[layers, :rank] = torch.unflatten(Y.square_(), 0, (-1, self.shapes[layers.start][0])).sum(dim=1)
+            squares[layers, :rank] = torch.unflatten(Y.square_(), 0, (-1, m)).sum(dim=1)
         scales = squares.sqrt_().cpu()
         scales[scales < NEGLIGIBLE_SCALE * scales.max()] = 0
         return list(scales.float())

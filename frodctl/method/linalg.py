@@ -6,6 +6,8 @@ into tensors they are given: fresh ones would cost page faults, and holes in the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
 
@@ -14,6 +16,17 @@ from torch import Tensor
 
 #: Up to this size LAPACK is as fast as our own recursion.
 _LEAF = 128
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep float32 products float32, whatever the caller allows for speed elsewhere (TF32, bfloat16)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Scratch:

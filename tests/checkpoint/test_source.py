@@ -178,3 +178,17 @@ def test_an_empty_tensor_hides_no_other(tmp_path: Path) -> None:
 def test_integers_are_no_parameters(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"a": A, "position_ids": torch.arange(9)})
     assert open_checkpoint(Location(str(tmp_path))).parameters() == A.numel()
+
+
+def test_an_index_file_stands_for_its_checkpoint(example: Path) -> None:
+    by_index = open_checkpoint(Location(str(example / "model.safetensors.index.json")))
+    assert by_index.tensors == open_checkpoint(Location(str(example))).tensors
+
+
+@pytest.mark.parametrize("where", ["top", "text_config"])
+def test_a_tied_head_counts_once(where: str, tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": True}
+    config = tied if where == "top" else {"text_config": tied}
+    weight = torch.ones(6, 4)
+    folder = save_checkpoint(tmp_path, {"model.embed_tokens.weight": weight, "lm_head.weight": weight.clone()}, config)
+    assert open_checkpoint(Location(str(folder))).parameters() == 24

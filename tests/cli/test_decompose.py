@@ -150,6 +150,7 @@ def test_existing_output_needs_force(frodctl: Run, model: Path, tmp_path: Path) 
         (["model", "--target-modules", "(("], 2, "regular expression"),
         (["model", "--layers", "7-9"], 2, "nothing is left"),
         (["model", "--layers", "x"], 2, "block numbers"),
+        (["model", "--exclude-modules", "qproj"], 2, "matches no linear layer"),
         (["model", "--sparsity", "2"], 2, "between 0 and 1"),
         (["model", "--budget", "0.001%"], 2, "the scales alone take"),
         (["model", "--budget", "lots"], 2, "expected a share"),

@@ -282,3 +282,15 @@ def test_progress_adds_up_to_the_estimate() -> None:
     joint_basis(Layers(weights), advance=done.append)
     assert sum(done) == sum(sum(layer_flops(*shape)) for shape in Layers(weights).shapes)
     assert sum(done) < flops(Layers(weights).shapes)
+
+
+def test_callers_settings_for_speed_do_not_reach_the_products() -> None:
+    weights = random_weights(*[(20, 64)] * 5)
+    expected = joint_basis(Layers(weights))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        basis = joint_basis(Layers(weights))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(basis.V, expected.V)
