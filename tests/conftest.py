@@ -56,6 +56,14 @@ def frodctl(tmp_path: Path) -> Run:
     return run
 
 
+#: A program's own peak of resident memory, in bytes. (ru_maxrss would count what its parent had as it forked.)
+PEAK_MEMORY = """
+def peak():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+"""
+
+
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Path:
     """A one-file checkpoint with these tensors."""
     import json

@@ -79,7 +79,7 @@ class JointBasis:
     tau: Tensor  #: (n,) float64, ascending; 1/α in null directions
     scales: list[Tensor]  #: λ_i, N tensors (n,) float32; 0 in null directions
     rank: int  #: number of directions that are not null
-    condition: float  #: condition number of R on its range
+    condition: float  #: condition number of R on its range; estimated from below, to about 10 %
     precision: str  #: of the products: "float32" or "float64"
 
 
@@ -114,10 +114,11 @@ def joint_basis(
     alpha : float
         The regularisation α > 0 of C_i.
     precision : {"auto", "float32", "float64"}
-        Dtype of the products with weights. Sums and factorisations of n × n matrices are float64 always, and so
-        are the Gram matrices of nearly square weights (n ≤ m < 2n), to whose rounding T is most sensitive.
+        Dtype of the products with weights. Sums over layers are float64 always, and so are the Gram matrices of
+        nearly square weights (n ≤ m < 2n), to whose rounding T is most sensitive, and the inverses of tall ones'.
         "auto" takes float32 where G is well conditioned (condition of R up to 16, or 50 if no weight is tall);
-        "float32" up to 1000. Beyond that, and where N = 1 or Σ m_i ≤ n, it is float64.
+        "float32" up to 1000. Beyond that it is float64, as it is where N = 1 or Σ m_i ≤ n, and where m < n for
+        some layers and not for others.
     dtype : torch.dtype
         Of the stored V. λ is computed from V as stored.
     device : torch.device or str
@@ -139,7 +140,7 @@ def joint_basis(
         V cannot be represented in ``dtype``.
     """
     stack = _Stack(layers, torch.device(device), cache_bytes, advance)
-    work = torch.float64 if precision == "float64" or stack.tied_by_shape else torch.float32
+    work = torch.float64 if precision == "float64" or stack.needs_float64 else torch.float32
     G = stack.gram(work)
     root = _cholesky_root(G)
     limit = stack.float32_condition if precision == "auto" else CHOLESKY_CONDITION
@@ -193,9 +194,14 @@ class _Stack:
         return FLOAT32_CONDITION_TALL if self.any_tall else FLOAT32_CONDITION_WIDE
 
     @property
-    def tied_by_shape(self) -> bool:
-        """Whether T is a multiple of I for reasons of shape alone, so that rounding must not decide V."""
-        return len(self.shapes) == 1 or sum(m for m, _ in self.shapes) <= self.n
+    def needs_float64(self) -> bool:
+        """Whether shapes alone tell that float32 products will not do.
+
+        With N = 1 or Σ m_i ≤ n, T is a multiple of I, and rounding must not decide V. Where wide weights stand
+        beside tall ones, directions that all share (small τ) drown in the rounding of the wide ones' terms.
+        """
+        mixed = self.any_tall and any(m < n for m, n in self.shapes)
+        return mixed or len(self.shapes) == 1 or sum(m for m, _ in self.shapes) <= self.n
 
     def stacks(self, step: int, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The weights on the device, with the numbers of their layers; ``step`` is the pass, for progress.
@@ -224,18 +230,21 @@ class _Stack:
         self.grams.clear()
         total = _Sum(self.n, self.device)
         for layers, W in self.stacks(0, work):
-            m = self.shapes[layers.start][0]
-            if m >= self.n and len(self.grams) < self.gram_room:
-                kept = torch.empty(self.n, self.n, dtype=_gram_dtype((m, self.n), work), device=self.device)
-                self.grams[layers.start] = self.gram_of(W, kept)
-                total.sum += kept
-            else:
-                total.add_gram(self.scratch.cast("W", W, _gram_dtype((m, self.n), work)))
+            if self.shapes[layers.start][0] < self.n:
+                total.add_gram(W)
+                continue
+            gram = self.gram_of(W, work, keep=len(self.grams) < self.gram_room)
+            if len(self.grams) < self.gram_room:
+                self.grams[layers.start] = gram
+            total.sum += gram  # each G_i as it is used again: ties depend on G being their sum exactly
         return total.result()
 
-    def gram_of(self, W: Tensor, out: Tensor) -> Tensor:
-        """The upper triangle of WᵀW (n, n) in ``out``."""
-        return add_gram_(out, self.scratch.cast("W", W, out.dtype), beta=0)
+    def gram_of(self, W: Tensor, work: torch.dtype, *, keep: bool) -> Tensor:
+        """The upper triangle of WᵀW (n, n), in scratch memory unless it is to be kept."""
+        shape = (self.n, self.n)
+        dtype = torch.float64 if _nearly_square(tuple(W.shape)) else work
+        kept = torch.empty(shape, dtype=dtype, device=self.device) if keep else self.scratch.empty("gram", shape, dtype)
+        return add_gram_(kept, self.scratch.cast("W", W, dtype), beta=0)
 
     def mean_resolvent(self, G: Tensor, root: _Root, alpha: float, work: torch.dtype) -> Tensor:
         """T = (1/N) Σ (C_i + αI)⁻¹ (r, r) float64."""
@@ -244,10 +253,7 @@ class _Stack:
             m = self.shapes[layers.start][0]
             if root.triangular and m >= self.n:
                 gram = self.grams.get(layers.start)
-                if gram is None:
-                    shape = (self.n, self.n)
-                    gram = self.gram_of(W, self.scratch.empty("gram", shape, _gram_dtype((m, self.n), work)))
-                terms.add_unwhitened(gram)
+                terms.add_unwhitened(self.gram_of(W, work, keep=False) if gram is None else gram)
             else:
                 terms.add_whitened(self.scratch.cast("W", W, work), m)
         return terms.mean()
@@ -371,11 +377,6 @@ class _Resolvents:
 def _nearly_square(shape: tuple[int, ...]) -> bool:
     m, n = shape
     return n <= m < 2 * n
-
-
-def _gram_dtype(shape: tuple[int, ...], work: torch.dtype) -> torch.dtype:
-    """The dtype of a weight's Gram matrix where products are in ``work``."""
-    return torch.float64 if _nearly_square(shape) else work
 
 
 def _cholesky_root(G: Tensor) -> _Root | None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from frodctl.checkpoint import codec, stream
 from frodctl.checkpoint.source import TensorInfo
 from frodctl.errors import InvalidInput
+from tests.conftest import PEAK_MEMORY
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -88,15 +89,14 @@ def test_large_finite_values_are_finite_though_their_sum_is_not(dtype: torch.dty
 
 def test_checking_takes_no_multiple_of_the_tensors_memory() -> None:
     """One big tensor is read and checked in a process of its own; its peak stays near one copy of the tensor."""
-    code = """if True:
-        import resource, torch
-        from frodctl.checkpoint import stream
-        stream.check_finite(torch.ones(10), "w", "f")
-        tensor = torch.ones(32 * 2**20, dtype=torch.bfloat16)  # 64 MiB
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        stream.check_finite(tensor, "w", "f")
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-    """
+    code = (
+        f"import torch\nfrom frodctl.checkpoint import stream\n{PEAK_MEMORY}\n"
+        "stream.check_finite(torch.ones(10), 'w', 'f')\n"
+        "tensor = torch.ones(32 * 2**20, dtype=torch.bfloat16)  # 64 MiB\n"
+        "before = peak()\n"
+        "stream.check_finite(tensor, 'w', 'f')\n"
+        "print((peak() - before) // 2**20)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64
 

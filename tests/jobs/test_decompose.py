@@ -19,7 +19,7 @@ import frodctl
 from frodctl.checkpoint import codec
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.decompose import plan_decompose
-from tests.conftest import LLAMA_CONFIG, llama_layers, save_checkpoint
+from tests.conftest import LLAMA_CONFIG, PEAK_MEMORY, llama_layers, save_checkpoint
 from tests.method import reference
 
 ALPHA = 1e-3
@@ -265,10 +265,11 @@ def test_a_damaged_piece_is_computed_again(example: Path, tmp_path: Path) -> Non
     check_identities(example, output)
 
 
-PEAK = """
-import resource, sys, frodctl
+PEAK = f"""
+import sys, frodctl
+{PEAK_MEMORY}
 frodctl.decompose(sys.argv[1], sys.argv[2], target_modules="all-linear", cache_size=16_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak())
 """
 
 
@@ -287,7 +288,7 @@ def test_the_plan_bounds_the_peak(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "m", {f"layers.{i}.up.weight": torch.randn(512, 1024) for i in range(4)})
     plan = plan_decompose(str(folder), tmp_path / "b.st", target_modules="all-linear", cache_size=16_000_000)
     command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "b.st")]
-    peak = 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 0.6 * plan.peak_memory_bytes <= peak <= 1.1 * plan.peak_memory_bytes
 
 
@@ -322,3 +323,35 @@ def test_the_file_is_readable_by_the_safetensors_library(example: Path, tmp_path
     assert set(ours.tensors) == set(theirs)
     assert theirs["V.self_attn_q_proj"].dtype == torch.bfloat16
     assert theirs["tau.self_attn_q_proj"].dtype == torch.float64
+
+
+def degenerate_models() -> dict[str, dict[str, torch.Tensor]]:
+    """Checkpoints whose stacked weights lack rank, or whose T has no preferred directions."""
+    dead, twins = llama_layers(3), llama_layers(3)
+    for name, weight in dead.items():
+        weight[:, [1, 4]] = 0
+        twins[name] = twins[name.replace(".1.", ".0.").replace(".2.", ".0.")].clone()
+    short = {name: weight[:6] for name, weight in llama_layers(3).items()}
+    exact = {name: weight[:8] for name, weight in llama_layers(4, m=32).items()}
+    return {"dead columns": dead, "identical layers": twins, "fewer rows": short, "as many rows": exact}
+
+
+@pytest.mark.parametrize(("name", "ranks"), [
+    ("dead columns", {"mlp_down_proj": 46, "mlp_up_proj": 30, "self_attn_k_proj": 24, "self_attn_q_proj": 30}),
+    ("identical layers", {"mlp_down_proj": 32, "mlp_up_proj": 32, "self_attn_k_proj": 8, "self_attn_q_proj": 32}),
+    ("fewer rows", dict.fromkeys(("mlp_down_proj", "mlp_up_proj", "self_attn_k_proj", "self_attn_q_proj"), 18)),
+    ("as many rows", dict.fromkeys(("mlp_down_proj", "mlp_up_proj", "self_attn_k_proj", "self_attn_q_proj"), 32)),
+])  # fmt: skip
+def test_degenerate_checkpoints(name: str, ranks: dict[str, int], tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "model", degenerate_models()[name], LLAMA_CONFIG)
+    first, second = (
+        frodctl.decompose(str(folder), tmp_path / f"{i}.safetensors", target_modules="all-linear") for i in range(2)
+    )
+    assert first.output.read_bytes() == second.output.read_bytes()
+    check_identities(folder, first.output)
+    assert {category.plan.name: category.outcome.rank for category in first.categories} == ranks
+    if name != "dead columns":  # T is a multiple of I: V is that of the plain SVD
+        basis = frodctl.open_basis(first.output)
+        for category in ranks:
+            V = torch.nn.functional.normalize(basis.tensor(f"V.{category}").double(), dim=0)
+            torch.testing.assert_close(V.T @ V, torch.eye(len(V), dtype=torch.float64), rtol=0, atol=1e-5)

@@ -121,7 +121,7 @@ class DecomposePlan:
     @property
     def output_bytes(self) -> int:
         """Size of the shared-basis file."""
-        specs = [spec for category in self.categories for spec in self.specs(category)]
+        specs = codec.layout(spec for category in self.categories for spec in self.specs(category))
         metadata = self.metadata(*self._blank_digests())
         return codec.file_bytes(specs, basis_file.file_metadata(metadata))
 
