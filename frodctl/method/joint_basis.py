@@ -21,6 +21,7 @@ Three equal formulas for a layer's term of T; shapes and the condition of G choo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,9 +117,9 @@ def joint_basis(
     precision : {"auto", "float32", "float64"}
         Dtype of the products with weights. Sums over layers are float64 always, and so are the Gram matrices of
         nearly square weights (n ≤ m < 2n), to whose rounding T is most sensitive, and the inverses of tall ones'.
-        "auto" takes float32 where G is well conditioned (condition of R up to 16, or 50 if no weight is tall);
-        "float32" up to 1000. Beyond that it is float64, as it is where N = 1 or Σ m_i ≤ n, and where m < n for
-        some layers and not for others.
+        "auto" takes float32 where G is well conditioned (condition of R up to 16, or 50 if no weight is tall,
+        for α ≥ 1e-3); "float32" up to 1000. Beyond that it is float64, as it is where N = 1 or Σ m_i ≤ n, where
+        n/2 < m < n for some layer, and where m < n for some layers and not for others.
     dtype : torch.dtype
         Of the stored V. λ is computed from V as stored.
     device : torch.device or str
@@ -143,7 +144,7 @@ def joint_basis(
     work = torch.float64 if precision == "float64" or stack.needs_float64 else torch.float32
     G = stack.gram(work)
     root = _cholesky_root(G)
-    limit = stack.float32_condition if precision == "auto" else CHOLESKY_CONDITION
+    limit = stack.float32_condition(alpha) if precision == "auto" else CHOLESKY_CONDITION
     if work == torch.float32 and (root is None or root.condition > limit):
         work = torch.float64
         if not all(map(_nearly_square, stack.shapes)):  # theirs were float64 already
@@ -188,20 +189,21 @@ class _Stack:
     def any_tall(self) -> bool:
         return any(m >= n for m, n in self.shapes)
 
-    @property
-    def float32_condition(self) -> float:
-        """Up to which condition number of R float32 products will do."""
-        return FLOAT32_CONDITION_TALL if self.any_tall else FLOAT32_CONDITION_WIDE
+    def float32_condition(self, alpha: float) -> float:
+        """Up to which condition number of R float32 products will do; their errors grow with its square over α."""
+        limit = FLOAT32_CONDITION_TALL if self.any_tall else FLOAT32_CONDITION_WIDE
+        return limit * min(1.0, math.sqrt(alpha / 1e-3))
 
     @property
     def needs_float64(self) -> bool:
         """Whether shapes alone tell that float32 products will not do.
 
-        With N = 1 or Σ m_i ≤ n, T is a multiple of I, and rounding must not decide V. Where wide weights stand
-        beside tall ones, directions that all share (small τ) drown in the rounding of the wide ones' terms.
+        With N = 1 or Σ m_i ≤ n, T is a multiple of I, and rounding must not decide V. Where wide weights are
+        nearly square or stand beside tall ones, small τ drown in the rounding of the wide ones' terms.
         """
-        mixed = self.any_tall and any(m < n for m, n in self.shapes)
-        return mixed or len(self.shapes) == 1 or sum(m for m, _ in self.shapes) <= self.n
+        widest = max((m for m, n in self.shapes if m < n), default=0)
+        drowned = 2 * widest > self.n or (self.any_tall and widest > 0)
+        return drowned or len(self.shapes) == 1 or sum(m for m, _ in self.shapes) <= self.n
 
     def stacks(self, step: int, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The weights on the device, with the numbers of their layers; ``step`` is the pass, for progress.

@@ -101,8 +101,15 @@ def test_badly_conditioned_stacks(m: int, condition: float) -> None:
 
 
 def test_auto_takes_float64_where_float32_would_not_do() -> None:
-    assert joint_basis(Layers(conditioned_weights(4, 24, 48, 3.0))).precision == "float32"
-    assert joint_basis(Layers(conditioned_weights(4, 24, 48, 200.0))).precision == "float64"
+    def chosen(m: int, condition: float, alpha: float = ALPHA) -> str:
+        return joint_basis(Layers(conditioned_weights(4, m, 48, condition)), alpha=alpha).precision
+
+    assert chosen(m=20, condition=3.0) == "float32"
+    assert chosen(m=100, condition=3.0) == "float32"
+    assert chosen(m=20, condition=200.0) == "float64"
+    assert chosen(m=100, condition=30.0) == "float64"
+    assert chosen(m=20, condition=20.0, alpha=1e-5) == "float64"
+    assert chosen(m=40, condition=3.0) == "float64"
 
 
 def test_columns_are_pefts_up_to_sign() -> None:
