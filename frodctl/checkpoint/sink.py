@@ -61,6 +61,10 @@ class Staging:
         """Where the finished piece ``name`` is, or will be."""
         return self.folder / name
 
+    def finished_bytes(self) -> int:
+        """What the finished pieces take on disk."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
     def write(self, name: str, write: Callable[[IO[bytes]], None]) -> None:
         """Write the piece ``name`` by calling ``write`` with a file; it appears only when complete."""
         _write_whole(self.path(name), self.folder / (name + ".tmp"), write)

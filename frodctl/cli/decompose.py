@@ -73,7 +73,7 @@ _RESULT_COLUMNS = (
     type=click.Choice(["auto", "float32", "float64"]),
     default="auto",
     show_default=True,
-    help="Of the products with weights; sums over layers are float64.",
+    help="Of the products with weights.",
 )
 @click.option(
     "--dtype",

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import FrameType
 from typing import NoReturn
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         message, code = _explain(error)
-        click.echo(f"Error: {message}", err=True)
+        with suppress(BrokenPipeError):
+            click.echo(f"Error: {message}", err=True)
         return code
 
 
@@ -90,8 +92,6 @@ def _run(arguments: list[str]) -> int:
         return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
     with cli.make_context("frodctl", arguments) as context:
         cli.invoke(context)
-    if sys.stdout is not None:
-        sys.stdout.flush()
     return 0
 
 

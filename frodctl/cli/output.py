@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from frodctl.errors import FrodctlError, OutOfResources
 
 
 class OutputClosed(Exception):
@@ -83,6 +86,9 @@ class Output:
             sys.stdout.flush()
         except BrokenPipeError:
             raise OutputClosed from None
+        except OSError as error:
+            failure = OutOfResources if error.errno == errno.ENOSPC else FrodctlError
+            raise failure(f"stdout: {error.strerror}") from None
 
 
 class _Lines:

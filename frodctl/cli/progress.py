@@ -30,7 +30,7 @@ class Reporter:
         if self.quiet:
             return
         if not report.total:
-            self.note(("Warning: " if report.warning else "") + report.text)
+            self.note(report.text)
         elif self.bars:
             self._update_bar(report)
         elif report.text != self.last:
@@ -41,10 +41,13 @@ class Reporter:
         """A line on stderr, unless quiet."""
         if self.quiet:
             return
-        if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            click.echo(text, err=True)
+        try:
+            if self.bar is not None:
+                self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                click.echo(text, err=True)
+        except BrokenPipeError:  # nobody reads stderr any more; the work goes on
+            self.quiet = True
 
     def _update_bar(self, report: Progress) -> None:
         if self.bar is None:

@@ -147,7 +147,7 @@ class BasisFile:
                 raise InvalidInput(f"{self.path}: V.{category} is damaged: its digest is not the recorded one")
 
 
-def open_basis(path: Path) -> BasisFile:
+def open_basis(path: str | Path) -> BasisFile:
     """Read and validate the header of a shared-basis file.
 
     Raises
@@ -155,6 +155,7 @@ def open_basis(path: Path) -> BasisFile:
     InvalidInput
         Not such a file, of another version, truncated, or with tensors missing or of the wrong shape.
     """
+    path = Path(path)
     header = codec.read_header(path)
     if "frodctl" not in header.metadata:
         raise InvalidInput(f"{path}: not a shared-basis file (made by frodctl decompose)")

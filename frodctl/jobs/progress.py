@@ -13,7 +13,6 @@ class Progress:
     text: str
     done: float = 0.0  #: work done so far, in the unit of ``total``
     total: float = 0.0  #: all work; 0 where the report is a message
-    warning: bool = False
 
 
 Callback = Callable[[Progress], None]

@@ -54,7 +54,8 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        signs = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of torch, CUDA, cuBLAS and cuSOLVER
+        ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
         if not ours:
             raise
         raise OutOfResources(
@@ -80,10 +81,13 @@ def _meminfo() -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
 
 
-def _cgroup() -> int | None:
+def _cgroup(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What a container may still take (cgroup v2)."""
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if not limit.is_file() or not used.is_file():
+    if not all((folder / f"memory.{name}").is_file() for name in ("max", "current", "stat")):
         return None
-    text = limit.read_text().strip()
-    return max(0, int(text) - int(used.read_text())) if text.isdigit() else None
+    limit = (folder / "memory.max").read_text().strip()
+    if not limit.isdigit():
+        return None
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    page_cache = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given back on demand
+    return max(0, int(limit) - int((folder / "memory.current").read_text()) + page_cache)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+#: Short weights are stacked to about so many rows before they are multiplied.
+STACK_ROWS = 2048
+
 
 def layer_flops(m: int, n: int) -> tuple[float, float, float]:
     """Floating-point operations of one layer's part in the three passes (G, T, λ), about."""
@@ -22,7 +25,7 @@ def flops(shapes: Sequence[tuple[int, int]]) -> float:
 def memory_bytes(shapes: Sequence[tuple[int, int]], cache_bytes: int) -> int:
     """Peak memory of `joint_basis` in bytes, about, without the process's own and the weights read ahead."""
     n = shapes[0][1]
-    widest = max(m for m, _ in shapes)
-    narrow = sum(m >= n for m, _ in shapes)
-    cached = min(narrow, cache_bytes // (8 * n * n)) * 8 * n * n
-    return 7 * 8 * n * n + 3 * 8 * widest * n + cached
+    rows = max(m if m >= n else max(1, STACK_ROWS // m) * m for m, _ in shapes)
+    tall = sum(m >= n for m, _ in shapes)
+    cached = min(tall, cache_bytes // (8 * n * n)) * 8 * n * n
+    return 7 * 8 * n * n + 3 * 8 * rows * n + cached

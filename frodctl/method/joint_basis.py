@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.method.cost import layer_flops
+from frodctl.method.cost import STACK_ROWS, layer_flops
 from frodctl.method.linalg import (
     Scratch,
     add_gram_,
@@ -47,12 +47,14 @@ FLOAT32_CONDITION_WIDE = 50.0
 FLOAT32_CONDITION_TALL = 16.0
 #: Up to this one a Cholesky factor of G serves; beyond it, an eigendecomposition.
 CHOLESKY_CONDITION = 1e3
-#: Short weights are stacked to about so many rows before they are multiplied.
-STACK_ROWS = 2048
 #: τ equal to this relative difference are one eigenvalue, whose eigenvectors may be rotated.
 TIE = 1e-6
 #: λ below this fraction of the largest is written as 0.
 NEGLIGIBLE_SCALE = 1e-6
+
+
+#: What torch raises where rounding leaves a matrix without a Cholesky factor.
+NotPositiveDefinite: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class NonFiniteWeights(InvalidInput):
@@ -115,11 +117,13 @@ def joint_basis(
     alpha : float
         The regularisation α > 0 of C_i.
     precision : {"auto", "float32", "float64"}
-        Dtype of the products with weights. Sums over layers are float64 always, and so are the Gram matrices of
-        nearly square weights (n ≤ m < 2n), to whose rounding T is most sensitive, and the inverses of tall ones'.
+        Dtype of the products with weights. Sums over layers (beyond a few thousand rows) are float64, and so are
+        the Gram matrices of nearly square weights (n ≤ m < 2n), to whose rounding T is most sensitive, and the
+        inverses of tall ones'.
         "auto" takes float32 where G is well conditioned (condition of R up to 16, or 50 if no weight is tall,
-        for α ≥ 1e-3); "float32" up to 1000. Beyond that it is float64, as it is where N = 1 or Σ m_i ≤ n, where
-        n/2 < m < n for some layer, and where m < n for some layers and not for others.
+        for α ≥ 1e-3); "float32" up to 1000, with errors of τ up to 1e-3 of its largest. Beyond that it is float64,
+        as it is where one layer has directions to itself (Σ m_i less the largest is below n), where n/2 < m < n
+        for some layer, and where m < n for some layers and not for others.
     dtype : torch.dtype
         Of the stored V. λ is computed from V as stored.
     device : torch.device or str
@@ -155,9 +159,10 @@ def joint_basis(
     if root is None:
         root = _eigen_root(G)
     T = stack.mean_resolvent(G, root, alpha, work)
+    stack.scratch.blocks.clear()
     del G
     # T is as precise as the products it came from: float32 where there are wide weights only
-    tau, Z = torch.linalg.eigh(T if stack.any_tall else T.to(work))
+    tau, Z = torch.linalg.eigh(T if stack.any_tall or T.is_cuda else T.to(work))
     del T
     tau = tau.double()
     V = _untie(root.R.T @ Z.double(), tau)
@@ -198,12 +203,14 @@ class _Stack:
     def needs_float64(self) -> bool:
         """Whether shapes alone tell that float32 products will not do.
 
-        With N = 1 or Σ m_i ≤ n, T is a multiple of I, and rounding must not decide V. Where wide weights are
-        nearly square or stand beside tall ones, small τ drown in the rounding of the wide ones' terms.
+        Where the layers but the highest have fewer than n rows together, that one has directions to itself, whose
+        τ are equal (with N = 1 or Σ m_i ≤ n all are), and rounding must not decide V. Where wide weights are nearly
+        square or stand beside tall ones, small τ drown in the rounding of the wide ones' terms.
         """
-        widest = max((m for m, n in self.shapes if m < n), default=0)
+        heights = [m for m, _ in self.shapes]
+        widest = max((m for m in heights if m < self.n), default=0)
         drowned = 2 * widest > self.n or (self.any_tall and widest > 0)
-        return drowned or len(self.shapes) == 1 or sum(m for m, _ in self.shapes) <= self.n
+        return drowned or sum(heights) - max(heights) < self.n
 
     def stacks(self, step: int, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The weights on the device, with the numbers of their layers; ``step`` is the pass, for progress.
@@ -221,7 +228,7 @@ class _Stack:
             per_stack = max(1, STACK_ROWS // m)
             first = i if not held else first
             stack = self.scratch.empty("stack", (per_stack * m, n), work)
-            stack[held * m : (held + 1) * m].copy_(W)
+            stack[held * m : (held + 1) * m].copy_(W.to(self.device))  # there first: a GPU converts faster
             held += 1
             if held == per_stack or i + 1 == len(self.shapes) or self.shapes[i + 1][0] != m:
                 yield slice(first, i + 1), stack[: held * m]
@@ -391,7 +398,7 @@ def _cholesky_root(G: Tensor) -> _Root | None:
     condition = spectral_norm(L) * spectral_norm(P)
     if not condition <= CHOLESKY_CONDITION:
         return None
-    return _Root(L.T, P.contiguous(), G[:, :0], True, condition)
+    return _Root(L.T, P.contiguous(), G.new_empty(len(G), 0), True, condition)
 
 
 def _eigen_root(G: Tensor) -> _Root:

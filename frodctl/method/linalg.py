@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,21 @@ _LEAF = 128
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Keep float32 products float32, whatever the caller allows for speed elsewhere (TF32, bfloat16)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    settings = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # torch 2.9 and newer
+    if not settings:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    earlier = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for setting, value in zip(settings, earlier, strict=True):
+            setting.fp32_precision = value
+        if not settings:
+            torch.set_float32_matmul_precision(before)
 
 
 class Scratch:

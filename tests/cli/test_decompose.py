@@ -134,6 +134,23 @@ def test_stdout_closed_before_anything_is_written(arguments: str, model: Path, t
     assert shut is None or shut.returncode == 0
 
 
+def test_a_closed_stderr_does_not_stop_the_work(model: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "frodctl", "decompose", model, "-o", "b.st"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, cwd=tmp_path, check=False)
+    os.close(writer)
+    assert result.returncode == 0
+    package.open_basis(str(tmp_path / "b.st")).verify()
+
+
+def test_a_full_stdout_is_said_to_be_that(frodctl: Run, model: Path, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "frodctl", "decompose", str(model), "-o", "b.st", "-q"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    assert (result.returncode, result.stderr) == (4, "Error: stdout: No space left on device\n")
+
+
 def test_existing_output_needs_force(frodctl: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "b.st").write_text("precious")
     assert "--force" in one_error(frodctl("decompose", model, "-o", "b.st"), 2)

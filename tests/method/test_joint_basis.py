@@ -282,6 +282,18 @@ def test_ties_within_part_of_the_spectrum() -> None:
     torch.testing.assert_close(unit.T @ unit, torch.eye(14, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("count", "m", "n"), [(3, 24, 64), (4, 140, 512), (5, 60, 256)])
+def test_directions_that_one_layer_has_to_itself_are_one_cluster(count: int, m: int, n: int) -> None:
+    """The other layers' rows do not span them, so all their τ are the largest possible, and equal."""
+    weights = random_weights(*[(m, n)] * count)
+    basis = joint_basis(Layers(weights))
+    check_full_rank(weights, basis)
+    own = basis.tau > (1 - 1e-4) * basis.tau[-1]
+    assert own.sum() >= count * (n - (count - 1) * m)
+    unit = torch.nn.functional.normalize(basis.V[:, own].double(), dim=0)
+    torch.testing.assert_close(unit.T @ unit, torch.eye(int(own.sum()), dtype=torch.float64), rtol=0, atol=1e-5)
+
+
 def test_progress_adds_up_to_the_estimate() -> None:
     from frodctl.method.cost import flops, layer_flops
 
@@ -302,3 +314,14 @@ def test_callers_settings_for_speed_do_not_reach_the_products() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(basis.V, expected.V)
+
+
+def test_the_newer_settings_for_speed_are_left_alone_too() -> None:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        joint_basis(Layers(random_weights((20, 64), (20, 64), (20, 64), (20, 64))))
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before

@@ -14,6 +14,7 @@ from frodctl.checkpoint.source import Checkpoint, Location, open_checkpoint
 from frodctl.errors import UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.resources import choose_device
 from frodctl.method import budget, cost
 
 SCHEMA_VERSION = 1
@@ -209,6 +210,7 @@ def plan_decompose(
     path = Path(output) if output is not None else Path(f"{location.short_name()}.frod.safetensors")
     if not dry_run:
         sink.check_output_file(path, force=chosen.force)
+        choose_device(chosen.device)  # before a download, not after it
     checkpoint = open_checkpoint(location, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
     refuse_quantized(checkpoint)
     selection = targets.select(checkpoint, chosen.target_modules, chosen.exclude_modules, chosen.layers)

@@ -16,7 +16,7 @@ import frodctl
 from frodctl.checkpoint import codec, sink
 from frodctl.checkpoint.source import Checkpoint
 from frodctl.checkpoint.targets import Target
-from frodctl.errors import InvalidInput
+from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats import basis_file
 from frodctl.jobs.decompose.plan import V_DTYPES, CategoryPlan, DecomposePlan, plan_decompose
 from frodctl.jobs.progress import Callback, Progress, silent
@@ -120,7 +120,7 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
     require_memory(plan.peak_memory_bytes, device)
     staging = sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume)
     try:
-        sink.require_disk(staging.folder, 2 * plan.output_bytes)
+        sink.require_disk(staging.folder, 2 * plan.output_bytes - staging.finished_bytes())
         parts = _Parts(plan, staging, device, progress)
         results = tuple(parts.finish(i) for i in range(len(plan.categories)))
         progress(Progress(f"writing {plan.output}"))
@@ -164,7 +164,7 @@ class _Parts:
 
     def _compute(self, number: int, category: CategoryPlan) -> dict[str, Any]:
         from frodctl.checkpoint import stream
-        from frodctl.method.joint_basis import NonFiniteWeights, joint_basis
+        from frodctl.method.joint_basis import NonFiniteWeights, NotPositiveDefinite, joint_basis
 
         options = self.plan.options
         started = time.perf_counter()
@@ -184,6 +184,8 @@ class _Parts:
         except NonFiniteWeights:
             layers.check_finite()
             raise
+        except NotPositiveDefinite as error:
+            raise FrodctlError(f"{category.name}: {error}; try --precision float64 or a larger --alpha") from None
         outcome = Outcome(
             precision=basis.precision,
             rank=basis.rank,
@@ -282,7 +284,7 @@ def _job_key(plan: DecomposePlan, device: torch.device) -> str:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "revision": plan.checkpoint.revision,
+        "root": str(plan.checkpoint.root.resolve()),
         "files": [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)],
         "options": [plan.options.alpha, plan.options.precision, plan.options.dtype, plan.options.cache_size],
         "categories": [
