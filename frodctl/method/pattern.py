@@ -52,7 +52,7 @@ class _Twister:
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
-        self._bits._legacy_seeding(seed & 0xFFFFFFFF)
+        self._bits.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
 
     def draw(self, count: int) -> npt.NDArray[np.uint64]:
         return self._bits.random_raw(count)
