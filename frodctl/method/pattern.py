@@ -8,6 +8,7 @@ that are kept can be followed on their own, in O(nnz) memory, and the other draw
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,8 @@ class _Twister:
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
-        self._bits.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        self._bits.state = state
 
     def draw(self, count: int) -> npt.NDArray[np.uint64]:
         return self._bits.random_raw(count)
