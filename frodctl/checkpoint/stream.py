@@ -104,7 +104,7 @@ def prefetch(tasks: Sequence[Callable[[], T]], depth: int = READ_AHEAD) -> Itera
     """
     queue: Queue[tuple[T, None] | tuple[None, BaseException]] = Queue(maxsize=depth)
     stop = threading.Event()
-    thread = threading.Thread(target=_work, args=(tasks, queue, stop), name="frodctl-read", daemon=True)
+    thread = threading.Thread(target=_work, args=(tasks, queue, stop), name="frodctl-read")
     thread.start()
     try:
         for _ in tasks:
@@ -120,17 +120,22 @@ def prefetch(tasks: Sequence[Callable[[], T]], depth: int = READ_AHEAD) -> Itera
 
 def _work(tasks: Sequence[Callable[[], T]], queue: Queue[Any], stop: threading.Event) -> None:
     """Put each task's result, or the exception that ended them, into the queue."""
+
+    def abandoned() -> bool:
+        # An interrupted main thread may leave the iteration open; the interpreter must find this thread ended.
+        return stop.is_set() or not threading.main_thread().is_alive()
+
     for task in tasks:
         try:
             item: tuple[Any, Any] = (task(), None)
         except BaseException as error:
             item = (None, error)
-        while not stop.is_set():
+        while not abandoned():
             try:
                 queue.put(item, timeout=0.1)
                 break
             except Full:
                 continue
-        if stop.is_set() or item[1] is not None:
+        if abandoned() or item[1] is not None:
             return
         del item
