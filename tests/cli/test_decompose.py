@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -245,17 +247,23 @@ def test_a_full_disk(frodctl: Run, model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "b.st.partial").exists()
 
 
-def test_a_disk_known_to_be_too_small(tmp_path: Path, frodctl: Run, model: Path) -> None:
-    mount = tmp_path / "small"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", mount], capture_output=True).returncode:
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A disk of its own at ``folder``, where mounting is allowed."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True).returncode:
         pytest.skip("mounting needs privileges")
     try:
-        error = one_error(frodctl("decompose", model, "--target-modules", "all-linear", "-o", mount / "b.st"), 4)
-        assert "free" in error
-        assert not list(mount.iterdir())
+        yield folder
     finally:
-        subprocess.run(["umount", mount], check=True)
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_known_to_be_too_small(tmp_path: Path, frodctl: Run, model: Path) -> None:
+    with mounted(tmp_path / "small", "size=16k") as disk:
+        error = one_error(frodctl("decompose", model, "--target-modules", "all-linear", "-o", disk / "b.st"), 4)
+        assert "free" in error
+        assert not list(disk.iterdir())
 
 
 def test_a_target_that_cannot_be_written(frodctl: Run, model: Path) -> None:
@@ -267,14 +275,8 @@ def test_a_target_that_cannot_be_written(frodctl: Run, model: Path) -> None:
 
 
 def test_a_read_only_disk(tmp_path: Path, frodctl: Run, model: Path) -> None:
-    mount = tmp_path / "fixed"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", mount], capture_output=True).returncode:
-        pytest.skip("mounting needs privileges")
-    try:
-        assert "not writable" in one_error(frodctl("decompose", model, "-o", mount / "b.st"), 1)
-    finally:
-        subprocess.run(["umount", mount], check=True)
+    with mounted(tmp_path / "fixed", "ro") as disk:
+        assert "not writable" in one_error(frodctl("decompose", model, "-o", disk / "b.st"), 1)
 
 
 def test_debug_shows_the_traceback(frodctl: Run) -> None:
