@@ -18,6 +18,10 @@ class OutputClosed(Exception):
     """The reader of stdout has gone."""
 
 
+#: What would break a line of tab-separated values, as spaces.
+_NO_BREAKS = str.maketrans("\t\n\r", "   ")
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a table; those without a title are for programs only."""
@@ -50,12 +54,12 @@ class Output:
     def _separated(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
         keys = [column.key for column in columns]
         if self.format == "csv":
-            writer = csv.writer(_Lines(self._write), lineterminator="\n")
+            writer = csv.writer(_Lines(self._write))
             writer.writerow(keys)
             writer.writerows([_cell(row[key]) for key in keys] for row in rows)
             return
         for line in [keys, *([_cell(row[key]) for key in keys] for row in rows)]:
-            self._write("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in line) + "\n")
+            self._write("\t".join(cell.translate(_NO_BREAKS) for cell in line) + "\n")
 
     def _table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
         from rich import box
@@ -92,10 +96,16 @@ class Output:
 
 
 class _Lines:
-    """The little of a file that csv.writer needs."""
+    """The little of a file that csv.writer needs. Lines end with a line feed alone, as in the other formats.
+
+    csv.writer itself is left at its default line end: it quotes only those line breaks that its own consists of.
+    """
 
     def __init__(self, write: Callable[[str], None]) -> None:
-        self.write = write
+        self._write = write
+
+    def write(self, line: str) -> None:
+        self._write(line.removesuffix("\r\n") + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from frodctl.cli.output import Column, Output, human_bytes, human_count
@@ -21,6 +21,7 @@ COLUMNS = (Column("a", "a"), Column("b"))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(rows=[{"a": None, "b": "\r0"}])
 @given(rows=st.lists(st.fixed_dictionaries({"a": CELL, "b": CELL}), max_size=4))
 def test_any_values_in_any_format(rows: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
     def emitted(format_: str) -> str:
