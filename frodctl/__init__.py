@@ -1,8 +1,9 @@
-"""FRoD: joint decomposition of a model's layers, streamed from Hugging Face checkpoints.
+"""FRoD: joint decomposition of a model's layers, and merging of what was trained, streamed.
 
 The jobs behind the ``frodctl`` command are plain functions here::
 
     frodctl.decompose(model, output, ...) -> DecomposeResult
+    frodctl.merge(base, adapter, output, ...) -> MergeResult
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from frodctl.formats.basis_file import BasisFile, open_basis
     from frodctl.jobs.decompose import DecomposeResult, decompose
+    from frodctl.jobs.merge import MergeResult, merge
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["BasisFile", "DecomposeResult", "decompose", "open_basis"]
+__all__ = ["BasisFile", "DecomposeResult", "MergeResult", "decompose", "merge", "open_basis"]
 
 _HOME = {
     "BasisFile": "frodctl.formats.basis_file",
     "DecomposeResult": "frodctl.jobs.decompose",
+    "MergeResult": "frodctl.jobs.merge",
     "decompose": "frodctl.jobs.decompose",
+    "merge": "frodctl.jobs.merge",
     "open_basis": "frodctl.formats.basis_file",
 }
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 from frodctl.errors import InvalidInput
 
 MAX_HEADER_BYTES = 100_000_000
+_CHUNK_BYTES = 8 << 20
 
 #: Bits per element, by the format's name of the dtype.
 DTYPE_BITS = {
@@ -143,7 +144,7 @@ def layout(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 def file_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> int:
     """Size in bytes of the file that `write_file` makes of these."""
-    return len(_header_bytes(specs, metadata)) + sum(spec.nbytes for spec in specs)
+    return len(header_bytes(specs, metadata)) + sum(spec.nbytes for spec in specs)
 
 
 def write_file(file: IO[bytes], specs: Sequence[TensorSpec], metadata: dict[str, str], chunks: Iterator[Any]) -> None:
@@ -160,7 +161,7 @@ def write_file(file: IO[bytes], specs: Sequence[TensorSpec], metadata: dict[str,
     chunks : iterator of buffers
         The tensors' bytes, one after another, in pieces of any size.
     """
-    file.write(_header_bytes(specs, metadata))
+    file.write(header_bytes(specs, metadata))
     expected, written = sum(spec.nbytes for spec in specs), 0
     for chunk in chunks:
         written += file.write(chunk)
@@ -168,7 +169,8 @@ def write_file(file: IO[bytes], specs: Sequence[TensorSpec], metadata: dict[str,
         raise AssertionError(f"wrote {written} bytes of tensors where the header says {expected}")
 
 
-def _header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+    """The beginning of a file with these tensors in this order: the length and the header itself."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for spec in specs:
@@ -178,3 +180,31 @@ def _header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> byte
     raw = json.dumps(entries, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
+
+
+def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """A file's bytes from ``offset`` on, in pieces of 8 MiB and a rest; each is valid until the next.
+
+    Raises
+    ------
+    InvalidInput
+        The file ends before them.
+    """
+    buffer = memoryview(bytearray(min(nbytes, _CHUNK_BYTES)))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while nbytes > 0:
+            piece = buffer[: min(nbytes, len(buffer))]
+            read_into(file, piece, f"{path}: truncated while it was read")
+            yield piece
+            nbytes -= len(piece)
+
+
+def read_into(file: Any, view: memoryview, fault: str) -> None:
+    """Fill the view from an unbuffered file; `InvalidInput` with the text ``fault`` if it ends before."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise InvalidInput(fault)
+        done += count

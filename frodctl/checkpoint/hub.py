@@ -22,7 +22,9 @@ from huggingface_hub.errors import (
 )
 
 from frodctl.checkpoint import codec
+from frodctl.checkpoint.companions import MODULES_FILE, companions, module_folders
 from frodctl.checkpoint.source import (
+    ADAPTER_FILES,
     WEIGHT_FILES,
     Checkpoint,
     Location,
@@ -42,8 +44,12 @@ def is_offline(location: Location) -> bool:
     return location.offline or constants.HF_HUB_OFFLINE
 
 
-def download(location: Location, progress: Callable[[str], None] | None = None) -> tuple[str, str | None, Path]:
+def download(
+    location: Location, progress: Callable[[str], None] | None = None, *, everything: bool = False
+) -> tuple[str, str | None, Path]:
     """Fetch weights, index and config into the Hub's cache, or find them there.
+
+    With ``everything`` also the rest of what the model needs (see `frodctl.checkpoint.companions`).
 
     Returns
     -------
@@ -54,25 +60,50 @@ def download(location: Location, progress: Callable[[str], None] | None = None) 
     folder : Path
         The cached folder that holds the files.
     """
+    repo, commit, folder = _snapshot(
+        location, "config.json", lambda commit, files: _needed(location, commit, files, everything), progress
+    )
+    if is_offline(location):
+        _require_cached(folder, repo)
+    return repo, commit, folder
+
+
+def download_adapter(location: Location, progress: Callable[[str], None] | None = None) -> Path:
+    """Fetch the config and the weights of all the adapters in a repository; the cached folder that holds them."""
+
+    def wanted(commit: str, files: list[str]) -> list[str]:
+        return [file for file in files if PurePosixPath(file).name in ADAPTER_FILES]
+
+    return _snapshot(location, f"*{ADAPTER_FILES[0]}", wanted, progress)[2]
+
+
+def _snapshot(
+    location: Location,
+    least: str,
+    wanted: Callable[[str, list[str]], list[str]],
+    progress: Callable[[str], None] | None,
+) -> tuple[str, str | None, Path]:
+    """The repository's id, the commit, and the cached folder with the files that `wanted` chooses.
+
+    Offline only ``least`` is asked for: the client refuses a snapshot that lacks anything, and what else is needed
+    the caller sees for itself.
+    """
     repo, revision = _repo_and_revision(location)
     common: dict[str, Any] = {"token": location.token, "cache_dir": location.cache_dir}
     with _clear_errors(repo, revision):
         if is_offline(location):
-            # Of the files only the config is asked for: the client refuses a snapshot that lacks any of them,
-            # and what else is needed is seen below.
-            only = [_prefixed(location, "config.json")]
+            only = [_prefixed(location, least)]
             folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=only, **common)
-            _require_cached(Path(folder) / location.subfolder, repo)
         else:
             commit, files = _files(location, repo, revision)
-            wanted = _needed_files(location, repo, commit, files)
+            names = wanted(commit, files)
             if progress is not None:
-                progress(f"fetching {len(wanted)} files of {repo} at {commit[:12]} (cached ones are not fetched again)")
+                progress(f"fetching {len(names)} files of {repo} at {commit[:12]} (cached ones are not fetched again)")
             folder = snapshot_download(
                 repo,
                 # by name, so that the cache learns what the name stands for and --offline can use it
                 revision=revision,
-                allow_patterns=[_prefixed(location, name) for name in wanted],
+                allow_patterns=[_prefixed(location, name) for name in names],
                 **common,
             )
     root = Path(folder)
@@ -94,6 +125,7 @@ def remote_headers(location: Location) -> Checkpoint:
     with _clear_errors(repo, revision):
         commit, files = _files(location, repo, revision)
         config: dict[str, Any] = {}
+        files = [file for file in files if "/" not in file]
         if "config.json" in files:
             config = read_json(_fetch(location, repo, commit, "config.json"))
         entry = choose_weights(files, repo)
@@ -108,6 +140,26 @@ def remote_headers(location: Location) -> Checkpoint:
         tensors = _remote_tensors(location, repo, commit, sorted(set(shards.values())))
     check_complete(shards, tensors, repo)
     return Checkpoint(repo, commit, None, config, tensors)
+
+
+def remote_adapter(
+    location: Location, choose: Callable[[list[str]], str]
+) -> tuple[str, dict[str, Any], list[TensorInfo]]:
+    """The config and the headers of one of a repository's adapters, without its weights.
+
+    ``choose`` is given the paths of all adapters' configs and returns one of them. The first of the result is the
+    folder in the repository.
+    """
+    repo, revision = _repo_and_revision(location)
+    with _clear_errors(repo, revision):
+        commit, files = _files(location, repo, revision)
+        path = choose([file for file in files if PurePosixPath(file).name == ADAPTER_FILES[0]])
+        folder = str(PurePosixPath(path).parent)
+        weights = str(PurePosixPath(folder, ADAPTER_FILES[1]))
+        if weights not in files:
+            raise FrodctlError(f"{repo}/{weights}: not there, so its headers cannot be read remotely")
+        config = read_json(_fetch(location, repo, commit, path))
+        return folder, config, list(_remote_tensors(location, repo, commit, [weights]).values())
 
 
 def _remote_tensors(location: Location, repo: str, commit: str, files: list[str]) -> dict[str, TensorInfo]:
@@ -132,20 +184,27 @@ def _repo_and_revision(location: Location) -> tuple[str, str | None]:
 
 
 def _files(location: Location, repo: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit and the names of the files in the folder (of the repository) that is asked for."""
+    """The commit, and the paths below the folder (of the repository) that is asked for."""
     info = HfApi(token=location.token).model_info(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
     folder = PurePosixPath(location.subfolder)
     paths = [PurePosixPath(sibling.rfilename) for sibling in info.siblings or ()]
     if info.sha is None:
         raise FrodctlError(f"{repo}: the Hub names no commit")
-    return info.sha, [path.name for path in paths if path.parent == folder]
+    return info.sha, [str(path.relative_to(folder)) for path in paths if path.is_relative_to(folder)]
 
 
-def _needed_files(location: Location, repo: str, commit: str, files: list[str]) -> list[str]:
-    entry = choose_weights(files, repo)
-    wanted = {entry, *(name for name in files if name in ("config.json", "generation_config.json"))}
+def _needed(location: Location, commit: str, files: list[str], everything: bool) -> list[str]:
+    """The files of a checkpoint that are worth fetching."""
+    repo = _repo_and_revision(location)[0]
+    direct = [file for file in files if "/" not in file]
+    entry = choose_weights(direct, repo)
+    wanted = {entry, *(name for name in direct if name in ("config.json", "generation_config.json"))}
     if entry.endswith(".index.json"):
         wanted.update(shards_of(read_json(_fetch(location, repo, commit, entry)), f"{repo}/{entry}").values())
+    if everything:
+        listed = _fetch(location, repo, commit, MODULES_FILE) if MODULES_FILE in files else None
+        wanted.update(companions(files, module_folders(listed) if listed else ()))
+        wanted.update({"README.md"} & set(files))
     return sorted(wanted)
 
 

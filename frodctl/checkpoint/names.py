@@ -7,7 +7,8 @@ these bases speak of the same thing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def peft_category(module: str) -> str:
@@ -113,3 +114,46 @@ def _qualify(base: str, kinds: Sequence[tuple[str, int]], taken: Iterable[str]) 
         if len(set(labels.values())) == len(kinds) and not set(labels.values()) & set(taken):
             return labels
     return full
+
+
+def match(paths: Iterable[str], known: Collection[str]) -> dict[str, str | None]:
+    """Find paths of a live model among a checkpoint's, which may lack the task model's prefix or have another.
+
+    A path stands for itself, or for the one known path that differs from it by a prefix: one side has it and the
+    other not (``transformer.h.0`` and ``h.0``), or both have the same parts in another order
+    (``model.language_model.layers.0`` and ``language_model.model.layers.0``).
+
+    Returns
+    -------
+    dict of str to str or None
+        For each path the known one; None where there is none, or more than one.
+    """
+    known = set(known)
+    by_ending: dict[str, list[str]] = {}  # of the known paths, under each of their endings
+    by_parts: dict[Any, list[str]] = {}
+    for name in known:
+        parts = name.split(".")
+        for start in range(1, len(parts)):
+            by_ending.setdefault(".".join(parts[start:]), []).append(name)
+        by_parts.setdefault(_without_order(parts), []).append(name)
+
+    def candidates(path: str) -> set[str]:
+        parts = path.split(".")
+        endings = {".".join(parts[start:]) for start in range(1, len(parts))}
+        reordered = by_parts.get(_without_order(parts), [])
+        return {path} & known or {*(endings & known), *by_ending.get(path, []), *reordered}
+
+    found = {path: candidates(path) for path in paths}
+    return {path: next(iter(names)) if len(names) == 1 else None for path, names in found.items()}
+
+
+def _without_order(parts: Sequence[str]) -> tuple[Any, ...]:
+    """Equal for paths of the same parts in another order; numbers and the last part keep theirs."""
+    numbers = [part for part in parts if part.isdigit()]
+    return tuple(sorted(part for part in parts[:-1] if not part.isdigit())), tuple(numbers), parts[-1]
+
+
+def live_prefix(matches: Mapping[str, str | None]) -> str:
+    """The prefix that all the live paths have and the checkpoint's lack, with its dot; "" if there is none."""
+    prefixes = {path.removesuffix(name) if name and path.endswith("." + name) else "" for path, name in matches.items()}
+    return prefixes.pop() if len(prefixes) == 1 else ""

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
 from frodctl.errors import FrodctlError, OutOfResources, UsageError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; two runs at once are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
 
 
 def check_output_file(path: Path, *, force: bool) -> None:
@@ -27,10 +37,40 @@ def check_output_file(path: Path, *, force: bool) -> None:
         raise UsageError(f"{path}: is not an ordinary file; name another with -o")
     if path.exists() and not force:
         raise UsageError(f"{path}: exists; use --force to replace it, or name another file with -o")
+    _check_parent(path)
+
+
+def check_output_folder(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Refuse, before any work, a destination folder that cannot or must not be written.
+
+    Raises
+    ------
+    UsageError
+        It is in the folder of an input or holds one; it exists and ``force`` is not given; it exists and holds
+        no checkpoint, so that it can hardly be meant; or its parent is no folder.
+    FrodctlError
+        Its parent is not writable.
+    """
+    target = path.resolve()
+    for given in inputs:
+        source = given.resolve()
+        if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+            raise UsageError(f"{path}: is, contains or lies in {given}, which is read; name a folder elsewhere")
+    if path.exists() or path.is_symlink():
+        if not force:
+            raise UsageError(f"{path}: exists; use --force to replace it, or name another folder")
+        if not path.is_dir() or path.is_symlink():
+            raise UsageError(f"{path}: is not a folder; name another")
+        if any(path.iterdir()) and not (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+            raise UsageError(f"{path}: holds no checkpoint, so --force does not replace it; name another folder")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: no such folder")
     if not os.access(path.parent, os.W_OK):
-        raise FrodctlError(f"{path.parent}: not writable; name another file with -o")
+        raise FrodctlError(f"{path.parent}: not writable; name an output elsewhere")
 
 
 def require_disk(folder: Path, nbytes: int) -> None:
@@ -43,19 +83,24 @@ def require_disk(folder: Path, nbytes: int) -> None:
 
 
 class Staging:
-    """``FILE.partial/KEY/``: the finished pieces of the job KEY, until FILE is whole.
+    """``OUTPUT.partial/KEY/``: the finished pieces of the job KEY, until OUTPUT is whole.
 
     A run that was killed leaves its pieces here, and the same job takes them up. Another job's pieces are
-    left alone until FILE is published.
+    left alone until OUTPUT is published. One run at a time: a second one is refused. Used in a ``with`` statement.
     """
 
     def __init__(self, output: Path, key: str, *, resume: bool) -> None:
         self.output = output
         self.root = output.with_name(output.name + ".partial")
         self.folder = self.root / key
-        if not resume and self.root.exists():
-            shutil.rmtree(self.root)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._previous = self.root / "previous"
+        self.root.mkdir(exist_ok=True)
+        self._lock = _lock(self.root)
+        _put_back(self._previous, output)
+        if not resume:
+            for piece in self.root.iterdir():
+                shutil.rmtree(piece)
+        self.folder.mkdir(exist_ok=True)
 
     def path(self, name: str) -> Path:
         """Where the finished piece ``name`` is, or will be."""
@@ -63,22 +108,73 @@ class Staging:
 
     def finished_bytes(self) -> int:
         """What the finished pieces take on disk."""
-        return sum(path.stat().st_size for path in self.folder.iterdir())
+        return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
 
     def write(self, name: str, write: Callable[[IO[bytes]], None]) -> None:
         """Write the piece ``name`` by calling ``write`` with a file; it appears only when complete."""
         _write_whole(self.path(name), self.folder / (name + ".tmp"), write)
 
     def publish(self, write: Callable[[IO[bytes]], None]) -> None:
-        """Write FILE by calling ``write``, put it in place in one step, and clear the staging away."""
+        """Write the file OUTPUT by calling ``write``, put it in place in one step, and clear the staging away."""
         _write_whole(self.output, self.folder / "output.tmp", write)
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def discard_if_empty(self) -> None:
-        """Remove the folders again if no piece was finished."""
+    def publish_folder(self, name: str) -> None:
+        """Put the piece ``name``, a folder, in OUTPUT's place and clear the staging away.
+
+        An OUTPUT that exists is exchanged for it in one step; where the system has no such step it is moved aside
+        first, and put back by the next run if that was all that happened.
+        """
+        for path in [*self.path(name).rglob("*"), self.path(name)]:
+            _sync(path)
+        if not self.output.exists():
+            os.rename(self.path(name), self.output)
+        elif not _exchange(self.path(name), self.output):
+            os.rename(self.output, self._previous)
+            os.rename(self.path(name), self.output)
+        _sync(self.output.parent)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Remove the folders again if no piece was finished, and let another run in."""
         for folder in (self.folder, self.root):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on the folder, which ends with the process; its handle."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise FrodctlError(f"{folder}: another run is writing this output; wait for it, or name another") from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+def _put_back(previous: Path, output: Path) -> None:
+    """Mend what a run that was cut between the two steps of `Staging.publish_folder` left."""
+    if previous.exists() and not output.exists():
+        os.rename(previous, output)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
 
 
 def _write_whole(path: Path, temporary: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -91,13 +187,13 @@ def _write_whole(path: Path, temporary: Path, write: Callable[[IO[bytes]], None]
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush the rename itself; not every system lets a folder be opened."""
+def _sync(path: Path) -> None:
+    """Flush a file, or the renames in a folder; not every system lets a folder be opened."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         return
     try:

@@ -26,6 +26,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+#: What PEFT calls an adapter's config and weights.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,11 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    location: Location, *, headers_only: bool = False, progress: Callable[[str], None] | None = None
+    location: Location,
+    *,
+    headers_only: bool = False,
+    everything: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Find the checkpoint and read its headers; download it first if it is on the Hub.
 
@@ -129,6 +135,8 @@ def open_checkpoint(
     location : Location
     headers_only : bool
         Fetch no weights from the Hub: headers come by range requests, and the result cannot be streamed.
+    everything : bool
+        Fetch also what the model needs beside its weights (see `frodctl.checkpoint.companions`).
     progress : callable, optional
         Called with a line of text before anything slow.
 
@@ -145,7 +153,7 @@ def open_checkpoint(
 
         if headers_only and not hub.is_offline(location):
             return hub.remote_headers(location)
-        model, revision, root = hub.download(location, progress)
+        model, revision, root = hub.download(location, progress, everything=everything)
         return _from_folder(root, model, revision)
     if path.is_file() and path.name.endswith(".index.json"):
         return _from_folder(path.parent, location.model, None, path.name)
@@ -216,7 +224,7 @@ def _read_headers(folder: Path, shards: dict[Any, str]) -> dict[str, TensorInfo]
         path = folder / file
         if not path.is_file():
             raise InvalidInput(f"{path}: named by the index but missing; download the checkpoint again")
-        for info in _read_file_header(path):
+        for info in read_file_header(path):
             if shards.get(info.name, file) == file:
                 tensors[info.name] = info
     check_complete(shards, tensors, str(folder))
@@ -231,7 +239,8 @@ def check_complete(shards: dict[Any, str], tensors: Collection[str], where: str)
         raise InvalidInput(f"{where}: tensor {missing[0]}{more} is in the index but not in {shards[missing[0]]}")
 
 
-def _read_file_header(path: Path) -> list[TensorInfo]:
+def read_file_header(path: Path) -> list[TensorInfo]:
+    """The tensors of one file, safetensors or pickled."""
     if path.suffix == ".safetensors":
         header = codec.read_header(path)
         return [TensorInfo(s.name, s.dtype, s.shape, path.name, at) for s, at in header.tensors.values()]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from frodctl.checkpoint.codec import read_into
 from frodctl.checkpoint.source import TensorInfo
 from frodctl.errors import InvalidInput
 
@@ -52,18 +53,10 @@ def read_tensor(
     buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
     with open(root / info.file, "rb", buffering=0) as file:
         file.seek(offset)
-        _read_into(file, tensor_bytes(buffer), root / info.file, info.name)
+        path = root / info.file
+        read_into(file, tensor_bytes(buffer), f"{path}: tensor {info.name}: the file ends before it; download it again")
     flat = buffer.view(TORCH_DTYPES[info.dtype])
     return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
-
-
-def _read_into(file: Any, view: memoryview, path: Path, name: str) -> None:
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise InvalidInput(f"{path}: tensor {name}: the file ends before it; download it again")
-        done += count
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

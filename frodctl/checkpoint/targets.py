@@ -10,7 +10,7 @@ from typing import Any
 from frodctl.checkpoint import names
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.source import Checkpoint, TensorInfo
-from frodctl.errors import UsageError
+from frodctl.errors import InvalidInput, UsageError
 
 #: The modules that PEFT 0.21 adapts by default, by ``model_type``: names, or one regular expression.
 DEFAULT_TARGETS: Mapping[str, str] = {
@@ -150,6 +150,20 @@ def select(
         raise UsageError(f"--exclude-modules {exclude_modules}: matches no linear layer")
     _require_matches(target_modules, matched, bool(targets))
     return Selection(tuple(targets), tuple(left_out))
+
+
+def linear_layer(info: TensorInfo, checkpoint: Checkpoint) -> Target:
+    """The tensor as the weight of a linear layer.
+
+    Raises
+    ------
+    InvalidInput
+        It is no floating-point matrix.
+    """
+    if len(info.shape) != 2 or info.dtype not in FLOAT_DTYPES:
+        what = f"{info.dtype} {list(info.shape)}"
+        raise InvalidInput(f"{checkpoint.model}: tensor {info.name} is {what}, not the weight of a linear layer")
+    return _targets(info, checkpoint)[0]
 
 
 def _not_linear(info: TensorInfo, checkpoint: Checkpoint) -> str | None:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from frodctl.checkpoint import names
 from frodctl.cli.options import Share, Size, output_options, source_options
-from frodctl.cli.output import Column, Output, human_bytes, human_count
+from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import decompose as job
-
-
-def _heights(row: Mapping[str, Any]) -> str:
-    lowest, highest = row["m_min"], row["m_max"]
-    return str(highest) if lowest == highest else f"{lowest}–{highest}"
-
 
 _SHAPE_COLUMNS = (
     Column("category", "category", left=True),
     Column("layers", "layers"),
     Column("n", "n"),
     Column("m_min"),
-    Column("m_max", "m", _heights),
+    Column("m_max", "m", height_range),
     Column("parameters"),
     Column("sparsity"),
     Column("nnz"),

@@ -21,6 +21,7 @@ from frodctl.errors import FrodctlError, OutOfResources
 
 _COMMANDS = {
     "decompose": "Joint decomposition of a checkpoint into one shared-basis file.",
+    "merge": "Trained perturbations folded back into dense weights.",
 }
 
 
@@ -50,6 +51,7 @@ def cli() -> None:
     Examples:
       frodctl decompose meta-llama/Llama-3.2-1B --target-modules all-linear
       frodctl decompose ./my-model -o basis.safetensors --budget 1.72%
+      frodctl merge ./my-model ./my-adapter ./merged
 
     Data goes to stdout, everything else to stderr. `frodctl COMMAND --help` has the rest.
     """

@@ -45,6 +45,21 @@ output_options = _together(
 """What goes to stdout and stderr."""
 
 
+class ScaledAdapter(click.ParamType[tuple[str, float]]):
+    """An adapter and how much of it: ``ADAPTER`` or ``ADAPTER:SCALE``."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        adapter, colon, scale = str(value).rpartition(":")
+        try:
+            return (adapter, float(scale)) if colon and adapter else (str(value), 1.0)
+        except ValueError:
+            return str(value), 1.0
+
+
 class Share(click.ParamType[float]):
     """A share of a whole: ``1.72%`` or ``0.0172``."""
 

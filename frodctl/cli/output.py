@@ -145,3 +145,9 @@ def human_count(count: float) -> str:
             return f"{count:.0f}" if not unit else f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g} T"
+
+
+def height_range(row: Mapping[str, Any]) -> str:
+    """The cell for m: one height, or the range of a category's."""
+    lowest, highest = row["m_min"], row["m_max"]
+    return str(highest) if lowest == highest else f"{lowest}–{highest}"

@@ -23,7 +23,6 @@ from frodctl.errors import InvalidInput
 
 VERSION = 1
 _V_DTYPES = ("F32", "BF16", "F16")
-_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -197,10 +196,10 @@ def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata)
             tensors[name] = (spec, part, offset)
     specs = codec.layout([spec for spec, _, _ in tensors.values()])
 
-    def chunks() -> Iterator[bytes]:
+    def chunks() -> Iterator[memoryview]:
         for spec in specs:
             _, part, offset = tensors[spec.name]
-            yield from _read_chunks(part, offset, spec.nbytes)
+            yield from codec.read_chunks(part, offset, spec.nbytes)
 
     codec.write_file(file, specs, file_metadata(metadata), chunks())
 
@@ -217,14 +216,3 @@ def specs_of(category: str, n: int, dtype: str, modules: Sequence[str]) -> list[
         codec.TensorSpec(f"tau.{category}", "F64", (n,)),
         *(codec.TensorSpec(f"lambda.{module}", "F32", (n,)) for module in modules),
     ]
-
-
-def _read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        while nbytes > 0:
-            chunk = file.read(min(_CHUNK, nbytes))
-            if not chunk:
-                raise InvalidInput(f"{path}: truncated; delete it and run again")
-            nbytes -= len(chunk)
-            yield chunk

@@ -1,4 +1,4 @@
-"""What the joint basis of a category costs, from its shapes alone: operations and memory."""
+"""What the joint basis of a category and an update cost, from shapes alone: operations and memory."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def memory_bytes(shapes: Sequence[tuple[int, int]], cache_bytes: int) -> int:
     tall = sum(m >= n for m, _ in shapes)
     cached = min(tall, cache_bytes // (8 * n * n)) * 8 * n * n
     return 7 * 8 * n * n + 3 * 8 * rows * n + cached
+
+
+def update_memory_bytes(m: int, n: int) -> int:
+    """Memory in bytes that updating an (m, n) weight takes, about, with its category's matrices."""
+    return 36 * n * n + 20 * m * n

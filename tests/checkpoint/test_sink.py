@@ -8,7 +8,8 @@ from typing import IO
 
 import pytest
 
-from frodctl.checkpoint.sink import Staging, check_output_file, require_disk
+from frodctl.checkpoint import sink
+from frodctl.checkpoint.sink import Staging, check_output_file, check_output_folder, require_disk
 from frodctl.errors import FrodctlError, OutOfResources, UsageError
 
 
@@ -60,6 +61,91 @@ def test_a_read_only_parent(tmp_path: Path) -> None:
         check_output_file(tmp_path / "out", force=False)
 
 
+def test_an_output_folder_must_not_touch_what_is_read(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    (base / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(base)
+    for path in (base, base / "inner" / "out", tmp_path, tmp_path / "link" / "out", base / ".." / "base"):
+        with pytest.raises(UsageError, match="which is read"):
+            check_output_folder(path, [base], force=True)
+    check_output_folder(tmp_path / "base2", [base], force=False)
+
+
+def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with pytest.raises(UsageError, match="--force"):
+        check_output_folder(home, [], force=False)
+    check_output_folder(home, [], force=True)
+    (home / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="no checkpoint"):
+        check_output_folder(home, [], force=True)
+    (home / "config.json").touch()
+    check_output_folder(home, [], force=True)
+    for path in (home / "config.json", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(home)
+        with pytest.raises(UsageError, match="not a folder"):
+            check_output_folder(path, [], force=True)
+
+
+def staged(output: Path, key: str = "key", resume: bool = True) -> Staging:
+    """A staging with one finished piece, a folder."""
+    staging = Staging(output, key, resume=resume)
+    staging.path("tree").mkdir(exist_ok=True)
+    (staging.path("tree") / "file").write_text("new")
+    return staging
+
+
+def test_a_folder_is_published_whole(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as staging:
+        staging.publish_folder("tree")
+    assert files(tmp_path) == {"out", "out/file"}
+    assert (tmp_path / "out" / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("exchanging", [True, False])
+def test_a_folder_takes_the_place_of_another(
+    exchanging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanging:
+        monkeypatch.setattr(sink, "_exchange", lambda first, second: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with staged(tmp_path / "out") as staging:
+        staging.publish_folder("tree")
+    assert files(tmp_path) == {"out", "out/file"}
+
+
+def test_what_was_moved_aside_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut between the two renames of a system without an exchange."""
+    monkeypatch.setattr(sink, "_exchange", lambda first, second: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    rename = os.rename
+
+    def cut(source: Path, target: Path) -> None:
+        if target == tmp_path / "out":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with staged(tmp_path / "out") as staging, pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(os, "rename", cut)
+        staging.publish_folder("tree")
+    assert not (tmp_path / "out").exists()
+    with Staging(tmp_path / "out", "key", resume=True) as again:
+        assert files(tmp_path / "out") == {"old"}
+        assert files(again.path("tree")) == {"file"}
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out", "one", resume=True), pytest.raises(FrodctlError, match="another run"):
+        Staging(tmp_path / "out", "two", resume=False)
+    with Staging(tmp_path / "out", "two", resume=True):
+        pass
+    assert files(tmp_path) == set()
+
+
 def test_a_piece_appears_only_when_complete(tmp_path: Path) -> None:
     staging = Staging(tmp_path / "out", "key", resume=True)
     with pytest.raises(KeyboardInterrupt):
@@ -93,20 +179,25 @@ def test_publishing_replaces_in_one_step_and_clears_up(tmp_path: Path) -> None:
 
 
 def test_the_same_job_takes_up_its_pieces_and_another_does_not(tmp_path: Path) -> None:
-    Staging(tmp_path / "out", "one", resume=True).write("piece", lambda file: None)
-    assert not Staging(tmp_path / "out", "two", resume=True).path("piece").exists()
-    assert Staging(tmp_path / "out", "one", resume=True).path("piece").exists()
+    with Staging(tmp_path / "out", "one", resume=True) as staging:
+        staging.write("piece", lambda file: None)
+    with Staging(tmp_path / "out", "two", resume=True) as staging:
+        assert not staging.path("piece").exists()
+    with Staging(tmp_path / "out", "one", resume=True) as staging:
+        assert staging.path("piece").exists()
 
 
 def test_no_resume_discards(tmp_path: Path) -> None:
-    Staging(tmp_path / "out", "key", resume=True).write("piece", lambda file: None)
-    assert not Staging(tmp_path / "out", "key", resume=False).path("piece").exists()
+    with Staging(tmp_path / "out", "key", resume=True) as staging:
+        staging.write("piece", lambda file: None)
+    with Staging(tmp_path / "out", "key", resume=False) as staging:
+        assert not staging.path("piece").exists()
 
 
 def test_a_job_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
-    Staging(tmp_path / "out", "key", resume=True).discard_if_empty()
+    with Staging(tmp_path / "out", "key", resume=True):
+        pass
     assert files(tmp_path) == set()
-    staging = Staging(tmp_path / "out", "key", resume=True)
-    staging.write("piece", lambda file: None)
-    staging.discard_if_empty()
+    with Staging(tmp_path / "out", "key", resume=True) as staging:
+        staging.write("piece", lambda file: None)
     assert staging.path("piece").exists()

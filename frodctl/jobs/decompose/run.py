@@ -118,8 +118,7 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
     started = time.perf_counter()
     device = choose_device(plan.options.device)
     require_memory(plan.peak_memory_bytes, device)
-    staging = sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume)
-    try:
+    with sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume) as staging:
         sink.require_disk(staging.folder, 2 * plan.output_bytes - staging.finished_bytes())
         parts = _Parts(plan, staging, device, progress)
         results = tuple(parts.finish(i) for i in range(len(plan.categories)))
@@ -127,8 +126,6 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
         metadata = plan.metadata(parts.bases, parts.modules)
         paths = [parts.path(i) for i in range(len(results))]
         staging.publish(lambda file: basis_file.write_basis(file, paths, metadata))
-    finally:
-        staging.discard_if_empty()
     size = plan.output.stat().st_size
     return DecomposeResult(plan, results, plan.output, size, str(device), time.perf_counter() - started)
 

@@ -1,0 +1,65 @@
+"""The rest of a checkpoint's folder: what a model needs beside its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+
+#: Weights in whatever format, what trainers leave behind, and adapters.
+_NOT_COPIED = re.compile(
+    r"""(?ix)
+    .*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|tflite|ot|npz|mlmodel|parquet|arrow|index\.json)
+    | adapter_(config\.json|model\..*)
+    | (optimizer|scheduler|trainer_state|training_args|rng_state|all_results|train_results|eval_results)\b.*
+    | .*\.(lock|incomplete|tmp|partial) | README\.md | events\.out\..*
+    """
+)
+#: Folders that are never a part of the model.
+_OTHER_FOLDERS = re.compile(r"(?i)checkpoint-\d+|runs|logs|wandb|__pycache__|.*\.partial")
+#: Copied as they are even with weights inside: sentence-transformers lists its modules here.
+MODULES_FILE = "modules.json"
+
+
+def companions(files: Iterable[str], module_folders: Collection[str] = ()) -> list[str]:
+    """Choose among the relative paths of a folder's files those that a model needs beside its weights.
+
+    Configs, tokenizer, processor, templates, code and licence, and sub-folders without weights; of the folders
+    that `module_folders` found everything. No hidden file, no cache, no adapter, and not the model card.
+    """
+    paths = [PurePosixPath(file) for file in files]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    with_weights = {path.parts[0] for path in paths if len(path.parts) > 1 and _NOT_COPIED.fullmatch(path.name)}
+    skipped = {folder for folder in with_weights if folder not in module_folders}
+
+    def wanted(path: PurePosixPath) -> bool:
+        if len(path.parts) == 1:
+            return not _NOT_COPIED.fullmatch(path.name)
+        folder = path.parts[0]
+        return folder in module_folders or (folder not in skipped and not _OTHER_FOLDERS.fullmatch(folder))
+
+    return sorted(str(path) for path in paths if wanted(path))
+
+
+def module_folders(modules_json: Path) -> set[str]:
+    """The sub-folders that sentence-transformers' ``modules.json`` names; none where there is no such file."""
+    try:
+        entries = json.loads(modules_json.read_bytes())
+        paths = [str(entry["path"]) for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+    return {PurePosixPath(path).parts[0] for path in paths if path and ".." not in path and not path.startswith("/")}
+
+
+def files_below(folder: Path) -> list[str]:
+    """Relative paths of the ordinary files in a folder and its sub-folders, hidden ones left out."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            found.append(path.name)
+        elif path.is_dir() and not path.is_symlink():
+            found += [f"{path.name}/{inner}" for inner in files_below(path)]
+    return found

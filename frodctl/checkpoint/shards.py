@@ -1,0 +1,202 @@
+"""A checkpoint's weights on their way out: which tensor goes into which file, and each to its place in any order.
+
+The headers are written first and the files have their full size from the beginning, so that tensors can come
+one at a time, in whatever order the arithmetic likes, and what is finished survives a killed run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frodctl.checkpoint import codec
+from frodctl.checkpoint.codec import TensorSpec
+from frodctl.errors import FrodctlError
+
+INDEX_FILE = "model.safetensors.index.json"
+_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the checkpoint, its tensors in the order in which they lie there."""
+
+    file: str
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def header(self) -> bytes:
+        return codec.header_bytes(self.specs, _METADATA)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return codec.file_bytes(self.specs, _METADATA)
+
+    def offsets(self) -> dict[str, int]:
+        """Where in the file each tensor begins."""
+        position = len(self.header)
+        places = {}
+        for spec in self.specs:
+            places[spec.name] = position
+            position += spec.nbytes
+        return places
+
+
+def plan_shards(specs: Iterable[TensorSpec], max_bytes: int) -> tuple[Shard, ...]:
+    """Fill files with the tensors in the order given, none with more than ``max_bytes`` of tensors.
+
+    A tensor larger than that has a file to itself. The files are called as transformers calls them.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if groups[-1] and filled + spec.nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += spec.nbytes
+    if len(groups) == 1:
+        return (Shard("model.safetensors", tuple(codec.layout(groups[0]))),)
+    count = len(groups)
+    return tuple(
+        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(codec.layout(group)))
+        for number, group in enumerate(groups, 1)
+    )
+
+
+def index(shards: Sequence[Shard]) -> dict[str, Any]:
+    """The content of the index file, total_size in bytes of tensors."""
+    files = {spec.name: shard.file for shard in shards for spec in shard.specs}
+    total = sum(spec.nbytes for shard in shards for spec in shard.specs)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+
+
+class ShardWriter:
+    """Writes tensors to their places and keeps a journal of those that are finished, with their digests.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files are, or will be.
+    shards : sequence of Shard
+    journal : Path
+        The journal's file. What it says of an earlier run is believed where the bytes have the digest it names.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], journal: Path) -> None:
+        self.folder = folder
+        self.shards = shards
+        self.places = {
+            name: (shard.file, offset, spec)
+            for shard in shards
+            for (name, offset), spec in zip(shard.offsets().items(), shard.specs, strict=True)
+        }
+        self._handles: dict[str, int] = {}
+        for shard in shards:
+            handle = self._handles[shard.file] = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(handle, shard.nbytes)
+            _write_at(handle, shard.header, 0)
+        finished = self._finished(journal)
+        self.digests: dict[str, str] = {}  #: of the finished tensors, by name
+        self._journal = open(journal, "w")  # noqa: SIM115 (closed by close)
+        self._lock = threading.Lock()
+        for name, digest in finished.items():
+            self._note(name, digest)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def write(self, name: str, chunks: Iterable[Any]) -> None:
+        """Write the tensor's bytes, which come in pieces of any size, and note that it is finished."""
+        file, offset, spec = self.places[name]
+        sha256 = hashlib.sha256()
+        position = offset
+        for chunk in chunks:
+            sha256.update(chunk)
+            position += _write_at(self._handles[file], chunk, position)
+        if position - offset != spec.nbytes:
+            raise AssertionError(f"{name}: wrote {position - offset} bytes where the header says {spec.nbytes}")
+        self._note(name, sha256.hexdigest())
+
+    def flush(self) -> None:
+        """Bring all that was written to the disk."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+        self._journal.close()
+
+    def _note(self, name: str, digest: str) -> None:
+        with self._lock:
+            self.digests[name] = digest
+            self._journal.write(json.dumps([name, digest]) + "\n")
+            self._journal.flush()
+
+    def _finished(self, journal: Path) -> dict[str, str]:
+        noted = {}
+        for line in journal.read_text().splitlines() if journal.is_file() else ():
+            try:
+                name, digest = json.loads(line)
+            except ValueError:  # the line that was being written as the run was killed
+                continue
+            if name in self.places:
+                noted[name] = digest
+        found = _digests(self.folder, {name: self.places[name] for name in noted})
+        return {name: digest for name, digest in noted.items() if found[name] == digest}
+
+
+def verify(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str]) -> None:
+    """Read the files again: headers as planned, and every tensor's bytes with the digest they were written with.
+
+    Raises
+    ------
+    FrodctlError
+        Something differs: the disk or the memory of this machine is not to be trusted.
+    """
+    places = {}
+    for shard in shards:
+        found = codec.read_header(folder / shard.file).tensors
+        offsets = shard.offsets()
+        if found != {spec.name: (spec, offsets[spec.name]) for spec in shard.specs}:
+            raise FrodctlError(f"{shard.file}: the header read back is not the one written; check the disk")
+        places.update({name: (shard.file, offset, spec) for name, (spec, offset) in found.items()})
+    for name, digest in _digests(folder, places).items():
+        if digests[name] != digest:
+            raise FrodctlError(f"{places[name][0]}: tensor {name} reads back differently from what was written")
+
+
+def _digests(folder: Path, places: Mapping[str, tuple[str, int, TensorSpec]]) -> dict[str, str]:
+    def digest(place: tuple[str, int, TensorSpec]) -> str:
+        file, offset, spec = place
+        sha256 = hashlib.sha256()
+        for chunk in codec.read_chunks(folder / file, offset, spec.nbytes):
+            sha256.update(chunk)
+        return sha256.hexdigest()
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(places, pool.map(digest, places.values()), strict=True))
+
+
+def _write_at(handle: int, data: Any, offset: int) -> int:
+    view = memoryview(data)
+    if not view.nbytes:
+        return 0
+    view = view.cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done:], offset + done)
+    return done

@@ -1,0 +1,128 @@
+"""``frodctl merge``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from frodctl.cli.options import ScaledAdapter, Size, output_options, source_options
+from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
+from frodctl.cli.progress import Reporter
+from frodctl.jobs import merge as job
+
+_COLUMNS = (
+    Column("adapter"),
+    Column("category", "category", left=True),
+    Column("layers", "layers"),
+    Column("n", "n"),
+    Column("m_min"),
+    Column("m_max", "m", height_range),
+    Column("parameters", "parameters", lambda r: human_count(r["parameters"])),
+    Column("nnz", "nnz"),
+    Column("form", "form"),
+    Column("scale", "scale"),
+    Column("basis", "basis"),
+    Column("flops"),
+)
+
+
+@click.command("merge")
+@click.argument("base")
+@click.argument("adapter")
+@click.argument("out")
+@click.option("--basis", metavar="FILE", help="Shared-basis file, for an adapter that does not hold V.")
+@click.option("--trust-basis", is_flag=True, help="Take it although the adapter does not say that it is the one.")
+@click.option("--recompute-projection", is_flag=True, help="Run PEFT's routine for the V of an adapter without one.")
+@click.option(
+    "--form",
+    type=click.Choice(["auto", "delta", "reconstruct"]),
+    default="auto",
+    show_default=True,
+    help="W + ΔW, or U (diag(λ') + S) Vᵀ as PEFT trains it. auto: as it was trained.",
+)
+@click.option("--scale", type=float, default=1.0, show_default=True, metavar="S", help="W + S (W' − W).")
+@click.option(
+    "--also", type=ScaledAdapter(), multiple=True, metavar="ADAPTER[:S]", help="A further adapter; may be repeated."
+)
+@click.option("--adapter-name", metavar="NAME", help="Which of several adapters in the folder.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the result; auto keeps each tensor's.",
+)
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Tensors in one file.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@source_options
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; download and write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing OUT.")
+@click.option("--resume/--no-resume", default=True, help="Take up what a killed run had finished.  [default: resume]")
+@click.option("--verify/--no-verify", default=True, help="Read the result again at the end.  [default: verify]")
+@output_options
+def command(
+    base: str,
+    adapter: str,
+    out: str,
+    dry_run: bool,
+    format_: str | None,
+    json_: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Fold ADAPTER into BASE and write an ordinary dense checkpoint, the folder OUT.
+
+    \b
+    Examples:
+      frodctl merge meta-llama/Llama-3.2-1B ./my-adapter ./merged
+      frodctl merge - ./my-adapter ./merged --max-shard-size 2GB
+      frodctl merge ./base ./my-adapter ./merged --basis base.frod.safetensors
+      frodctl merge ./base ./math ./both --scale 0.6 --also ./code:0.4
+
+    BASE and ADAPTER are local folders or files, or Hub ids (name, org/name, org/name@revision). BASE - is the model
+    that the adapter names. --revision and --subfolder are BASE's.
+    """
+    output = Output(format_, json_)
+    with Reporter(quiet) as report:
+        plan = job.plan_merge(base, adapter, out, dry_run=dry_run, progress=report, **options)
+        for warning in plan.warnings:
+            report.note(f"Warning: {warning}.")
+        if dry_run:
+            _describe(plan, report)
+            document = plan.as_dict() | {"dry_run": True}
+            output.emit(document, document["categories"], _COLUMNS)
+            return
+        result = job.run_merge(plan, report)
+    document = result.as_dict()
+    files = len(document["shards"])
+    report.note(
+        f"Wrote {result.output} ({human_bytes(result.output_bytes)} in {files} {'file' if files == 1 else 'files'}): "
+        f"{_summary(document)}, in {result.seconds:.1f} s on {result.device}"
+    )
+    output.emit(document, document["categories"], _COLUMNS)
+
+
+def _describe(plan: job.MergePlan, report: Reporter) -> None:
+    """What a dry run says on stderr beside the table of categories."""
+    document = plan.as_dict()
+    report.note(f"Would write {plan.output} ({human_bytes(plan.output_bytes)}): {_summary(document)}")
+    report.note(
+        f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
+        "operations"
+    )
+    if plan.output.exists() and not plan.options.force:
+        report.note(f"Warning: {plan.output} exists; the run will need --force.")
+
+
+def _summary(document: Mapping[str, Any]) -> str:
+    unchanged = len(document.get("unchanged_tensors", ()))
+    counts = {
+        "merged": document["merged_tensors"] - unchanged,
+        "targeted but untrained": unchanged,
+        "replaced": len(document["replaced_tensors"]),
+        "added": len(document["added_tensors"]),
+        "copied": document["copied_tensors"],
+    }
+    return "tensors: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)

@@ -1,0 +1,242 @@
+"""A trained FRoD adapter: PEFT's layout, whoever wrote it.
+
+``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``) with the tensors::
+
+    base_model.frod_V.{category}                       (n, n)
+    base_model.frod_s_indices.{category}               (2, nnz) int64, rows and columns
+    base_model.frod_s_size.{category}                  (2,) int64
+    base_model.model.{module}.frod_lambda_l            (n,)
+    base_model.model.{module}.frod_lambda_s_values     (nnz,)
+    base_model.model.{module}.weight, .bias            trained modules, trained biases
+
+The first three may be missing; then the basis is elsewhere. What frodctl writes has a ``frodctl`` object in its
+config, see `Provenance`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from frodctl.checkpoint import names
+from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header, read_json
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
+
+CONFIG_FILE = ADAPTER_FILES[0]
+_SHARED = {"frod_V": "bases", "frod_s_indices": "indices", "frod_s_size": "sizes"}
+_MODULE = re.compile(r"(?P<module>.+)\.frod_(?P<what>lambda_l|lambda_s_values|lambda_0)")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The ``frodctl`` object of an adapter's config."""
+
+    form: str  #: delta or reconstruct
+    basis: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
+    base: Mapping[str, str]  #: by module of the checkpoint, ``sha256:…`` of its weight's bytes
+    seed: int | None  #: of the pattern; None where the basis file holds it
+    sparsity: Mapping[str, float]  #: by category
+    categories: Mapping[str, str]  #: of the modules whose category is not PEFT's name for it
+
+    @classmethod
+    def from_config(cls, value: Any, where: str) -> Provenance:
+        """Check the object's types; `InvalidInput` names the file."""
+        try:
+            form, seed = value["form"], value.get("seed")
+            maps = [dict(value.get(key) or {}) for key in ("basis", "base", "sparsity", "categories")]
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise InvalidInput(f"{where}: damaged frodctl object") from None
+        basis, base, sparsity, categories = maps
+        texts = [*basis.values(), *base.values(), *categories.values()]
+        numbers = sparsity.values()
+        if (
+            form not in ("delta", "reconstruct")
+            or not (seed is None or type(seed) is int)
+            or not all(isinstance(text, str) for text in texts)
+            or not all(isinstance(number, (int, float)) for number in numbers)
+        ):
+            raise InvalidInput(f"{where}: damaged frodctl object")
+        return cls(form, basis, base, seed, sparsity, categories)
+
+
+@dataclass(frozen=True)
+class TrainedModule:
+    """What was trained of one targeted layer."""
+
+    module: str  #: its path in the live model
+    category: str
+    scales: TensorInfo  #: λ'
+    values: TensorInfo | None  #: of S; None where nothing of it was trained
+    base_scales: TensorInfo | None  #: λ, where training began; None where the basis file says it
+
+    @property
+    def n(self) -> int:
+        return self.scales.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A validated adapter; its tensors are read when asked for."""
+
+    name: str  #: as its user named it
+    root: Path | None  #: the folder with its files; None where only headers were fetched
+    config: Mapping[str, Any]
+    provenance: Provenance | None  #: None for PEFT's own
+    modules: tuple[TrainedModule, ...]
+    bases: Mapping[str, TensorInfo]  #: V by category
+    indices: Mapping[str, TensorInfo]  #: the pattern by category
+    replaced: Mapping[str, TensorInfo] = field(repr=False)  #: trained tensors by their names in the live model
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """The categories and their n."""
+        return {module.category: module.n for module in self.modules}
+
+    @property
+    def base(self) -> str | None:
+        """The base model that the config names."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    def tensor(self, info: TensorInfo) -> Any:
+        """The torch.Tensor, in its stored dtype."""
+        from frodctl.checkpoint.stream import read_tensor
+
+        assert self.root is not None
+        return read_tensor(self.root, info)
+
+    def is_saved_module(self, tensor: str) -> bool:
+        """Whether the tensor (its name in the live model) is of a module that was trained as a whole."""
+        saved = self.config.get("modules_to_save") or ()
+        return any(f".{entry}." in f".{tensor}" for entry in saved if isinstance(entry, str))
+
+
+def open_adapter(location: Location, name: str | None = None, *, headers_only: bool = False) -> Adapter:
+    """Find an adapter and read its config and headers; fetch it first if it is on the Hub.
+
+    Parameters
+    ----------
+    location : Location
+        A folder, an adapter's weights file, or a Hub id.
+    name : str, optional
+        Which of several adapters: the sub-folder it is in ("default" is in the folder itself).
+    headers_only : bool
+        Fetch no weights from the Hub: the result's tensors cannot be read.
+
+    Raises
+    ------
+    FrodctlError
+        There is no such adapter, or the Hub cannot be reached.
+    UsageError
+        There are several, and no name.
+    InvalidInput
+        Not a FRoD adapter, or a damaged one.
+    """
+
+    def choose(configs: Sequence[str]) -> str:
+        return _choose(location.model, configs, name)
+
+    path = location.local_path()
+    if path is None:
+        from frodctl.checkpoint import hub
+
+        if headers_only and not hub.is_offline(location):
+            _, config, infos = hub.remote_adapter(location, choose)
+            return _adapter(location.model, None, config, infos)
+        path = hub.download_adapter(location)
+    if path.is_file():
+        folder, weights = path.parent, path
+        if not (folder / CONFIG_FILE).is_file():
+            raise InvalidInput(f"{path}: no {CONFIG_FILE} beside it")
+    else:
+        folder = path / location.subfolder if location.local_path() else path
+        if not folder.is_dir():
+            raise FrodctlError(f"{folder}: no such folder")
+        found = [folder / CONFIG_FILE, *sorted(folder.glob(f"*/{CONFIG_FILE}"))]
+        configs = [str(config.relative_to(folder)) for config in found if config.is_file()]
+        folder = (folder / choose(configs)).parent
+        weights = _weights(folder)
+    infos = read_file_header(weights)
+    return _adapter(location.model, folder, read_json(folder / CONFIG_FILE), infos)
+
+
+def _choose(where: str, configs: Sequence[str], name: str | None) -> str:
+    """The config of the adapter called ``name`` among the paths of all that are there."""
+    by_name = {"default" if path == CONFIG_FILE else str(PurePosixPath(path).parent): path for path in configs}
+    if not by_name:
+        raise InvalidInput(f"{where}: no adapter here ({CONFIG_FILE} is missing)")
+    if name is None and len(by_name) > 1 and "default" not in by_name:
+        raise UsageError(f"{where}: several adapters here; choose with --adapter-name: {', '.join(by_name)}")
+    chosen = name or ("default" if "default" in by_name else next(iter(by_name)))
+    if chosen not in by_name:
+        raise UsageError(f"{where}: no adapter called {chosen}; there are: {', '.join(by_name)}")
+    return by_name[chosen]
+
+
+def _weights(folder: Path) -> Path:
+    for file in ADAPTER_FILES[1:]:
+        if (folder / file).is_file():
+            return folder / file
+    raise InvalidInput(f"{folder}: no adapter weights here ({' or '.join(ADAPTER_FILES[1:])})")
+
+
+def _adapter(name: str, root: Path | None, config: dict[str, Any], infos: Sequence[TensorInfo]) -> Adapter:
+    if config.get("peft_type") != "FROD":
+        raise InvalidInput(f"{name}: an adapter of type {config.get('peft_type')}, not FROD")
+    provenance = Provenance.from_config(config["frodctl"], name) if "frodctl" in config else None
+    shared: dict[str, dict[str, TensorInfo]] = {kind: {} for kind in _SHARED.values()}
+    trained: dict[str, dict[str, TensorInfo]] = {}
+    replaced: dict[str, TensorInfo] = {}
+    for info in infos:
+        inner = info.name.removeprefix("base_model.")
+        kind, _, category = inner.partition(".")
+        if inner == info.name or (kind not in _SHARED and kind != "model") or not category:
+            raise InvalidInput(f"{name}: tensor {info.name} is of no FRoD adapter")
+        if kind in _SHARED:
+            shared[_SHARED[kind]][category] = info
+        elif match := _MODULE.fullmatch(category):
+            trained.setdefault(match["module"], {})[match["what"]] = info
+        elif ".original_module." not in info.name:  # PEFT's copy of the base's, which the trained module replaces
+            replaced[re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", f".{category}")[1:]] = info
+    labels = provenance.categories if provenance else {}
+    modules = [_module(name, module, parts, labels) for module, parts in trained.items()]
+    if not modules:
+        raise InvalidInput(f"{name}: no trained scales (frod_lambda_l) in this adapter")
+    modules.sort(key=lambda module: names.natural_key(module.module))
+    adapter = Adapter(name, root, config, provenance, tuple(modules), shared["bases"], shared["indices"], replaced)
+    _check_shapes(adapter, shared["sizes"])
+    return adapter
+
+
+def _module(name: str, module: str, parts: Mapping[str, TensorInfo], labels: Mapping[str, str]) -> TrainedModule:
+    if "lambda_l" not in parts:
+        raise InvalidInput(f"{name}: module {module} has no frod_lambda_l")
+    for info in parts.values():
+        if len(info.shape) != 1 or info.dtype not in FLOAT_DTYPES:
+            raise InvalidInput(f"{name}: tensor {info.name} is {info.dtype} {list(info.shape)}, expected a vector")
+    category = labels.get(module) or names.peft_category(module)
+    return TrainedModule(module, category, parts["lambda_l"], parts.get("lambda_s_values"), parts.get("lambda_0"))
+
+
+def _check_shapes(adapter: Adapter, sizes: Mapping[str, TensorInfo]) -> None:
+    widths = adapter.categories
+    for shared in (adapter.bases, adapter.indices, sizes):
+        for category in set(shared) - set(widths):
+            raise InvalidInput(f"{adapter.name}: tensor {shared[category].name} belongs to no trained module")
+    expected: list[tuple[TensorInfo, tuple[int, ...], Sequence[str]]] = []
+    expected += [(info, (2,), ("I64",)) for info in sizes.values()]
+    expected += [(info, (widths[c], widths[c]), FLOAT_DTYPES) for c, info in adapter.bases.items()]
+    expected += [(info, (2, *info.shape[1:2]), ("I64",)) for info in adapter.indices.values()]
+    for module in adapter.modules:
+        n = (widths[module.category],)
+        expected += [(info, n, FLOAT_DTYPES) for info in (module.scales, module.base_scales) if info is not None]
+        if module.values is not None and module.category in adapter.indices:
+            expected.append((module.values, adapter.indices[module.category].shape[1:], FLOAT_DTYPES))
+    for info, shape, dtypes in expected:
+        if info.shape != shape or info.dtype not in dtypes:
+            found = f"{info.dtype} {list(info.shape)}"
+            raise InvalidInput(f"{adapter.name}: tensor {info.name} is {found}, expected {list(shape)}")

@@ -1,0 +1,455 @@
+"""The plan of a merge: what will be done to which tensor, settled from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from frodctl.checkpoint import codec, names, shards, sink, ties
+from frodctl.checkpoint.companions import MODULES_FILE, companions, files_below, module_folders
+from frodctl.checkpoint.quantized import refuse_quantized
+from frodctl.checkpoint.source import Checkpoint, Location, TensorInfo, open_checkpoint
+from frodctl.checkpoint.targets import Target, linear_layer
+from frodctl.errors import InvalidInput, UsageError
+from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
+from frodctl.formats.basis_file import BasisFile, open_basis
+from frodctl.jobs.merge import config as model_config
+from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.resources import choose_device
+
+SCHEMA_VERSION = 1
+MEGABYTE = 1_000_000
+FORMS = ("auto", "delta", "reconstruct")
+#: Dtypes to convert to: torch's name, and the safetensors format's.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_PROCESS_BYTES = 320 * MEGABYTE
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What may be chosen about a merge; the command line has a flag for each."""
+
+    basis: str | Path | None = None  #: shared-basis file, for an adapter without V
+    trust_basis: bool = False  #: take V from it although the adapter does not say that it is the one
+    recompute_projection: bool = False  #: run PEFT's routine for the V of an adapter without one
+    form: str = "auto"  #: auto, delta or reconstruct
+    scale: float = 1.0  #: s of W + s (W' − W)
+    also: Sequence[tuple[str, float]] = ()  #: further adapters, each with its scale
+    adapter_name: str | None = None  #: which of several adapters in the folder
+    dtype: str = "auto"  #: of the result; auto keeps each tensor's
+    max_shard_size: int = 5_000 * MEGABYTE  #: bytes of tensors in one file
+    device: str = "auto"
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    offline: bool = False
+    force: bool = False  #: replace an existing output
+    resume: bool = True  #: take up what a killed run of the same job had finished
+    verify: bool = True  #: read the result again before it gets its name
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, text: str) -> None:
+            if not holds:
+                raise UsageError(text)
+
+        require(self.form in FORMS, f"form {self.form}: one of {', '.join(FORMS)}")
+        require(self.dtype in ("auto", *DTYPES), f"dtype {self.dtype}: one of auto, {', '.join(DTYPES)}")
+        require(self.max_shard_size > 0, f"max shard size {self.max_shard_size}: must be positive")
+        for scale in (self.scale, *(scale for _, scale in self.also)):
+            require(abs(scale) < float("inf"), f"scale {scale}: must be finite")
+
+    def location(self, model: str, **more: Any) -> Location:
+        """A model as these options reach it."""
+        return Location(model, token=self.token, cache_dir=self.cache_dir, offline=self.offline, **more)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One adapter of the merge."""
+
+    adapter: Adapter = field(repr=False)
+    scale: float
+    form: str  #: delta or reconstruct
+    basis: BasisFile | None = field(repr=False)  #: where V is, for an adapter without
+    recompute: bool  #: whether V comes from PEFT's routine
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one adapter does to one weight."""
+
+    source: Source
+    trained: TrainedModule
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that is merged."""
+
+    target: Target
+    parts: tuple[Part, ...]
+
+    @property
+    def group(self) -> tuple[tuple[int, str], ...]:
+        """Equal for weights that are updated with the same bases."""
+        return tuple((id(part.source), part.trained.category) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that will be done, known from headers alone."""
+
+    checkpoint: Checkpoint = field(repr=False)
+    output: Path
+    options: MergeOptions
+    sources: tuple[Source, ...]
+    weights: tuple[Weight, ...] = field(repr=False)  #: those of one group stand together
+    replaced: Mapping[str, tuple[Source, TensorInfo]] = field(repr=False)  #: trained whole, by name in the output
+    names: Mapping[str, str] = field(repr=False)  #: the base's tensors and what the output calls them
+    shards: tuple[shards.Shard, ...] = field(repr=False)
+    config: Mapping[str, Any] | None = field(repr=False)  #: of the result; None where the base's is copied
+    files: tuple[str, ...] = field(repr=False)  #: copied from the base's folder
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every tensor of the output."""
+        return {spec.name: spec.dtype for shard in self.shards for spec in shard.specs}
+
+    @property
+    def added(self) -> list[str]:
+        """Tensors that the base does not have."""
+        return sorted(set(self.dtypes) - set(self.names.values()))
+
+    @property
+    def copied(self) -> dict[str, TensorInfo]:
+        """The base's tensors that no adapter touches, by name in the output."""
+        touched = {self.names[weight.target.tensor.name] for weight in self.weights} | set(self.replaced)
+        return {new: self.checkpoint.tensors[old] for old, new in self.names.items() if new not in touched}
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the weights' files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak resident memory of the whole process, about."""
+        from frodctl.method.cost import update_memory_bytes
+
+        work = max((update_memory_bytes(w.target.m, w.target.n) * len(w.parts) for w in self.weights), default=0)
+        buffered = max((w.target.nbytes for w in self.weights), default=0)
+        return _PROCESS_BYTES + work + 5 * buffered
+
+    @property
+    def flops(self) -> float:
+        return sum(flops(weight) for weight in self.weights)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Each category of each adapter as a line of a table."""
+        groups: dict[tuple[int, str], list[Target]] = {}
+        for weight in self.weights:
+            for part in weight.parts:
+                key = self.sources.index(part.source), part.trained.category
+                groups.setdefault(key, []).append(weight.target)
+        return [self._row(self.sources[number], name, targets) for (number, name), targets in groups.items()]
+
+    def _row(self, source: Source, category: str, targets: Sequence[Target]) -> dict[str, Any]:
+        n = targets[0].n
+        counts = [m.values.shape[0] for m in source.adapter.modules if m.category == category and m.values is not None]
+        return {
+            "adapter": source.adapter.name,
+            "category": category,
+            "layers": len(targets),
+            "n": n,
+            "m_min": min(target.m for target in targets),
+            "m_max": max(target.m for target in targets),
+            "parameters": sum(target.m * n for target in targets),
+            "nnz": max(counts, default=0),
+            "form": source.form,
+            "scale": source.scale,
+            "basis": "recomputed" if source.recompute else "file" if source.basis else "adapter",
+            "flops": sum(4.0 * target.m * n * n for target in targets),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the plan with what happens to the tensors."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "base": self.checkpoint.model,
+            "revision": self.checkpoint.revision,
+            "adapters": [
+                {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base}
+                for s in self.sources
+            ],
+            "output": str(self.output),
+            "output_bytes": self.output_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "flops": self.flops,
+            "dtype": self.options.dtype,
+            "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in self.shards],
+            "merged_tensors": len(self.weights),
+            "replaced_tensors": sorted(set(self.replaced) - set(self.added)),
+            "added_tensors": self.added,
+            "copied_tensors": len(self.copied),
+            "files": list(self.files),
+            "warnings": list(self.warnings),
+            "categories": self.rows(),
+        }
+
+
+def flops(weight: Weight) -> float:
+    """Floating-point operations of merging one weight, about."""
+    return 4.0 * weight.target.m * weight.target.n**2 * len(weight.parts)
+
+
+def plan_merge(
+    base: str,
+    adapter: str,
+    output: str | Path,
+    *,
+    progress: Callback = silent,
+    dry_run: bool = False,
+    **options: Any,
+) -> MergePlan:
+    """Settle what `merge` would do. Parameters and errors are those of `merge`.
+
+    With ``dry_run`` no weights are downloaded, and the output may exist.
+    """
+    chosen = MergeOptions(**options)
+    output = Path(output)
+    if not dry_run:
+        _check_output(output, base, adapter, chosen)
+        choose_device(chosen.device)  # before a download, not after it
+    sources = _open_sources(adapter, chosen, headers_only=dry_run)
+    location, warnings = _base_location(base, sources[0].adapter, chosen)
+    checkpoint = open_checkpoint(
+        location, headers_only=dry_run, everything=True, progress=lambda text: progress(Progress(text))
+    )
+    refuse_quantized(checkpoint)
+    if not dry_run and checkpoint.root is not None:  # now that it is known where a base called "-" is
+        sink.check_output_folder(output, [checkpoint.root], force=chosen.force)
+    weights, prefix = _weights(checkpoint, sources)
+    replaced = _replaced(checkpoint, sources)
+    _check_ties(checkpoint, weights, replaced, sources[0].adapter)
+    added = {name for name in replaced if name not in checkpoint.tensors}
+    new_names = {name: prefix + name if added else name for name in checkpoint.tensors}
+    replaced = {new_names.get(name, name): item for name, item in replaced.items()}
+    specs = _specs(checkpoint, new_names, replaced, chosen)
+    return MergePlan(
+        checkpoint=checkpoint,
+        output=output,
+        options=chosen,
+        sources=sources,
+        weights=weights,
+        replaced=replaced,
+        names=new_names,
+        shards=shards.plan_shards(specs, chosen.max_shard_size),
+        config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
+        files=_files(checkpoint),
+        warnings=(*warnings, *_warnings(sources, replaced)),
+    )
+
+
+def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) -> None:
+    given = [options.location(name).local_path() for name in (base, adapter, *(name for name, _ in options.also))]
+    inputs = [path if path.is_dir() else path.parent for path in given if path is not None]
+    if options.basis is not None and Path(options.basis).resolve().is_relative_to(output.resolve()):
+        raise UsageError(f"{output}: holds {options.basis}, which is read; name a folder elsewhere")
+    sink.check_output_folder(output, inputs, force=options.force)
+
+
+def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool) -> tuple[Source, ...]:
+    basis = open_basis(options.basis) if options.basis is not None else None
+    sources = []
+    for name, scale in ((adapter, options.scale), *options.also):
+        chosen = options.adapter_name if name is adapter else None
+        opened = open_adapter(options.location(name), chosen, headers_only=headers_only)
+        form = options.form
+        if form == "auto":
+            form = opened.provenance.form if opened.provenance else "reconstruct"
+        missing = sorted(set(opened.categories) - set(opened.bases))
+        if missing and basis is not None:
+            _check_basis(opened, basis, missing, trust=options.trust_basis)
+        elif missing and not options.recompute_projection:
+            raise InvalidInput(
+                f"{name}: the adapter does not hold its basis (V of {missing[0]}); give the one it was trained with "
+                "(--basis FILE), or --recompute-projection for what PEFT computes on this machine"
+            )
+        own_basis = basis if missing else None
+        sources.append(Source(opened, scale, form, own_basis, bool(missing) and basis is None))
+    return tuple(sources)
+
+
+def _check_basis(adapter: Adapter, basis: BasisFile, categories: Sequence[str], *, trust: bool) -> None:
+    recorded = adapter.provenance.basis if adapter.provenance else {}
+    for category in categories:
+        if category not in basis.metadata.basis or basis.width(category) != adapter.categories[category]:
+            raise InvalidInput(
+                f"{basis.path}: no V.{category} of width {adapter.categories[category]}, which {adapter.name} needs"
+            )
+        if trust:
+            continue
+        if category not in recorded:
+            raise InvalidInput(
+                f"{adapter.name}: does not record which basis it was trained with; --trust-basis takes {basis.path} "
+                "all the same"
+            )
+        if recorded[category] != basis.metadata.basis[category]:
+            raise InvalidInput(
+                f"{basis.path}: V.{category} is not the one that {adapter.name} was trained with (digests differ); "
+                "give that one"
+            )
+
+
+def _base_location(base: str, adapter: Adapter, options: MergeOptions) -> tuple[Location, list[str]]:
+    recorded = adapter.base
+    revision = options.revision
+    if base == "-":
+        if recorded is None:
+            raise InvalidInput(f"{adapter.name}: does not name its base model; name it in place of -")
+        own = adapter.config.get("revision")
+        location = options.location(
+            recorded, revision=revision or (own if isinstance(own, str) else None), subfolder=options.subfolder
+        )
+        return location, []
+    location = options.location(base, revision=revision, subfolder=options.subfolder)
+    if recorded is not None and Path(recorded.partition("@")[0]).name != location.short_name():
+        return location, [f"the adapter was trained on {recorded}, not on {base}"]
+    return location, []
+
+
+def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[Weight, ...], str]:
+    """The weights to merge, and the prefix that their live names have over the checkpoint's."""
+    matrices = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
+    parts: dict[str, list[Part]] = {}
+    prefixes = set()
+    for source in sources:
+        matched = names.match([module.module for module in source.adapter.modules], matrices)
+        prefixes.add(names.live_prefix(matched))
+        found: dict[str, str] = {}
+        for module in source.adapter.modules:
+            name = matched[module.module]
+            if name is None:
+                raise _unmatched(module.scales.name, module.module, checkpoint, source.adapter)
+            if name in found:
+                raise InvalidInput(f"{source.adapter.name}: {found[name]} and {module.module} are both {name} here")
+            found[name] = module.module
+            parts.setdefault(name, []).append(Part(source, module))
+    weights = []
+    for name, items in parts.items():
+        target = linear_layer(checkpoint.tensors[f"{name}.weight"], checkpoint)
+        for part in items:
+            if part.trained.n != target.n:
+                raise InvalidInput(
+                    f"{part.source.adapter.name}: {part.trained.scales.name} has {part.trained.n} scales, but "
+                    f"{name}.weight of {checkpoint.model} has {target.n} columns: another base?"
+                )
+        weights.append(Weight(target, tuple(items)))
+    order = {id(source): number for number, source in enumerate(sources)}
+    weights.sort(
+        key=lambda w: (
+            [(order[id(p.source)], p.trained.category) for p in w.parts],
+            names.natural_key(w.target.module),
+        )
+    )
+    return tuple(weights), prefixes.pop() if len(prefixes) == 1 else ""
+
+
+def _unmatched(tensor: str, module: str, checkpoint: Checkpoint, adapter: Adapter) -> InvalidInput:
+    if ties.is_head(f"{module}.weight"):
+        return InvalidInput(
+            f"{adapter.name}: {tensor}: {checkpoint.model} stores no {module}.weight, it is tied to the input "
+            "embedding; merging it would change both"
+        )
+    return InvalidInput(
+        f"{adapter.name}: tensor {tensor} matches nothing, or several things, in {checkpoint.model}: another base?"
+    )
+
+
+def _replaced(checkpoint: Checkpoint, sources: Sequence[Source]) -> dict[str, tuple[Source, TensorInfo]]:
+    """The tensors that were trained as a whole, by their names in the checkpoint or, if new, in the live model."""
+    replaced: dict[str, tuple[Source, TensorInfo]] = {}
+    for source in sources:
+        adapter = source.adapter
+        matched = names.match(adapter.replaced, checkpoint.tensors)
+        for live, info in adapter.replaced.items():
+            name = matched[live] or (live if adapter.is_saved_module(live) else None)
+            if name is None:
+                raise _unmatched(info.name, live.removesuffix(".weight"), checkpoint, adapter)
+            if name in replaced:
+                other = replaced[name][0].adapter.name
+                raise InvalidInput(f"{adapter.name}: {name} was trained as a whole in {other} too; merge one of them")
+            base = checkpoint.tensors.get(name)
+            if base is not None and base.shape != info.shape:
+                raise InvalidInput(
+                    f"{adapter.name}: tensor {info.name} is {list(info.shape)}, but {name} of {checkpoint.model} is "
+                    f"{list(base.shape)}"
+                )
+            if info.dtype not in codec.FLOAT_DTYPES:
+                raise InvalidInput(f"{adapter.name}: tensor {info.name} is {info.dtype}, not floating point")
+            replaced[name] = source, info
+    return replaced
+
+
+def _check_ties(
+    checkpoint: Checkpoint,
+    weights: Sequence[Weight],
+    replaced: Mapping[str, tuple[Source, TensorInfo]],
+    adapter: Adapter,
+) -> None:
+    if adapter.config.get("task_type") in model_config.TASKS_WITHOUT_LM_HEAD:
+        return
+    changed = [weight.target.tensor.name for weight in weights] + list(replaced)
+    broken = ties.ties_broken_by(checkpoint, changed)
+    if broken:
+        raise InvalidInput(
+            f"{adapter.name}: {broken[0]} is tied to another tensor in {checkpoint.model}, and merging would break the "
+            "tie or change both; untie them in the base first (tie_word_embeddings)"
+        )
+
+
+def _specs(
+    checkpoint: Checkpoint,
+    new_names: Mapping[str, str],
+    replaced: Mapping[str, tuple[Source, TensorInfo]],
+    options: MergeOptions,
+) -> list[codec.TensorSpec]:
+    """The output's tensors, in the base's order, then what is new."""
+
+    def dtype(stored: str) -> str:
+        return DTYPES[options.dtype] if options.dtype != "auto" and stored in codec.FLOAT_DTYPES else stored
+
+    order = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset, info.name))
+    specs = [codec.TensorSpec(new_names[info.name], dtype(info.dtype), info.shape) for info in order]
+    usual = model_config.usual_dtype(specs)
+    known = set(new_names.values())
+    specs += [codec.TensorSpec(n, usual, info.shape) for n, (_, info) in replaced.items() if n not in known]
+    return specs
+
+
+def _files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is copied beside the weights; nothing is known of it where only headers were fetched."""
+    if checkpoint.root is None or not checkpoint.config:
+        return ()
+    chosen = companions(files_below(checkpoint.root), module_folders(checkpoint.root / MODULES_FILE))
+    return tuple(name for name in chosen if name != "config.json")
+
+
+def _warnings(sources: Sequence[Source], replaced: Mapping[str, tuple[Source, TensorInfo]]) -> list[str]:
+    warnings = []
+    for source in sources:
+        if source.recompute:
+            warnings.append(
+                f"{source.adapter.name} does not hold its basis; PEFT's routine recomputes it here, and where this "
+                "machine differs from the one it was trained on the result is wrong and nothing can tell"
+            )
+    unscaled = sorted(name for name, (source, _) in replaced.items() if source.scale != 1)
+    if unscaled:
+        more = f" and {len(unscaled) - 1} more" if len(unscaled) > 1 else ""
+        warnings.append(f"{unscaled[0]}{more} were trained as a whole and are taken over unscaled")
+    return warnings

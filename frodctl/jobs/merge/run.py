@@ -1,0 +1,185 @@
+"""Running the plan of a merge, one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import frodctl
+from frodctl.checkpoint import shards, sink
+from frodctl.errors import InvalidInput
+from frodctl.jobs.merge.card import model_card
+from frodctl.jobs.merge.plan import MergePlan, plan_merge
+from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.resources import choose_device, memory_errors, require_memory
+
+if TYPE_CHECKING:
+    import torch
+
+_TREE = "tree"
+_JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge."""
+
+    plan: MergePlan
+    output: Path
+    output_bytes: int  #: of the weights' files
+    unchanged: tuple[str, ...]  #: targeted weights whose bytes are the base's: nothing was trained there
+    resumed_tensors: int  #: taken from an earlier run
+    verified: bool
+    device: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the plan's figures and what came of them."""
+        return self.plan.as_dict() | {
+            "output_bytes": self.output_bytes,
+            "unchanged_tensors": list(self.unchanged),
+            "resumed_tensors": self.resumed_tensors,
+            "verified": self.verified,
+            "device": self.device,
+            "seconds": self.seconds,
+        }
+
+
+def merge(base: str, adapter: str, output: str | Path, *, progress: Callback = silent, **options: Any) -> MergeResult:
+    """Fold a trained adapter into its base and write an ordinary dense checkpoint.
+
+    Parameters
+    ----------
+    base : str
+        The checkpoint that was fine-tuned: a local folder or file, or a Hub id; ``-`` for the one the adapter names.
+    adapter : str
+        The adapter: a local folder or weights file, or a Hub id.
+    output : path
+        The folder to make.
+    progress : callable, optional
+        Called with a `frodctl.jobs.progress.Progress` as the work goes on.
+    **options
+        The fields of `MergeOptions`.
+
+    Returns
+    -------
+    MergeResult
+
+    Raises
+    ------
+    UsageError
+        The output exists, or is, contains or lies in what is read.
+    InvalidInput
+        Base, adapter and basis do not belong together, one of them is damaged, or the result is not finite.
+    OutOfResources
+        Disk or memory will not do.
+    FrodctlError
+        Something cannot be found or fetched.
+
+    Examples
+    --------
+    >>> import frodctl
+    >>> result = frodctl.merge("my-base", "my-adapter", "merged")  # doctest: +SKIP
+    """
+    return run_merge(plan_merge(base, adapter, output, progress=progress, **options), progress)
+
+
+def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
+    """Carry out a plan of `plan_merge`. Errors are those of `merge`."""
+    from frodctl.jobs.merge.tensors import TensorMerger
+
+    started = time.perf_counter()
+    device = choose_device(plan.options.device)
+    require_memory(plan.peak_memory_bytes, device)
+    with sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume) as staging:
+        tree = staging.path(_TREE)
+        tree.mkdir(exist_ok=True)
+        _remove_all_but(tree, [shard.file for shard in plan.shards])
+        sink.require_disk(tree, plan.output_bytes - staging.finished_bytes())
+        try:
+            with shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL)) as writer:
+                resumed = len(writer.digests)
+                with memory_errors(device):
+                    merger = TensorMerger(plan, writer, device, progress)
+                    merger.run()
+                digests = dict(writer.digests)
+        except InvalidInput:  # a rerun would come to the same
+            shutil.rmtree(staging.folder)
+            raise
+        _write_the_rest(plan, tree)
+        if plan.options.verify:
+            progress(Progress("reading the result again"))
+            shards.verify(tree, plan.shards, digests)
+        staging.publish_folder(_TREE)
+    return MergeResult(
+        plan=plan,
+        output=plan.output,
+        output_bytes=plan.output_bytes,
+        unchanged=tuple(merger.unchanged),
+        resumed_tensors=resumed,
+        verified=plan.options.verify,
+        device=str(device),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _remove_all_but(folder: Path, files: list[str]) -> None:
+    """Only weights are taken up from an earlier run."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in files:
+            path.unlink()
+
+
+def _write_the_rest(plan: MergePlan, tree: Path) -> None:
+    """The index, the configs and whatever else belongs to the model."""
+    root = plan.checkpoint.root
+    assert root is not None
+    for name in plan.files:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / name, tree / name)
+    if len(plan.shards) > 1:
+        _write_json(tree / shards.INDEX_FILE, shards.index(plan.shards))
+    if plan.config is not None:
+        _write_json(tree / "config.json", plan.config)
+    elif plan.checkpoint.config:
+        shutil.copyfile(root / "config.json", tree / "config.json")
+    (tree / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _job_key(plan: MergePlan, device: torch.device) -> str:
+    """A digest of everything that the output's bytes depend on but the tensors' values."""
+    import torch
+
+    assert plan.checkpoint.root is not None
+    read = {plan.checkpoint.root / info.file for info in plan.checkpoint.tensors.values()}
+    for source in plan.sources:
+        assert source.adapter.root is not None
+        read |= {source.adapter.root / module.scales.file for module in source.adapter.modules}
+        read |= {source.basis.path} if source.basis else set()
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(read)]
+    job = {
+        "frodctl": frodctl.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "files": states,
+        "sources": [[source.form, source.scale, source.recompute] for source in plan.sources],
+        "shards": [[shard.file, [(s.name, s.dtype, s.shape) for s in shard.specs]] for shard in plan.shards],
+        "weights": [
+            [w.target.tensor.name, w.target.transposed, [part.trained.scales.name for part in w.parts]]
+            for w in plan.weights
+        ],
+    }
+    return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
