@@ -84,7 +84,9 @@ def train(model: Any, steps: int = 4) -> Any:
         model(input_ids=ids, labels=labels).loss.backward()
         for parameter in model.parameters():
             if parameter.grad is not None:  # so that every trained number moves, whatever the depth
-                parameter.grad = parameter.grad / (parameter.grad.norm() + 1e-6) * parameter.detach().norm().clamp(min=1)
+                parameter.grad = (
+                    parameter.grad / (parameter.grad.norm() + 1e-6) * parameter.detach().norm().clamp(min=1)
+                )
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()

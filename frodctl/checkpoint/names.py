@@ -128,7 +128,9 @@ def match(paths: Iterable[str], known: Collection[str]) -> dict[str, str | None]
     dict of str to str or None
         For each path the known one; None where there is none, or more than one.
     """
-    known = set(known)
+    paths, known = list(paths), set(known)
+    if known.issuperset(paths):
+        return {path: path for path in paths}
     by_ending: dict[str, list[str]] = {}  # of the known paths, under each of their endings
     by_parts: dict[Any, list[str]] = {}
     for name in known:

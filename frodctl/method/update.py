@@ -20,7 +20,9 @@ from frodctl.method.linalg import Scratch, full_float32, spectral_norm
 
 #: U is 0 in directions where ‖B[:, k]‖ is no more (as in peft 0.21).
 _NULL = 1e-12
-#: Above this cond(V) the product W V⁻ᵀ is taken in float64 for every dtype.
+#: The product W V⁻ᵀ is taken in float32 for a bfloat16 V no narrower and no worse conditioned than this. There about
+#: one entry of U in 4,000 is then rounded to the other neighbour, which only a small matrix would feel.
+_FLOAT32_WIDTH = 512
 _FLOAT32_CONDITION = 16
 
 
@@ -44,8 +46,7 @@ class CategoryUpdate:
         self.work = torch.float64 if V.dtype == torch.float64 else torch.float32
         exact = V.to(scratch.device, torch.float64)
         dual, condition = _dual(exact)
-        # A 16-bit U needs float32 accuracy *after* the product; bfloat16 leaves room for a mild cond(V).
-        in_float32 = V.dtype == torch.bfloat16 and condition <= _FLOAT32_CONDITION
+        in_float32 = V.dtype == torch.bfloat16 and self.n >= _FLOAT32_WIDTH and condition <= _FLOAT32_CONDITION
         self.D = dual.to(torch.float32 if in_float32 else torch.float64)
         self.Vt = exact.to(self.work).T.contiguous()
         self.rows, self._row_starts, self._columns, self._order = _csr_pattern(indices.to(scratch.device), self.n)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+import frodctl
 
 #: SmolLM2-135M's: 30 Llama layers.
 SMOLLM2_135M = {
@@ -58,3 +61,82 @@ def make_llama(folder: Path, config: dict[str, object] = SMOLLM2_135M) -> Path:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def make_adapter(folder: Path, model: Path, targets: str | list[str] = "all-linear") -> Path:
+    """An adapter in PEFT's layout, as PEFT initialises it but with its numbers changed at random.
+
+    The basis comes from frodctl, which is sooner done, rounded as PEFT rounds it.
+    """
+    names = targets if isinstance(targets, str) else ",".join(targets)
+    with tempfile.TemporaryDirectory() as work:
+        basis_file = Path(work, "basis.safetensors")
+        frodctl.decompose(str(model), basis_file, target_modules=names, dtype="bfloat16")
+        basis = frodctl.open_basis(basis_file)
+        indices = basis.indices()
+        generator = torch.Generator().manual_seed(0)
+        state = {}
+        for category, positions in indices.items():
+            n = basis.width(category)
+            state[f"base_model.frod_V.{category}"] = basis.tensor(f"V.{category}")
+            state[f"base_model.frod_s_indices.{category}"] = positions.contiguous()
+            state[f"base_model.frod_s_size.{category}"] = torch.tensor([n, n])
+        for record in basis.metadata.modules:
+            scales = basis.tensor(f"lambda.{record.name}")
+            values = torch.randn(indices[record.category].shape[1], generator=generator)
+            key = f"base_model.model.{record.name}"
+            state[f"{key}.frod_lambda_l"] = scales * (1 + 0.02 * torch.randn(scales.shape, generator=generator))
+            state[f"{key}.frod_lambda_s_values"] = 0.02 * float(scales.mean()) * values
+    config = {
+        "peft_type": "FROD",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "target_modules": sorted({record.name.rsplit(".", 1)[-1] for record in basis.metadata.modules}),
+        "sparse_rate": 0.01,
+        "save_projection": True,
+        "progressbar": False,
+    }
+    folder.mkdir(parents=True)
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_sharded_llama(folder: Path, layers: int, shard_bytes: int = 2_000_000_000) -> Path:
+    """A Llama checkpoint of hidden size 2048 in shards of 2 GB; the layers' weights are copies of each other's parts."""
+    config = SMOLLM2_135M | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": layers,
+        "vocab_size": 128256,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    pool = (0.02 * torch.randn(128256 * 2048 + 4096, generator=torch.Generator().manual_seed(0))).bfloat16()
+    shapes = {f"model.layers.{i}.{role}.weight": shape for i in range(layers) for role, shape in _ROLES.items()}
+    shapes["model.embed_tokens.weight"] = (128256, 2048)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for number, (name, (rows, columns)) in enumerate(shapes.items()):
+        if sum(tensor.nbytes for tensor in shards[-1].values()) + 2 * rows * columns > shard_bytes:
+            shards.append({})
+        shards[-1][name] = pool[number : number + rows * columns].view(rows, columns).clone()
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+_ROLES = {
+    "self_attn.q_proj": (2048, 2048),
+    "self_attn.k_proj": (512, 2048),
+    "self_attn.v_proj": (512, 2048),
+    "self_attn.o_proj": (2048, 2048),
+    "mlp.gate_proj": (8192, 2048),
+    "mlp.up_proj": (8192, 2048),
+    "mlp.down_proj": (2048, 8192),
+}

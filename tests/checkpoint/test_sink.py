@@ -105,9 +105,7 @@ def test_a_folder_is_published_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchanging", [True, False])
-def test_a_folder_takes_the_place_of_another(
-    exchanging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_takes_the_place_of_another(exchanging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchanging:
         monkeypatch.setattr(sink, "_exchange", lambda first, second: False)
     (tmp_path / "out").mkdir()

@@ -98,10 +98,10 @@ def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
     device = choose_device(plan.options.device)
     require_memory(plan.peak_memory_bytes, device)
     with sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume) as staging:
+        sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
         tree = staging.path(_TREE)
         tree.mkdir(exist_ok=True)
         _remove_all_but(tree, [shard.file for shard in plan.shards])
-        sink.require_disk(tree, plan.output_bytes - staging.finished_bytes())
         try:
             with shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL)) as writer:
                 resumed = len(writer.digests)

@@ -67,6 +67,7 @@ class TensorMerger:
         self.updates: dict[tuple[tuple[int, str], ...], list[CategoryUpdate]] = {}  #: of the current group
         self.unchanged: list[str] = []
         self.done = 0.0
+        self.total = plan.flops
         largest = max((weight.target.nbytes for weight in plan.weights), default=0)
         self._read_buffers = _ring(stream.READ_AHEAD + 2, largest)
         widest = max((self._output_bytes(weight) for weight in plan.weights), default=0)
@@ -75,7 +76,7 @@ class TensorMerger:
     def run(self) -> None:
         """Write all tensors that are not finished."""
         waiting = [w for w in self.plan.weights if self._name(w) not in self.writer.digests]
-        self._advance(sum(flops(w) for w in self.plan.weights) - sum(flops(w) for w in waiting))
+        self._advance(self.total - sum(flops(w) for w in waiting))
         behind, copies = _Behind(), _Behind()
         try:
             for name, info in self.plan.copied.items():
@@ -96,7 +97,7 @@ class TensorMerger:
 
     def _advance(self, amount: float) -> None:
         self.done += amount
-        self.progress(Progress("merging", self.done, self.plan.flops))
+        self.progress(Progress("merging", self.done, self.total))
 
     def _name(self, weight: Weight) -> str:
         return self.plan.names[weight.target.tensor.name]
@@ -117,7 +118,7 @@ class TensorMerger:
         scales = adapter.tensor(trained.scales)
         values = adapter.tensor(trained.values) if trained.values is not None else scales.new_zeros(0)
         for info, tensor in ((trained.scales, scales), (trained.values, values)):
-            if not torch.isfinite(tensor).all():
+            if not _all_finite(tensor):
                 raise InvalidInput(f"{adapter.name}: tensor {info and info.name} holds NaN or Inf")
         base_scales = None
         if trained.base_scales is not None:
@@ -159,7 +160,7 @@ class TensorMerger:
         out = next(self._write_buffers)[: self._output_bytes(task.weight)].view(dtype).view(info.shape)
         behind.wait()  # until the buffer before this one is written, so that two are enough
         out.copy_(result.T if task.weight.target.transposed else result)
-        if not torch.isfinite(out).all():
+        if not _all_finite(out):
             stream.check_finite(task.stored, info.name, str(self.root / info.file))
             cause = "the adapter's values are too large, or it belongs to another base"
             raise InvalidInput(f"{name}: the merged weight holds NaN or Inf in {str(dtype)[6:]}; {cause}")
@@ -197,7 +198,7 @@ class TensorMerger:
     def _replace(self, name: str, source: Source, info: TensorInfo) -> None:
         tensor = source.adapter.tensor(info)
         converted = tensor.to(stream.TORCH_DTYPES[self.plan.dtypes[name]])
-        if not torch.isfinite(converted).all():
+        if not _all_finite(converted):
             raise InvalidInput(f"{source.adapter.name}: tensor {info.name} holds NaN or Inf, or has them as {name}")
         self.writer.write(name, [stream.tensor_bytes(converted.contiguous())])
 
@@ -230,6 +231,11 @@ def _recorded_digests(source: Source, module: str) -> Iterator[tuple[str, str]]:
         for record in source.basis.metadata.modules:
             if record.name == module:
                 yield str(source.basis.path), record.digest
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or Inf, without a mask of the tensor's size."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tuple(torch.aminmax(tensor)))).all())
 
 
 def _ring(count: int, nbytes: int) -> Iterator[Tensor]:

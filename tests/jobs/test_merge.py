@@ -1,0 +1,531 @@
+"""Merging against the operator that PEFT trained, computed here in float64 from the files alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import frodctl
+from frodctl.errors import InvalidInput, UsageError
+from tests import peft_models
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base, an adapter that PEFT trained on it, the live model, and where PEFT's own merge of it is."""
+
+    family: str
+    dtype: torch.dtype
+    base: Path
+    adapter: Path
+    logits: torch.Tensor
+    peft_merged: Path
+
+    def merged(self, out: Path, **options: Any) -> Any:
+        return frodctl.merge(str(self.base), str(self.adapter), out, **options)
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Callable[[str, torch.dtype], Case]:
+    """Cases by family and dtype, each trained once."""
+    made: dict[tuple[str, torch.dtype], Case] = {}
+
+    def case(family: str, dtype: torch.dtype) -> Case:
+        if (family, dtype) not in made:
+            root = tmp_path_factory.mktemp(f"{family}-{str(dtype)[6:]}")
+            base = peft_models.save_base(root / "base", family, dtype, tokenizer=minilm)
+            live = peft_models.trained_adapter(root / "adapter", family, base)
+            logits = peft_models.logits(live)
+            live.merge_and_unload().save_pretrained(root / "peft")
+            made[family, dtype] = Case(family, dtype, base, root / "adapter", logits, root / "peft")
+        return made[family, dtype]
+
+    return case
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def operators(case: Case) -> dict[str, torch.Tensor]:
+    """W' of every targeted weight as PEFT trained it, in float64 from the files, by name in the base."""
+    base, adapter = tensors(case.base), load_file(case.adapter / "adapter_model.safetensors")
+    found = {}
+    for key, scales in adapter.items():
+        if not key.endswith(".frod_lambda_l"):
+            continue
+        path = key.removeprefix("base_model.model.").removesuffix(".frod_lambda_l")
+        name = f"{path.removeprefix('bert.') if case.family == 'bert' else path}.weight"
+        parts = path.split(".")
+        category = "attention_output" if path.endswith("attention.output.dense") else "_".join(parts[-2:])
+        V = adapter[f"base_model.frod_V.{category}"]
+        rows, columns = adapter[f"base_model.frod_s_indices.{category}"]
+        W = base[name].T if case.family == "gpt2" else base[name]
+        B = np.linalg.solve(V.double().numpy(), W.double().numpy().T).T
+        norms = np.linalg.norm(B, axis=0)
+        U = torch.from_numpy(np.where(norms > 1e-12, B / norms, 0)).float().to(V.dtype).double()
+        M = torch.diag(scales.to(V.dtype).double())
+        M[rows, columns] += adapter[key.replace("lambda_l", "lambda_s_values")].to(V.dtype).double()
+        result = U @ M @ V.double().T
+        found[name] = result.T if case.family == "gpt2" else result
+    return found
+
+
+def renamed(case: Case, name: str) -> str:
+    """A base tensor's name in the merged checkpoint, which for BERT is that of the model with the head."""
+    return f"bert.{name}" if case.family == "bert" else name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", peft_models.FAMILIES)
+class TestTheOperatorThatWasTrained:
+    def test_weights(self, family: str, dtype: torch.dtype, cases: Any, tmp_path: Path) -> None:
+        case = cases(family, dtype)
+        case.merged(tmp_path / "out")
+        ours, theirs, base = tensors(tmp_path / "out"), tensors(case.peft_merged), tensors(case.base)
+        expected = operators(case)
+        assert len(expected) >= 6
+        for name, exact in expected.items():
+            found = ours[renamed(case, name)]
+            assert found.dtype == dtype
+            distance = (found.double() - exact).norm()
+            if dtype == torch.float32:
+                assert distance <= 1e-6 * exact.norm(), name
+            else:
+                rounded = exact.to(dtype).double()
+                assert distance <= 1.02 * (rounded - exact).norm(), name
+                ulp = ULP[dtype] * exact.abs().clamp(min=0.1 * float(exact.square().mean().sqrt()))
+                assert ((found.double() - exact).abs() <= 8 * ulp).all(), name
+                assert distance <= (theirs[renamed(case, name)].double() - exact).norm(), name
+            assert not torch.equal(found, base[name])
+
+    def test_everything_else(self, family: str, dtype: torch.dtype, cases: Any, tmp_path: Path) -> None:
+        """Untouched tensors keep their bytes; the head and the biases are the trained ones."""
+        case = cases(family, dtype)
+        result = case.merged(tmp_path / "out")
+        ours, base = tensors(tmp_path / "out"), tensors(case.base)
+        theirs = tensors(case.peft_merged)
+        weights = operators(case)
+        assert {k for k in ours} == {renamed(case, name) for name in base} | set(result.plan.added)
+        for name, tensor in ours.items():
+            original = name.removeprefix("bert.") if family == "bert" else name
+            if original not in weights and name in theirs:
+                assert torch.equal(tensor, theirs[name].to(dtype)), name
+        if family == "bert":
+            assert result.plan.added == ["classifier.bias", "classifier.weight"]
+            assert not torch.equal(ours["bert.encoder.layer.0.attention.self.query.bias"],
+                                   base["encoder.layer.0.attention.self.query.bias"])  # fmt: skip
+        else:
+            assert result.plan.added == []
+
+    def test_the_model_runs(self, family: str, dtype: torch.dtype, cases: Any, tmp_path: Path) -> None:
+        case = cases(family, dtype)
+        case.merged(tmp_path / "out")
+        auto = AutoModelForSequenceClassification if family == "bert" else AutoModelForCausalLM
+        model, loading = auto.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+        assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+        assert model.dtype == dtype
+        base = peft_models.logits(peft_models.task_model(family, case.base))
+        found = peft_models.logits(model.eval())
+        if dtype == torch.float32:
+            assert (found - case.logits).abs().max() <= 1e-5
+        assert (found - case.logits).norm() < 0.1 * (base - case.logits).norm()
+        AutoModel.from_pretrained(tmp_path / "out")
+        tokens = AutoTokenizer.from_pretrained(tmp_path / "out")("one two", return_tensors="pt")
+        assert tokens["input_ids"].shape[1] >= 2
+        if family != "bert":
+            ids = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+            assert ids.shape == (1, 7)
+
+
+def test_the_forms_and_scales_agree(cases: Any, tmp_path: Path) -> None:
+    """In float32 both forms are one operator, and W + Σ s (W' − W) holds for any of them."""
+    case = cases("llama", torch.float32)
+    base, exact = tensors(case.base), operators(case)
+    settings: dict[str, tuple[dict[str, Any], float]] = {
+        "delta": ({"form": "delta"}, 1.0),
+        "half": ({"scale": 0.5}, 0.5),
+        "half-delta": ({"scale": 0.5, "form": "delta"}, 0.5),
+        "against": ({"scale": -1.5}, -1.5),
+        "twice": ({"scale": 0.75, "also": [(str(case.adapter), 0.5)]}, 1.25),
+        "both-ways": ({"form": "delta", "also": [(str(case.adapter), -1.0)]}, 0.0),
+    }
+    for label, (options, scale) in settings.items():
+        case.merged(tmp_path / label, **options)
+        found = tensors(tmp_path / label)
+        for name, target in exact.items():
+            expected = base[name].double() + scale * (target - base[name].double())
+            assert (found[name].double() - expected).norm() <= 2e-6 * expected.norm(), (label, name)
+
+
+def test_scale_0_copies_the_base(cases: Any, tmp_path: Path) -> None:
+    case = cases("gpt2", torch.bfloat16)
+    result = case.merged(tmp_path / "out", scale=0)
+    assert len(result.unchanged) == len(operators(case))
+    assert_same_bytes(case.base, tmp_path / "out")
+
+
+def assert_same_bytes(first: Path, second: Path) -> None:
+    ours, theirs = tensors(first), tensors(second)
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert tensor.view(torch.uint8).equal(theirs[name].view(torch.uint8)), name
+
+
+def test_saved_modules_are_not_scaled_and_it_is_said(cases: Any, tmp_path: Path) -> None:
+    case = cases("bert", torch.float32)
+    result = case.merged(tmp_path / "out", scale=0.5)
+    assert any("unscaled" in warning for warning in result.plan.warnings)
+    head = load_file(case.adapter / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert torch.equal(tensors(tmp_path / "out")["classifier.weight"], head)
+
+
+# Adapters in frodctl's own form, whose V is in a shared-basis file
+
+
+@pytest.fixture(scope="session")
+def based(tmp_path_factory: pytest.TempPathFactory, cases: Any) -> dict[str, Path]:
+    """Paths of a base with a −0.0 in it, its basis, and an untrained adapter over it."""
+    root = tmp_path_factory.mktemp("based")
+    base = root / "base"
+    shutil.copytree(cases("llama", torch.bfloat16).base, base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, :2] = torch.tensor([-0.0, 0.0])
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    basis = root / "basis.safetensors"
+    frodctl.decompose(str(base), basis, target_modules="q_proj,down_proj", sparsity=0.05, seed=7)
+    write_adapter(root / "adapter", base, basis)
+    return {"base": base, "basis": basis, "adapter": root / "adapter"}
+
+
+def write_adapter(
+    folder: Path, base: Path, basis_file: Path, change: float = 0.0, holding_basis: bool = False, **provenance: Any
+) -> Path:
+    """An adapter as frodctl writes it, with random changes of this relative size."""
+    opened = frodctl.open_basis(basis_file)
+    metadata = opened.metadata
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for record in metadata.modules:
+        start = opened.tensor(f"lambda.{record.name}")
+        nnz = opened.indices()[record.category].shape[1]
+        key = f"base_model.model.{record.name}"
+        state[f"{key}.frod_lambda_l"] = start * (1 + change * torch.randn(start.shape, generator=generator))
+        state[f"{key}.frod_lambda_s_values"] = change * float(start.mean()) * torch.randn(nnz, generator=generator)
+        if holding_basis:
+            state[f"{key}.frod_lambda_0"] = start
+    for category in metadata.basis if holding_basis else ():
+        state[f"base_model.frod_V.{category}"] = opened.tensor(f"V.{category}")
+        state[f"base_model.frod_s_indices.{category}"] = opened.indices()[category].contiguous()
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    own = {
+        "form": "delta",
+        "basis": dict(metadata.basis),
+        "base": {record.name: record.digest for record in metadata.modules},
+        "seed": metadata.seed,
+        "sparsity": dict(metadata.sparsity),
+    } | provenance
+    config = {"peft_type": "FROD", "base_model_name_or_path": str(base), "save_projection": True, "frodctl": own}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("holding_basis", [False, True])
+def test_an_untrained_adapter_changes_no_byte(holding_basis: bool, based: dict[str, Path], tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", based["base"], based["basis"], holding_basis=holding_basis)
+    basis = {} if holding_basis else {"basis": based["basis"]}
+    result = frodctl.merge(str(based["base"]), str(adapter), tmp_path / "out", **basis)
+    assert len(result.unchanged) == 6
+    assert_same_bytes(based["base"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("holding_basis", [False, True])
+def test_the_delta_form(holding_basis: bool, based: dict[str, Path], tmp_path: Path) -> None:
+    """W + W V⁻ᵀ diag(λ)⁻¹ (S + diag(λ' − λ)) Vᵀ in float64, rounded once."""
+    adapter = write_adapter(tmp_path / "adapter", based["base"], based["basis"], 0.1, holding_basis=holding_basis)
+    basis = {} if holding_basis else {"basis": based["basis"]}
+    frodctl.merge("-", str(adapter), tmp_path / "out", **basis)
+    opened = frodctl.open_basis(based["basis"])
+    state, base = load_file(adapter / "adapter_model.safetensors"), tensors(based["base"])
+    for record in opened.metadata.modules:
+        V = opened.tensor(f"V.{record.category}").double()
+        start = opened.tensor(f"lambda.{record.name}").double()
+        M = torch.diag(state[f"base_model.model.{record.name}.frod_lambda_l"].double() - start)
+        rows, columns = opened.indices()[record.category]
+        M[rows, columns] += state[f"base_model.model.{record.name}.frod_lambda_s_values"].double()
+        W = base[f"{record.name}.weight"].double()
+        exact = W + torch.linalg.solve(V, W.T).T / start @ M @ V.T
+        found = tensors(tmp_path / "out")[f"{record.name}.weight"].double()
+        assert (exact - W).norm() > 0.01 * W.norm()
+        assert (found - exact).norm() <= 1.001 * (exact.bfloat16().double() - exact).norm()
+
+
+class TestWhichBasis:
+    """An adapter without V is merged with the basis it names, or not at all."""
+
+    def merge(self, based: dict[str, Path], adapter: Path, out: Path, **options: Any) -> Any:
+        return frodctl.merge(str(based["base"]), str(adapter), out, **options)
+
+    def test_none(self, based: dict[str, Path], tmp_path: Path) -> None:
+        with pytest.raises(InvalidInput, match="--basis FILE"):
+            self.merge(based, based["adapter"], tmp_path / "out")
+
+    def test_another(self, based: dict[str, Path], tmp_path: Path) -> None:
+        other = tmp_path / "other.safetensors"
+        frodctl.decompose(str(based["base"]), other, target_modules="q_proj,down_proj", alpha=0.1)
+        with pytest.raises(InvalidInput, match=r"V\.\w+ is not the one"):
+            self.merge(based, based["adapter"], tmp_path / "out", basis=other)
+        assert not (tmp_path / "out").exists()
+
+    def test_one_without_the_category(self, based: dict[str, Path], tmp_path: Path) -> None:
+        other = tmp_path / "other.safetensors"
+        frodctl.decompose(str(based["base"]), other, target_modules="q_proj")
+        with pytest.raises(InvalidInput, match=r"no V\.mlp_down_proj"):
+            self.merge(based, based["adapter"], tmp_path / "out", basis=other, trust_basis=True)
+
+    def test_one_that_is_not_named(self, based: dict[str, Path], tmp_path: Path) -> None:
+        adapter = write_adapter(tmp_path / "adapter", based["base"], based["basis"], 0.1, basis={})
+        with pytest.raises(InvalidInput, match="--trust-basis"):
+            self.merge(based, adapter, tmp_path / "out", basis=based["basis"])
+        self.merge(based, adapter, tmp_path / "out", basis=based["basis"], trust_basis=True)
+
+    def test_one_whose_bytes_were_changed(self, based: dict[str, Path], tmp_path: Path) -> None:
+        damaged = tmp_path / "damaged.safetensors"
+        data = bytearray(based["basis"].read_bytes())
+        place = frodctl.open_basis(based["basis"]).header.tensors["V.mlp_down_proj"][1]
+        data[place + 3] ^= 1
+        damaged.write_bytes(data)
+        adapter = write_adapter(tmp_path / "adapter", based["base"], based["basis"], 0.1)
+        with pytest.raises(InvalidInput, match="damaged"):
+            self.merge(based, adapter, tmp_path / "out", basis=damaged)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "damaged.safetensors"]
+
+    def test_an_adapter_of_peft_needs_trust(self, cases: Any, tmp_path: Path) -> None:
+        """With PEFT's own V in the basis file the merge is that of the whole adapter."""
+        case = cases("llama", torch.float32)
+        state = load_file(case.adapter / "adapter_model.safetensors")
+        basis = tmp_path / "basis.safetensors"
+        frodctl.decompose(str(case.base), basis, target_modules="q_proj,v_proj,up_proj,down_proj")
+        content = load_file(basis)
+        metadata = json.loads(_metadata(basis)["frodctl"])
+        for category in metadata["basis"]:
+            content[f"V.{category}"] = state[f"base_model.frod_V.{category}"]
+            metadata["basis"][category] = _sha256(content[f"V.{category}"])
+        save_file(content, basis, {"format": "pt", "frodctl": json.dumps(metadata)})
+        lean = tmp_path / "lean"
+        shutil.copytree(case.adapter, lean)
+        kept = {key: value for key, value in state.items() if not key.startswith(("base_model.frod_",))}
+        save_file(kept, lean / "adapter_model.safetensors", {"format": "pt"})
+        with pytest.raises(InvalidInput, match="--trust-basis"):
+            frodctl.merge(str(case.base), str(lean), tmp_path / "no", basis=basis)
+        frodctl.merge(str(case.base), str(lean), tmp_path / "out", basis=basis, trust_basis=True)
+        case.merged(tmp_path / "whole")
+        assert_same_bytes(tmp_path / "out", tmp_path / "whole")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    import hashlib
+
+    return "sha256:" + hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputing_the_projection_is_what_peft_does(family: str, cases: Any, tmp_path: Path) -> None:
+    """An adapter saved without V: on the machine it was trained on the merge is that of the live model."""
+    case = cases(family, torch.float32)
+    live = peft_models.trained_adapter(tmp_path / "adapter", family, case.base, save_projection=False)
+    with pytest.raises(InvalidInput, match="--recompute-projection"):
+        frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "out")
+    result = frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "out", recompute_projection=True)
+    assert any("recomputes it here" in warning for warning in result.plan.warnings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert (peft_models.logits(model) - peft_models.logits(live)).abs().max() <= 1e-5
+
+
+# Adapters in all the shapes that PEFT writes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.[12]\..*(k|o)_proj"},
+        {"layers_to_transform": [0, 2]},
+        {"sparse_rate": 0.0},
+        {"modules_to_save": ["norm"]},
+    ],
+    ids=str,
+)
+def test_kinds_of_adapters(changes: dict[str, Any], cases: Any, tmp_path: Path) -> None:
+    base = cases("llama", torch.float32).base
+    live = peft_models.trained_adapter(tmp_path / "adapter", "llama", base, **changes)
+    frodctl.merge(str(base), str(tmp_path / "adapter"), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert (peft_models.logits(model) - peft_models.logits(live)).abs().max() <= 1e-5
+
+
+def test_trained_biases_of_the_targets_alone(cases: Any, tmp_path: Path) -> None:
+    """The second of PEFT's key forms: base_layer.bias."""
+    base = cases("bert", torch.float32).base
+    live = peft_models.trained_adapter(tmp_path / "adapter", "bert", base, bias="frod_only")
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(key.endswith(".base_layer.bias") for key in keys)
+    frodctl.merge(str(base), str(tmp_path / "adapter"), tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert (peft_models.logits(model) - peft_models.logits(live)).abs().max() <= 1e-5
+
+
+def test_a_named_adapter_a_pickled_one_and_scales_in_the_base_dtype(cases: Any, tmp_path: Path) -> None:
+    base = cases("llama", torch.bfloat16).base
+    model = peft.get_peft_model(
+        peft_models.task_model("llama", base), peft_models.frod_config("llama"), adapter_name="math",
+        autocast_adapter_dtype=False,
+    )  # fmt: skip
+    peft_models.train(model).save_pretrained(tmp_path / "named")
+    state = load_file(tmp_path / "named" / "math" / "adapter_model.safetensors")
+    assert state["base_model.model.model.layers.0.self_attn.q_proj.frod_lambda_l"].dtype == torch.bfloat16
+    frodctl.merge(str(base), str(tmp_path / "named"), tmp_path / "one")
+    frodctl.merge(str(base), str(tmp_path / "named"), tmp_path / "two", adapter_name="math")
+    with pytest.raises(UsageError, match="no adapter called code; there are: math"):
+        frodctl.merge(str(base), str(tmp_path / "named"), tmp_path / "no", adapter_name="code")
+    shutil.copytree(tmp_path / "named" / "math", tmp_path / "pickled")
+    (tmp_path / "pickled" / "adapter_model.safetensors").unlink()
+    torch.save(state, tmp_path / "pickled" / "adapter_model.bin")
+    frodctl.merge(str(base), str(tmp_path / "pickled" / "adapter_model.bin"), tmp_path / "three")
+    for other in ("two", "three"):
+        assert_same_bytes(tmp_path / "one", tmp_path / other)
+    shutil.copytree(tmp_path / "named" / "math", tmp_path / "named" / "code")
+    with pytest.raises(UsageError, match="several adapters here"):
+        frodctl.merge(str(base), str(tmp_path / "named"), tmp_path / "no")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_names_without_or_with_another_prefix(family: str, cases: Any, tmp_path: Path) -> None:
+    """A base saved as the bare model, and one whose names have a prefix that the adapter's lack."""
+    case = cases(family, torch.float32)
+    prefix = {"llama": "model.", "gpt2": "transformer."}[family]
+    stored = tensors(case.base)
+    expected = operators(case)
+    for label, rename in (
+        ("bare", lambda name: name.removeprefix(prefix)),
+        ("wrapped", lambda name: f"wrapped.{name}"),
+    ):
+        base = tmp_path / label
+        shutil.copytree(case.base, base)
+        save_file({rename(name): tensor for name, tensor in stored.items()}, base / "model.safetensors")
+        frodctl.merge(str(base), str(case.adapter), tmp_path / f"{label}-out")
+        found = tensors(tmp_path / f"{label}-out")
+        for name, exact in expected.items():
+            assert (found[rename(name)].double() - exact).norm() <= 1e-6 * exact.norm()
+    both = tmp_path / "both"
+    shutil.copytree(case.base, both)
+    twice = {f"{tower}.{name}": tensor.clone() for tower in ("a", "b") for name, tensor in stored.items()}
+    save_file(twice, both / "model.safetensors")
+    with pytest.raises(InvalidInput, match="matches nothing, or several"):
+        frodctl.merge(str(both), str(case.adapter), tmp_path / "no")
+
+
+# The folder
+
+
+def test_shards_and_index(cases: Any, tmp_path: Path) -> None:
+    case = cases("llama", torch.float32)
+    case.merged(tmp_path / "one")
+    result = case.merged(tmp_path / "many", max_shard_size=20_000)
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    stored = {file: load_file(tmp_path / "many" / file) for file in files}
+    assert index["weight_map"] == {name: file for file in files for name in stored[file]}
+    sizes = {file: sum(t.nbytes for t in content.values()) for file, content in stored.items()}
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert all(size <= 20_000 or len(stored[file]) == 1 for file, size in sizes.items())
+    assert result.output_bytes == sum((tmp_path / "many" / file).stat().st_size for file in files)
+    assert_same_bytes(tmp_path / "one", tmp_path / "many")
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+
+
+def test_a_sharded_base_and_an_adapter_over_it(example: Path, tmp_path: Path) -> None:
+    """The example: three shards become one file, which loads and speaks."""
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(example, dtype="auto"), peft_models.frod_config("llama")
+    )
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(tmp_path / "adapter")
+    frodctl.merge(str(example), str(tmp_path / "adapter"), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = merged.generate(**tokenizer("The list", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(ids[0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype(dtype: str, cases: Any, tmp_path: Path) -> None:
+    case = cases("llama", torch.float32)
+    case.merged(tmp_path / "out", dtype=dtype)
+    wanted = getattr(torch, dtype)
+    found, base, exact = tensors(tmp_path / "out"), tensors(case.base), operators(case)
+    for name, tensor in found.items():
+        assert tensor.dtype == wanted
+        if name not in exact:
+            assert torch.equal(tensor, base[name].to(wanted))
+        else:
+            assert (tensor.double() - exact[name]).norm() <= 1.001 * (exact[name].to(wanted) - exact[name]).norm()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == wanted
+
+
+def test_the_rest_of_the_folder(minilm: Path, tmp_path: Path) -> None:
+    """sentence-transformers' folders come along; weights, caches, other adapters and the old card do not."""
+    base = tmp_path / "base"
+    shutil.copytree(minilm, base)
+    (base / "modeling_custom.py").write_text("raise SystemExit('never run')")
+    (base / "LICENSE").write_text("MIT")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\nold words")
+    for name in ("pytorch_model.bin", "tf_model.h5", "adapter_config.json", "optimizer.pt", ".cache/x", "onnx/m.onnx",
+                 "onnx/config.json", "checkpoint-5/config.json", "runs/events"):  # fmt: skip
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("{}")
+    model = peft.get_peft_model(
+        AutoModel.from_pretrained(minilm), peft.FrodConfig(target_modules=["query"], progressbar=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    frodctl.merge(str(base), str(tmp_path / "adapter"), tmp_path / "out")
+    found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    originals = {str(p.relative_to(minilm)) for p in minilm.rglob("*") if p.is_file() and p.name[0] != "."}
+    assert found == originals | {"modeling_custom.py", "LICENSE", "chat_template.jinja", "README.md"}
+    for name in found - {"README.md", "model.safetensors", "config.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "old words" not in card
+    assert f"frodctl {frodctl.__version__}" in card
+    assert str(tmp_path) not in card
