@@ -134,23 +134,28 @@ def match(paths: Iterable[str], known: Collection[str]) -> dict[str, str | None]
     by_ending: dict[str, list[str]] = {}  # of the known paths, under each of their endings
     by_parts: dict[Any, list[str]] = {}
     for name in known:
-        parts = name.split(".")
-        for start in range(1, len(parts)):
-            by_ending.setdefault(".".join(parts[start:]), []).append(name)
-        by_parts.setdefault(_without_order(parts), []).append(name)
+        for ending in _endings(name):
+            by_ending.setdefault(ending, []).append(name)
+        by_parts.setdefault(_without_order(name), []).append(name)
 
     def candidates(path: str) -> set[str]:
-        parts = path.split(".")
-        endings = {".".join(parts[start:]) for start in range(1, len(parts))}
-        reordered = by_parts.get(_without_order(parts), [])
-        return {path} & known or {*(endings & known), *by_ending.get(path, []), *reordered}
+        reordered = by_parts.get(_without_order(path), [])
+        return {path} & known or {*(_endings(path) & known), *by_ending.get(path, []), *reordered}
 
     found = {path: candidates(path) for path in paths}
     return {path: next(iter(names)) if len(names) == 1 else None for path, names in found.items()}
 
 
-def _without_order(parts: Sequence[str]) -> tuple[Any, ...]:
+def _endings(path: str) -> set[str]:
+    """What is left of the path without a prefix, which has no number in it."""
+    parts = path.split(".")
+    first_number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return {".".join(parts[start:]) for start in range(1, first_number + 1)}
+
+
+def _without_order(path: str) -> tuple[Any, ...]:
     """Equal for paths of the same parts in another order; numbers and the last part keep theirs."""
+    parts = path.split(".")
     numbers = [part for part in parts if part.isdigit()]
     return tuple(sorted(part for part in parts[:-1] if not part.isdigit())), tuple(numbers), parts[-1]
 

@@ -33,4 +33,4 @@ def memory_bytes(shapes: Sequence[tuple[int, int]], cache_bytes: int) -> int:
 
 def update_memory_bytes(m: int, n: int) -> int:
     """Memory in bytes that updating an (m, n) weight takes, about, with its category's matrices."""
-    return 36 * n * n + 20 * m * n
+    return 36 * n * n + 8 * m * n + 24 * min(m, 1024) * n

@@ -12,6 +12,7 @@ the second.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ _FLOAT32_WIDTH = 512
 _FLOAT32_CONDITION = 16
 
 
+#: Rows of the result that are computed at a time.
+_BLOCK_ROWS = 1024
+
+#: Consecutive rows of a weight, and their values. Valid until the next.
+Blocks = Iterator[tuple[slice, Tensor]]
+
+
 class CategoryUpdate:
     """V of one category and its sparse pattern, made ready to update the category's weights one by one.
 
@@ -35,23 +43,23 @@ class CategoryUpdate:
         The shared basis as stored. Its dtype is the one that PEFT's operator is rounded to.
     indices : Tensor, (2, nnz), int64
         Rows and columns of S. A position that is given twice counts twice.
-    scratch : Scratch
-        Memory for the products, which may be shared with other categories; it says the device.
+    device : torch.device
+        Where to compute.
     """
 
-    def __init__(self, V: Tensor, indices: Tensor, scratch: Scratch) -> None:
+    def __init__(self, V: Tensor, indices: Tensor, device: torch.device) -> None:
         self.n = len(V)
         self.dtype = V.dtype
-        self.scratch = scratch
+        self.scratch = Scratch(device)
         self.work = torch.float64 if V.dtype == torch.float64 else torch.float32
-        exact = V.to(scratch.device, torch.float64)
+        exact = V.to(device, torch.float64)
+        self.Vt = exact.to(self.work).T.contiguous()
         dual, condition = _dual(exact)
         in_float32 = V.dtype == torch.bfloat16 and self.n >= _FLOAT32_WIDTH and condition <= _FLOAT32_CONDITION
         self.D = dual.to(torch.float32 if in_float32 else torch.float64)
-        self.Vt = exact.to(self.work).T.contiguous()
-        self.rows, self._row_starts, self._columns, self._order = _csr_pattern(indices.to(scratch.device), self.n)
+        self.rows, self._row_starts, self._columns, self._order = _csr_pattern(indices.to(device), self.n)
 
-    def reconstruct(self, W: Tensor, scales: Tensor, values: Tensor) -> Tensor:
+    def reconstruct(self, W: Tensor, scales: Tensor, values: Tensor) -> Blocks:
         """W' = U (diag(λ') + S) Vᵀ as PEFT trains it: W, U, λ' and S rounded to V's dtype, W' not yet rounded.
 
         Parameters
@@ -62,18 +70,21 @@ class CategoryUpdate:
         values : Tensor, (nnz,)
             The values of S at the pattern's positions.
 
-        Returns
-        -------
-        Tensor, (m, n), float32 (float64 for a float64 V)
-            Valid until the next call.
+        Yields
+        ------
+        rows, block : slice and Tensor, float32 (float64 for a float64 V)
+            Rows of W', from the first to the last.
         """
-        B, norms = self._project(W.to(self.dtype))
-        U = self._unit_columns(B, norms)
-        U = self.scratch.cast("rounded", U, self.dtype)
+        B, norms = self._project(W, self.dtype)
         K = self._core(scales.to(self.dtype), values.to(self.dtype), None)
-        return self._product(self.scratch.cast("U", U, self.work), K)
+        columns = _reciprocal(norms, _NULL).to(B)
+        for rows in _row_blocks(len(W)):
+            # float32 first and then V's dtype, as PEFT rounds U
+            U = self.scratch.cast("unit", B[rows].mul_(columns), torch.float32)
+            U = self.scratch.cast("rounded", U, self.dtype)
+            yield rows, self._product(U, K)
 
-    def delta(self, W: Tensor, scales: Tensor, values: Tensor, base_scales: Tensor | None = None) -> Tensor:
+    def delta(self, W: Tensor, scales: Tensor, values: Tensor, base_scales: Tensor | None = None) -> Blocks:
         """W' − W = W V⁻ᵀ diag(λ)⁻¹ (diag(λ' − λ) + S) Vᵀ, not rounded to a 16-bit dtype anywhere.
 
         Parameters
@@ -85,29 +96,27 @@ class CategoryUpdate:
             λ. By default the column norms of W V⁻ᵀ, and for λ' − λ those norms rounded to V's dtype, where PEFT
             begins.
 
-        Returns
-        -------
-        Tensor, (m, n), float32 (float64 for a float64 V)
-            Valid until the next call.
+        Yields
+        ------
+        rows, block : slice and Tensor, float32 (float64 for a float64 V)
+            Rows of W' − W, from the first to the last.
         """
-        B, norms = self._project(W)
+        B, norms = self._project(W, W.dtype)
         start = norms.to(self.dtype) if base_scales is None else base_scales
         divisors = norms if base_scales is None else base_scales.to(norms)
         change = scales.to(norms) - start.to(norms)
         K = self._core(change, values, _reciprocal(divisors, _NULL if base_scales is None else 0))
-        return self._product(self.scratch.cast("U", B, self.work), K)
+        for rows in _row_blocks(len(W)):
+            yield rows, self._product(B[rows], K)
 
-    def _project(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """B = W V⁻ᵀ (m, n) and its column norms (n,) in float64."""
-        X = self.scratch.cast("W", W, self.D.dtype)
+    def _project(self, W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """B = W V⁻ᵀ (m, n) for W rounded to ``dtype``, and B's column norms (n,) in float64."""
         B = self.scratch.empty("B", (len(W), self.n), self.D.dtype)
-        with full_float32():
-            torch.mm(X.to(self.scratch.device), self.D, out=B)
+        for rows in _row_blocks(len(W)):
+            X = self.scratch.cast("rows", W[rows].to(dtype), self.D.dtype).to(B.device)
+            with full_float32():
+                torch.mm(X, self.D, out=B[rows])
         return B, torch.linalg.vector_norm(B, dim=0).double()
-
-    def _unit_columns(self, B: Tensor, norms: Tensor) -> Tensor:
-        """U, rounded to float32 first as PEFT rounds it."""
-        return self.scratch.cast("U", B.mul_(_reciprocal(norms, _NULL).to(B)), torch.float32)
 
     def _core(self, diagonal: Tensor, values: Tensor, row_scales: Tensor | None) -> Tensor:
         """(diag(diagonal) + S) Vᵀ (n, n), its rows scaled."""
@@ -123,9 +132,14 @@ class CategoryUpdate:
         return torch.addmm(K, M, self.Vt, beta=0, out=K)
 
     def _product(self, X: Tensor, K: Tensor) -> Tensor:
+        X = self.scratch.cast("factor", X, self.work)
         out = self.scratch.empty("product", (len(X), self.n), self.work)
         with full_float32():
             return torch.mm(X, K, out=out)
+
+
+def _row_blocks(m: int) -> list[slice]:
+    return [slice(begin, min(begin + _BLOCK_ROWS, m)) for begin in range(0, m, _BLOCK_ROWS)]
 
 
 def _dual(V: Tensor) -> tuple[Tensor, float]:

@@ -103,7 +103,7 @@ def make_adapter(folder: Path, model: Path, targets: str | list[str] = "all-line
 
 
 def make_sharded_llama(folder: Path, layers: int, shard_bytes: int = 2_000_000_000) -> Path:
-    """A Llama checkpoint of hidden size 2048 in shards of 2 GB; the layers' weights are copies of each other's parts."""
+    """A Llama checkpoint of hidden size 2048 in shards of 2 GB, its weights pieces of one random pool."""
     config = SMOLLM2_135M | {
         "hidden_size": 2048,
         "intermediate_size": 8192,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,32 @@ class Run:
 
 
 def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
-    """Run the command to its end; its exit code must be 0."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command, env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()[-2000:]}")
-    return Run(seconds, usage.ru_maxrss / 1024)
+    """Run the command to its end; its exit code must be 0.
+
+    The peak is the kernel's high-water mark, read while the process lives: what the system reports of it afterwards
+    would count this process's own memory, too.
+    """
+    with tempfile.TemporaryFile() as errors:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL, stderr=errors)
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, _high_water_mark(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed:\n{errors.read().decode()[-2000:]}")
+    return Run(seconds, peak)
+
+
+def _high_water_mark(pid: int) -> float:
+    """Peak resident memory of a living process so far, in MB of 2**20 bytes."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return max((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), default=0.0)
 
 
 def in_turns(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[Run]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.tuners.frod.model import _category_from_key, _layer_index_from_key
@@ -86,3 +87,29 @@ def test_blocks_are_numbered_parts_around_a_module() -> None:
     assert names.in_block("blocks.0.to_out.0")
     assert not names.in_block("classifier.0")
     assert not names.in_block("lm_head")
+
+
+@pytest.mark.parametrize(
+    ("path", "known", "found"),
+    [
+        ("model.layers.0.q", ["model.layers.0.q", "layers.0.q", "x.model.layers.0.q"], "model.layers.0.q"),
+        ("transformer.h.0.attn", ["h.0.attn", "h.1.attn"], "h.0.attn"),
+        ("h.0.attn", ["transformer.h.0.attn"], "transformer.h.0.attn"),
+        ("model.language_model.layers.0.q", ["language_model.model.layers.0.q"], "language_model.model.layers.0.q"),
+        ("layers.0.q", ["encoder.layers.0.q", "decoder.layers.0.q"], None),
+        ("decoder.layers.0.q", ["encoder.layers.0.q"], None),
+        ("a.0.1.q", ["a.1.0.q"], None),
+        ("model.layers.0.q", ["model.layers.1.q", "q"], None),
+        ("q", ["model.layers.1.q"], None),
+        ("q", [], None),
+    ],
+)
+def test_live_names_among_a_checkpoints(path: str, known: list[str], found: str | None) -> None:
+    assert names.match([path, "somewhere.else"], known)[path] == found
+
+
+def test_the_live_prefix() -> None:
+    assert names.live_prefix({"bert.encoder.0": "encoder.0", "bert.pooler": "pooler"}) == "bert."
+    assert names.live_prefix({"bert.encoder.0": "encoder.0", "pooler": "pooler"}) == ""
+    assert names.live_prefix({"encoder.0": "bert.encoder.0"}) == ""
+    assert names.live_prefix({"encoder.0": None}) == ""

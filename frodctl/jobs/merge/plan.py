@@ -143,7 +143,7 @@ class MergePlan:
 
         work = max((update_memory_bytes(w.target.m, w.target.n) * len(w.parts) for w in self.weights), default=0)
         buffered = max((w.target.nbytes for w in self.weights), default=0)
-        return _PROCESS_BYTES + work + 5 * buffered
+        return _PROCESS_BYTES + work + 4 * buffered
 
     @property
     def flops(self) -> float:

@@ -20,8 +20,7 @@ from frodctl.formats.adapter import Adapter
 from frodctl.jobs.merge.plan import MergePlan, Part, Source, Weight, flops
 from frodctl.jobs.merge.projection import Projections
 from frodctl.jobs.progress import Callback, Progress
-from frodctl.method.linalg import Scratch
-from frodctl.method.update import CategoryUpdate
+from frodctl.method.update import Blocks, CategoryUpdate
 
 _PIECE_BYTES = 8 << 20
 
@@ -36,12 +35,17 @@ class _Trained:
     base_scales: Tensor | None  #: λ, (n,), where the file says it
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether W' itself is computed, rather than W' − W."""
+        return self.part.source.form == "reconstruct"
+
+    @property
     def untouched(self) -> bool:
         """Whether the update is 0 exactly."""
         if self.part.source.scale == 0:
             return True
         at_start = self.base_scales is not None and torch.equal(self.scales, self.base_scales)
-        return self.part.source.form == "delta" and at_start and not self.values.any()
+        return not self.reconstructs and at_start and not self.values.any()
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class TensorMerger:
         self.root = plan.checkpoint.root
         self.writer = writer
         self.progress = progress
-        self.scratch = Scratch(device)
+        self.device = device
         self.projections = Projections(plan)
         self.updates: dict[tuple[tuple[int, str], ...], list[CategoryUpdate]] = {}  #: of the current group
         self.unchanged: list[str] = []
@@ -71,7 +75,7 @@ class TensorMerger:
         largest = max((weight.target.nbytes for weight in plan.weights), default=0)
         self._read_buffers = _ring(stream.READ_AHEAD + 2, largest)
         widest = max((self._output_bytes(weight) for weight in plan.weights), default=0)
-        self._write_buffers = _ring(2, widest)
+        self._write_buffer = torch.empty(widest, dtype=torch.uint8)
 
     def run(self) -> None:
         """Write all tensors that are not finished."""
@@ -154,35 +158,36 @@ class TensorMerger:
             self.unchanged.append(name)
             behind.add(partial(self._copy, name, info))
             return
-        W = task.stored.T if task.weight.target.transposed else task.stored
-        result = self._updated(W, task)
         dtype = stream.TORCH_DTYPES[self.plan.dtypes[name]]
-        out = next(self._write_buffers)[: self._output_bytes(task.weight)].view(dtype).view(info.shape)
-        behind.wait()  # until the buffer before this one is written, so that two are enough
-        out.copy_(result.T if task.weight.target.transposed else result)
+        transposed = task.weight.target.transposed
+        W = task.stored.T if transposed else task.stored
+        out = self._write_buffer[: self._output_bytes(task.weight)].view(dtype).view(info.shape)
+        rows_first = out.T if transposed else out
+        for rows, block in self._updated(W, task):
+            behind.finish()  # writing what was in the buffer before
+            rows_first[rows].copy_(block)
         if not _all_finite(out):
             stream.check_finite(task.stored, info.name, str(self.root / info.file))
             cause = "the adapter's values are too large, or it belongs to another base"
             raise InvalidInput(f"{name}: the merged weight holds NaN or Inf in {str(dtype)[6:]}; {cause}")
         behind.add(partial(self.writer.write, name, [stream.tensor_bytes(out)]))
 
-    def _updated(self, W: Tensor, task: _Task) -> Tensor:
-        """W + Σ s (W' − W), not rounded yet. Valid until the next call."""
+    def _updated(self, W: Tensor, task: _Task) -> Blocks:
+        """Rows of W + Σ s (W' − W), not rounded yet."""
         updates = dict(zip(task.weight.parts, self._updates_of(task.weight), strict=True))
         first = task.trained[0]
-        if len(task.trained) == 1 and first.part.source.form == "reconstruct" and first.part.source.scale == 1:
-            return updates[first.part].reconstruct(W, first.scales, first.values)
+        if len(task.trained) == 1 and first.reconstructs and first.part.source.scale == 1:
+            yield from updates[first.part].reconstruct(W, first.scales, first.values)
+            return
         wide = W.dtype == torch.float64 or any(update.work == torch.float64 for update in updates.values())
-        total = self.scratch.empty("total", tuple(W.shape), torch.float64 if wide else torch.float32)
-        reconstructed = sum(t.part.source.scale for t in task.trained if t.part.source.form == "reconstruct")
-        total.copy_(W).mul_(1 - reconstructed)
-        for item in task.trained:
-            update, scale = updates[item.part], item.part.source.scale
-            if item.part.source.form == "reconstruct":
-                total.add_(update.reconstruct(W, item.scales, item.values), alpha=scale)
-            else:
-                total.add_(update.delta(W, item.scales, item.values, item.base_scales), alpha=scale)
-        return total
+        dtype = torch.float64 if wide else torch.float32
+        kept = 1 - sum(item.part.source.scale for item in task.trained if item.reconstructs)
+        for blocks in zip(*(_change(updates[item.part], W, item) for item in task.trained), strict=True):
+            rows = blocks[0][0]
+            total = W[rows].to(self.device, dtype) * kept
+            for (_, block), item in zip(blocks, task.trained, strict=True):
+                total.add_(block, alpha=item.part.source.scale)
+            yield rows, total
 
     def _updates_of(self, weight: Weight) -> list[CategoryUpdate]:
         """V and pattern of each of the weight's adapters, kept while weights of the same group follow."""
@@ -190,7 +195,7 @@ class TensorMerger:
             self.updates.clear()
             dtype = stream.TORCH_DTYPES[weight.target.tensor.dtype]
             self.updates[weight.group] = [
-                CategoryUpdate(*self.projections.of(part.source, part.trained.category, dtype), self.scratch)
+                CategoryUpdate(*self.projections.of(part.source, part.trained.category, dtype), self.device)
                 for part in weight.parts
             ]
         return self.updates[weight.group]
@@ -223,6 +228,12 @@ class TensorMerger:
             yield stream.tensor_bytes(after)
 
 
+def _change(update: CategoryUpdate, W: Tensor, trained: _Trained) -> Blocks:
+    if trained.reconstructs:
+        return update.reconstruct(W, trained.scales, trained.values)
+    return update.delta(W, trained.scales, trained.values, trained.base_scales)
+
+
 def _recorded_digests(source: Source, module: str) -> Iterator[tuple[str, str]]:
     adapter: Adapter = source.adapter
     if adapter.provenance is not None and module in adapter.provenance.base:
@@ -252,11 +263,6 @@ class _Behind:
 
     def add(self, work: Callable[[], None]) -> None:
         self.futures.append(self.pool.submit(work))
-
-    def wait(self) -> None:
-        """Until all but the newest are done; raises what went wrong there."""
-        while len(self.futures) > 1:
-            self.futures.pop(0).result()
 
     def finish(self) -> None:
         """Until all are done; raises what went wrong."""

@@ -1,0 +1,59 @@
+"""Which files of a folder belong to the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from frodctl.checkpoint.companions import companions, files_below, module_folders
+
+KEPT = [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt",
+    "merges.txt", "chat_template.jinja", "additional_chat_templates/tool.jinja", "preprocessor_config.json",
+    "modeling_custom.py", "LICENSE", "LICENSE.txt", "NOTICE", "1_Pooling/config.json", "sentencepiece.bpe.model",
+]  # fmt: skip
+LEFT = [
+    "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json", "consolidated.00.pth", "tf_model.h5", "flax_model.msgpack", "rust_model.ot",
+    "onnx/model.onnx", "onnx/config.json", "model.gguf", "adapter_config.json", "adapter_model.safetensors",
+    "optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin", "rng_state_0.pth", "README.md",
+    ".gitattributes", ".cache/huggingface/x", "runs/a/events.out.tfevents.1", "checkpoint-50/config.json",
+    "tiny-llama.frod.safetensors", "__pycache__/modeling_custom.cpython-311.pyc", "x.partial/key/journal",
+]  # fmt: skip
+
+
+def test_what_is_kept_and_what_is_left() -> None:
+    assert companions([*KEPT, *LEFT]) == sorted(KEPT)
+
+
+def test_folders_that_sentence_transformers_lists_come_with_their_weights() -> None:
+    files = ["2_Dense/model.safetensors", "2_Dense/config.json", "modules.json", "other/model.safetensors"]
+    assert companions(files) == ["modules.json"]
+    assert companions(files, {"2_Dense"}) == ["2_Dense/config.json", "2_Dense/model.safetensors", "modules.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "folders"),
+    [
+        (json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense/x"}]), {"1_Pooling", "2_Dense"}),
+        (json.dumps([{"path": "../x"}, {"path": "/etc"}]), set()),
+        ("[1, 2]", set()),
+        ("{", set()),
+    ],
+)
+def test_the_list_of_modules_is_not_trusted(content: str, folders: set[str], tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(content)
+    assert module_folders(tmp_path / "modules.json") == folders
+    assert module_folders(tmp_path / "missing.json") == set()
+
+
+def test_files_below_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "b/c", "b/d/e", ".hidden/f", "b/.g"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    assert files_below(tmp_path) == ["a", "b/c", "b/d/e", "linked"]
