@@ -4,6 +4,7 @@ The jobs behind the ``frodctl`` command are plain functions here::
 
     frodctl.decompose(model, output, ...) -> DecomposeResult
     frodctl.merge(base, adapter, output, ...) -> MergeResult
+    frodctl.inspect(*targets, ...) -> InspectResult
 """
 
 from __future__ import annotations
@@ -13,17 +14,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from frodctl.formats.basis_file import BasisFile, open_basis
     from frodctl.jobs.decompose import DecomposeResult, decompose
+    from frodctl.jobs.inspect import InspectResult, inspect
     from frodctl.jobs.merge import MergeResult, merge
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["BasisFile", "DecomposeResult", "MergeResult", "decompose", "merge", "open_basis"]
+__all__ = [
+    "BasisFile",
+    "DecomposeResult",
+    "InspectResult",
+    "MergeResult",
+    "decompose",
+    "inspect",
+    "merge",
+    "open_basis",
+]
 
 _HOME = {
     "BasisFile": "frodctl.formats.basis_file",
     "DecomposeResult": "frodctl.jobs.decompose",
+    "InspectResult": "frodctl.jobs.inspect",
     "MergeResult": "frodctl.jobs.merge",
     "decompose": "frodctl.jobs.decompose",
+    "inspect": "frodctl.jobs.inspect",
     "merge": "frodctl.jobs.merge",
     "open_basis": "frodctl.formats.basis_file",
 }

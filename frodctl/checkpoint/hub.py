@@ -77,6 +77,20 @@ def download_adapter(location: Location, progress: Callable[[str], None] | None 
     return _snapshot(location, f"*{ADAPTER_FILES[0]}", wanted, progress)[2]
 
 
+def list_files(location: Location) -> list[str]:
+    """The paths below the folder (of the repository) that is asked for; offline those in the cache."""
+    repo, revision = _repo_and_revision(location)
+    with _clear_errors(repo, revision):
+        if not is_offline(location):
+            return _files(location, repo, revision)[1]
+        cached = snapshot_download(
+            repo, revision=revision, token=location.token, cache_dir=location.cache_dir, local_files_only=True,
+            allow_patterns=[_prefixed(location, "*config.json")],
+        )  # fmt: skip
+    folder = Path(cached) / location.subfolder
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
 def _snapshot(
     location: Location,
     least: str,

@@ -177,6 +177,15 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file in one step, over whatever was there."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(data)
+
+    _write_whole(path, path.with_name(path.name + ".partial"), write)
+
+
 def _write_whole(path: Path, temporary: Path, write: Callable[[IO[bytes]], None]) -> None:
     try:
         with open(temporary, "wb") as file:

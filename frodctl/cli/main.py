@@ -22,6 +22,7 @@ from frodctl.errors import FrodctlError, OutOfResources
 _COMMANDS = {
     "decompose": "Joint decomposition of a checkpoint into one shared-basis file.",
     "merge": "Trained perturbations folded back into dense weights.",
+    "inspect": "Rank and spectrum statistics of checkpoints, bases and adapters.",
 }
 
 
@@ -52,6 +53,7 @@ def cli() -> None:
       frodctl decompose meta-llama/Llama-3.2-1B --target-modules all-linear
       frodctl decompose ./my-model -o basis.safetensors --budget 1.72%
       frodctl merge ./my-model ./my-adapter ./merged
+      frodctl inspect ./merged --spectrum --sort stable_rank
 
     Data goes to stdout, everything else to stderr. `frodctl COMMAND --help` has the rest.
     """
@@ -93,8 +95,8 @@ def _run(arguments: list[str]) -> int:
     if completion:
         return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
     with cli.make_context("frodctl", arguments) as context:
-        cli.invoke(context)
-    return 0
+        code = cli.invoke(context)
+    return code if isinstance(code, int) else 0
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

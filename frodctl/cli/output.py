@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from frodctl.errors import FrodctlError, OutOfResources
 class OutputClosed(Exception):
     """The reader of stdout has gone."""
 
+
+#: A column of names is broken over lines rather than wider than this, where there is no room.
+_NARROWEST_NAME = 24
 
 #: What would break a line of tab-separated values, as spaces.
 _NO_BREAKS = str.maketrans("\t\n\r", "   ")
@@ -43,30 +46,38 @@ class Output:
         """Print the result: ``document`` as JSON, or ``rows`` in the format that was asked for."""
         if self.format == "json":
             self._write(json.dumps(_plain(document), indent=2, allow_nan=False) + "\n")
-        elif self.format == "jsonl":
+        elif self.format == "human":
+            self.table(rows, columns)
+        else:
+            self.stream(rows, [column.key for column in columns])
+
+    def stream(self, rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> None:
+        """Print each row as it comes: as a JSON object, or what it has under ``keys`` as separated values."""
+        if self.format == "jsonl":
             for row in rows:
                 self._write(json.dumps(_plain(row), allow_nan=False) + "\n")
-        elif self.format == "human":
-            self._table(rows, columns)
-        else:
-            self._separated(rows, columns)
-
-    def _separated(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
-        keys = [column.key for column in columns]
-        if self.format == "csv":
+        elif self.format == "csv":
             writer = csv.writer(_Lines(self._write))
             writer.writerow(keys)
-            writer.writerows([_cell(row[key]) for key in keys] for row in rows)
-            return
-        for line in [keys, *([_cell(row[key]) for key in keys] for row in rows)]:
-            self._write("\t".join(cell.translate(_NO_BREAKS) for cell in line) + "\n")
+            writer.writerows([_cell(row.get(key)) for key in keys] for row in rows)
+        else:
+            self._write("\t".join(keys) + "\n")
+            for row in rows:
+                self._write("\t".join(_cell(row.get(key)).translate(_NO_BREAKS) for key in keys) + "\n")
 
-    def _table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+    def line(self, text: str) -> None:
+        """Print a line of text."""
+        self._write(text + "\n")
+
+    def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[str]:
+        """Print a table that fits the terminal; the titles of the columns there was no room for."""
         from rich import box
         from rich.console import Console
         from rich.table import Table
 
-        shown = [column for column in columns if column.title]
+        console = Console(markup=False, highlight=False)
+        wanted = [column for column in columns if column.title]
+        shown = _fitting(rows, wanted, console.width)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in shown:
             table.add_column(
@@ -76,11 +87,11 @@ class Output:
                 no_wrap=not column.left,  # numbers stay whole, names break where the terminal is narrow
             )
         for row in rows:
-            table.add_row(*(c.show(row) if c.show else _cell(row[c.key]) for c in shown))
-        console = Console(markup=False, highlight=False)
+            table.add_row(*(_shown(column, row) for column in shown))
         with console.capture() as capture:
             console.print(table)
         self._write(capture.get())
+        return [column.title for column in wanted if column not in shown]
 
     def _write(self, text: str) -> None:
         if sys.stdout is None:
@@ -93,6 +104,23 @@ class Output:
         except OSError as error:
             failure = OutOfResources if error.errno == errno.ENOSPC else FrodctlError
             raise failure(f"stdout: {error.strerror}") from None
+
+
+def _shown(column: Column, row: Mapping[str, Any]) -> str:
+    return column.show(row) if column.show else _cell(row.get(column.key))
+
+
+def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], width: int) -> list[Column]:
+    """As many of the columns, from the left, as the width has room for; names may be broken."""
+    left = width
+    shown: list[Column] = []
+    for column in columns:
+        cells = [len(column.title), *(len(_shown(column, row)) for row in rows)]
+        left -= min(max(cells), _NARROWEST_NAME) + 1 if column.left else max(cells) + 1
+        if left < 0 and len(shown) > 1:
+            break
+        shown.append(column)
+    return shown
 
 
 class _Lines:
@@ -126,6 +154,8 @@ def _cell(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float):
         return f"{value:.9g}"
+    if isinstance(value, list | tuple):
+        return ("x" if all(isinstance(item, int) for item in value) else ",").join(map(_cell, value))
     return str(value)
 
 

@@ -25,11 +25,14 @@ from frodctl.method.linalg import Scratch, add_gram_
 #: κ = 10⁴ that makes 4e-7, and typically 5e-8.
 GRAM_CONDITION_LIMIT = 1e4
 
-#: The largest exponent that the power-law fit accepts, as in powerlaw 2.0; the paper has no bound (`math.inf`).
-ALPHA_MAX = 3.0
+#: The exponents that the power-law fit accepts; a steeper tail has values that are all but equal. The paper has no
+#: bound. (powerlaw 2.0 looks no further than 3 unless it is told to, and so takes a worse-fitting tail on most weights
+#: of language models.)
+ALPHA_MAX = 100.0
 
 _EPSILON = 2.0**-52
 _SINGLE_EPSILON = 2.0**-23
+_BLOCK = 1 << 20  # elements of W that are converted at a time
 _FIT_BLOCK = 1 << 19  # elements of the fit's largest temporary
 
 
@@ -71,8 +74,8 @@ def singular_values(W: Tensor, scratch: Scratch | None = None) -> Tensor:
     W : Tensor
         (m, n) of a real floating-point dtype, on any device. It is not changed.
     scratch : Scratch, optional
-        Memory on W's device that is used again for the float64 copy of W and its Gram matrix; 8(mn + k²) bytes,
-        k = min(m, n).
+        Memory on W's device that is used again for float64 rows of W and its Gram matrix, up to 16k² bytes or so,
+        k = min(m, n). Only where the SVD is needed is all of W copied.
 
     Returns
     -------
@@ -93,12 +96,11 @@ def singular_values(W: Tensor, scratch: Scratch | None = None) -> Tensor:
     if peak == 0:
         return torch.zeros(k, dtype=torch.float64, device=W.device)
     scale = math.ldexp(1.0, max(math.frexp(peak)[1] - 1, -1022))
-    scratch = scratch or Scratch(W.device)
-    X = scratch.empty("spectra.matrix", tuple(W.shape)).copy_(W.detach()).mul_(1 / scale)  # exact, in (−2, 2)
-    squares = _gram_eigenvalues(X, scratch.empty("spectra.gram", (k, k)))
+    tall = W.detach() if W.shape[0] >= W.shape[1] else W.detach().T
+    squares = _gram_eigenvalues(tall, 1 / scale, scratch or Scratch(W.device))
     if bool(squares[-1] * GRAM_CONDITION_LIMIT**2 > squares[0]):
         return squares.sqrt_().mul_(scale)
-    sigma: Tensor = torch.linalg.svdvals(X)
+    sigma: Tensor = torch.linalg.svdvals(tall.to(torch.float64) * (1 / scale))
     return sigma.mul_(scale)
 
 
@@ -111,9 +113,15 @@ def _peak(W: Tensor) -> float:
     return peak
 
 
-def _gram_eigenvalues(X: Tensor, gram: Tensor) -> Tensor:
-    """The eigenvalues of XᵀX or XXᵀ, whichever is smaller, in descending order. ``gram`` is written to."""
-    add_gram_(gram, X if X.shape[0] >= X.shape[1] else X.T, beta=0)
+def _gram_eigenvalues(W: Tensor, factor: float, scratch: Scratch) -> Tensor:
+    """The eigenvalues of (cW)ᵀ(cW), c the power of two ``factor``, in descending order. W (m, n) is tall."""
+    m, n = W.shape
+    gram = scratch.empty("spectra.gram", (n, n))
+    rows = max(n, _BLOCK // n)
+    for begin in range(0, m, rows):
+        block = W[begin : begin + rows]
+        X = scratch.empty("spectra.rows", tuple(block.shape)).copy_(block).mul_(factor)  # exact, in (−2, 2)
+        add_gram_(gram, X, beta=int(begin > 0))
     squares: Tensor = torch.linalg.eigvalsh(gram, UPLO="U")
     return squares.flip(0)
 
@@ -133,7 +141,7 @@ def fit_power_law(values: Tensor, alpha_max: float = ALPHA_MAX) -> PowerLaw | No
     For each candidate xmin, α = 1 + n / Σ ln(x/xmin) over the n values from xmin on (their Eq. 3.1, the maximum
     of the likelihood of a continuous power law); of these the one at the least Kolmogorov–Smirnov distance. The
     conventions are those of the package powerlaw 2.0: every distinct value but the two largest is a candidate,
-    the empirical distribution counts the values strictly below x, and α must lie below 3.
+    and the empirical distribution counts the values strictly below x.
 
     Parameters
     ----------

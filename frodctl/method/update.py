@@ -109,6 +109,10 @@ class CategoryUpdate:
         for rows in _row_blocks(len(W)):
             yield rows, self._product(B[rows], K)
 
+    def start(self, W: Tensor) -> Tensor:
+        """λ (n,) where PEFT begins: the column norms of W V⁻ᵀ, W and they rounded to V's dtype; float32."""
+        return self._project(W, self.dtype)[1].to(self.dtype).float().cpu()
+
     def _project(self, W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """B = W V⁻ᵀ (m, n) for W rounded to ``dtype``, and B's column norms (n,) in float64."""
         B = self.scratch.empty("B", (len(W), self.n), self.D.dtype)

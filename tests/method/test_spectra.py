@@ -136,7 +136,7 @@ def test_beyond_the_limit_the_svd_takes_over(exponent: float, monkeypatch) -> No
 
 def test_the_gram_matrix_alone_would_be_wrong() -> None:
     W = with_spectrum(torch.logspace(0, -7, 60, dtype=torch.float64), 60, 60)
-    squares = spectra._gram_eigenvalues(W, torch.empty(60, 60, dtype=torch.float64))
+    squares = spectra._gram_eigenvalues(W, 1.0, Scratch(W.device))
     expected = reference(W)
     assert not np.allclose(squares.clamp(min=0).sqrt().numpy(), expected, rtol=1e-5, atol=0)
     np.testing.assert_allclose(singular_values(W).numpy(), expected, rtol=1e-6)
@@ -259,21 +259,21 @@ SAMPLES = {
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_fit_is_that_of_powerlaw(name: str) -> None:
-    found = fit_power_law(SAMPLES[name])
+    found = fit_power_law(SAMPLES[name], alpha_max=3)
     assert (found.alpha, found.distance, found.xmin) == pytest.approx(package_fit(SAMPLES[name]), rel=1e-8)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_without_a_bound_it_is_that_of_powerlaw_without_one(name: str) -> None:
-    found = fit_power_law(SAMPLES[name], alpha_max=math.inf)
+    found = fit_power_law(SAMPLES[name])
     expected = package_fit(SAMPLES[name], parameter_ranges={"alpha": [0, None]})
     assert (found.alpha, found.distance, found.xmin) == pytest.approx(expected, rel=1e-8)
 
 
 def test_the_bound_matters() -> None:
     """Of a Gaussian matrix's eigenvalues the best tail is steeper than powerlaw 2.0 accepts."""
-    steep = fit_power_law(SAMPLES["gaussian tall"], alpha_max=math.inf)
-    bounded = fit_power_law(SAMPLES["gaussian tall"])
+    steep = fit_power_law(SAMPLES["gaussian tall"])
+    bounded = fit_power_law(SAMPLES["gaussian tall"], alpha_max=3)
     assert bounded.alpha < 3 < steep.alpha
     assert steep.distance < bounded.distance
 
@@ -281,7 +281,7 @@ def test_the_bound_matters() -> None:
 def test_the_summary_fits_the_eigenvalues() -> None:
     sigma = SAMPLES["pareto 2.2"].sqrt().sort(descending=True)[0]
     found = summarize(sigma, (300, 300))
-    expected = package_fit(sigma.square())
+    expected = package_fit(sigma.square(), parameter_ranges={"alpha": [0, None]})
     assert (found.power_law_alpha, found.power_law_distance, found.power_law_xmin) == pytest.approx(expected, rel=1e-8)
 
 

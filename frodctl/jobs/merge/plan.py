@@ -225,19 +225,14 @@ def plan_merge(
     if not dry_run:
         _check_output(output, base, adapter, chosen)
         choose_device(chosen.device)  # before a download, not after it
-    sources = _open_sources(adapter, chosen, headers_only=dry_run)
-    location, warnings = _base_location(base, sources[0].adapter, chosen)
-    checkpoint = open_checkpoint(
-        location, headers_only=dry_run, everything=True, progress=lambda text: progress(Progress(text))
-    )
-    refuse_quantized(checkpoint)
+    found = match(base, adapter, chosen, headers_only=dry_run, progress=progress)
+    checkpoint, sources = found.checkpoint, found.sources
     if not dry_run and checkpoint.root is not None:  # now that it is known where a base called "-" is
         sink.check_output_folder(output, [checkpoint.root], force=chosen.force)
-    weights, prefix = _weights(checkpoint, sources)
     replaced = _replaced(checkpoint, sources)
-    _check_ties(checkpoint, weights, replaced, sources[0].adapter)
+    _check_ties(checkpoint, found.weights, replaced, sources[0].adapter)
     added = {name for name in replaced if name not in checkpoint.tensors}
-    new_names = {name: prefix + name if added else name for name in checkpoint.tensors}
+    new_names = {name: found.prefix + name if added else name for name in checkpoint.tensors}
     replaced = {new_names.get(name, name): item for name, item in replaced.items()}
     specs = _specs(checkpoint, new_names, replaced, chosen)
     return MergePlan(
@@ -245,14 +240,42 @@ def plan_merge(
         output=output,
         options=chosen,
         sources=sources,
-        weights=weights,
+        weights=found.weights,
         replaced=replaced,
         names=new_names,
         shards=shards.plan_shards(specs, chosen.max_shard_size),
         config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
         files=_files(checkpoint),
-        warnings=(*warnings, *_warnings(sources, replaced)),
+        warnings=(*found.warnings, *_warnings(sources, replaced)),
     )
+
+
+@dataclass(frozen=True)
+class Match:
+    """A base, adapters over it, and which of its weights they change."""
+
+    checkpoint: Checkpoint
+    sources: tuple[Source, ...]
+    weights: tuple[Weight, ...]  #: those of one group stand together
+    prefix: str  #: that the adapters' names have over the checkpoint's
+    warnings: tuple[str, ...]
+
+
+def match(
+    base: str, adapter: str, options: MergeOptions, *, headers_only: bool = False, progress: Callback = silent
+) -> Match:
+    """Open a base and adapters, fetching what is on the Hub, and find the weights that they change.
+
+    Errors are those of `merge` but for the output's.
+    """
+    sources = _open_sources(adapter, options, headers_only=headers_only)
+    location, warnings = _base_location(base, sources[0].adapter, options)
+    checkpoint = open_checkpoint(
+        location, headers_only=headers_only, everything=True, progress=lambda text: progress(Progress(text))
+    )
+    refuse_quantized(checkpoint)
+    weights, prefix = _weights(checkpoint, sources)
+    return Match(checkpoint, sources, weights, prefix, tuple(warnings))
 
 
 def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) -> None:

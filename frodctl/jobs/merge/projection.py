@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from frodctl.checkpoint import names, stream
+from frodctl.checkpoint.source import Checkpoint
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import Adapter
-from frodctl.jobs.merge.plan import MergePlan, Source
+from frodctl.jobs.merge.plan import Source, Weight
 from frodctl.method.pattern import patterns
 
 
 class Projections:
-    """V and pattern of every category of every adapter in a merge."""
+    """V and pattern of every category of every adapter over a base."""
 
-    def __init__(self, plan: MergePlan) -> None:
-        self.plan = plan
+    def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> None:
+        self.checkpoint = checkpoint
+        self.weights = weights
         self._drawn: dict[int, dict[str, Tensor]] = {}
 
     def of(self, source: Source, category: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -71,14 +73,12 @@ class Projections:
         """V as PEFT computes it as it loads the adapter: from float32 copies of the base's weights, on the CPU."""
         routine = _peft_routine()
         layers: dict[int, Tensor] = {}
-        targets = {
-            part.trained.module: w.target for w in self.plan.weights for part in w.parts if part.source is source
-        }
-        assert self.plan.checkpoint.root is not None
+        targets = {part.trained.module: w.target for w in self.weights for part in w.parts if part.source is source}
+        assert self.checkpoint.root is not None
         for number, module in enumerate(source.adapter.modules):
             if module.category == category:  # PEFT keeps the last where a layer has several
                 target = targets[module.module]
-                weight = stream.read_tensor(self.plan.checkpoint.root, target.tensor)
+                weight = stream.read_tensor(self.checkpoint.root, target.tensor)
                 layer = names.layer_index(module.module)
                 layers[number if layer is None else layer] = (weight.T if target.transposed else weight).float()
         alpha = float(source.adapter.config.get("regularization_alpha", 1e-3))

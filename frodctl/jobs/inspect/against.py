@@ -1,0 +1,116 @@
+"""Two checkpoints, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from frodctl.checkpoint import codec, names, stream
+from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.source import Checkpoint, TensorInfo, open_checkpoint
+from frodctl.jobs.inspect import headers
+from frodctl.jobs.inspect.matrices import Spectra
+from frodctl.jobs.inspect.report import InspectOptions, Report, Row
+from frodctl.jobs.progress import Callback, Progress
+from frodctl.jobs.resources import choose_device
+
+_PIECE = 1 << 22  # elements
+
+
+def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progress: Callback) -> Report:
+    """Rows of what is equal, what differs and by how much, and what is on one side only."""
+    assert options.against is not None
+    location = options.location(options.against)
+    other = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
+    matched = names.match(checkpoint.tensors, other.tensors)
+    pairs: list[tuple[TensorInfo | None, TensorInfo | None]] = [
+        (info, other.tensors.get(matched[tensor] or "")) for tensor, info in checkpoint.tensors.items()
+    ]
+    taken = set(matched.values())
+    pairs += [(None, info) for tensor, info in other.tensors.items() if tensor not in taken]
+    pairs = [pair for pair in pairs if options.selects(_either(pair).name)]
+    pairs.sort(key=lambda pair: names.natural_key(_either(pair).name))
+    counts = Counter[str]()
+
+    def rows() -> Iterator[Row]:
+        spectra = Spectra(choose_device(options.device)) if options.spectrum else None
+        for mine, theirs in pairs:
+            row = _compare(checkpoint, mine, other, theirs, spectra)
+            counts[row.values["status"]] += 1
+            yield row
+
+    def summary() -> dict[str, Any]:
+        different = sum(count for status, count in counts.items() if status != "equal")
+        return {"against": other.model, "equal": counts["equal"], "different": different, "statuses": dict(counts)}
+
+    return Report(name, "comparison", rows(), summary, len(pairs))
+
+
+def _either(pair: tuple[TensorInfo | None, TensorInfo | None]) -> TensorInfo:
+    info = pair[0] or pair[1]
+    assert info is not None
+    return info
+
+
+def _compare(
+    first: Checkpoint,
+    mine: TensorInfo | None,
+    second: Checkpoint,
+    theirs: TensorInfo | None,
+    spectra: Spectra | None,
+) -> Row:
+    info = _either((mine, theirs))
+    values = headers.tensor_values(info) | {"other_name": None, "other_dtype": None}
+    empty = {"relative_difference": None, "cosine": None, "max_difference": None}
+    if mine is None or theirs is None:
+        return Row(values | {"status": "only here" if theirs is None else "only there"} | empty)
+    values |= {"other_name": theirs.name, "other_dtype": theirs.dtype}
+    if mine.shape != theirs.shape:
+        return Row(values | {"status": "other shape"} | empty)
+    if mine.dtype == theirs.dtype and _same_bytes(first, mine, second, theirs):
+        return Row(values | {"status": "equal", "relative_difference": 0.0, "cosine": 1.0, "max_difference": 0.0})
+    status = "differs" if mine.dtype == theirs.dtype else "other dtype"
+    if mine.dtype not in FLOAT_DTYPES or theirs.dtype not in FLOAT_DTYPES:
+        return Row(values | {"status": status} | empty)
+    assert first.root is not None
+    assert second.root is not None
+    A, B = stream.read_tensor(first.root, mine), stream.read_tensor(second.root, theirs)
+    row = values | {"status": status} | _differences(A, B)
+    if spectra is None or A.ndim != 2:
+        return Row(row)
+    figures = spectra.of(B.double() - A.double(), f"difference of {info.name}")
+    more = {f"difference_{key}": value for key, value in figures.values.items() if key != "profile"}
+    return Row(row | more | {"profile": figures.values["profile"]}, figures.singular_values)
+
+
+def _same_bytes(first: Checkpoint, mine: TensorInfo, second: Checkpoint, theirs: TensorInfo) -> bool:
+    assert first.root is not None
+    assert second.root is not None
+    if any(info.data is not None or info.stride is not None for info in (mine, theirs)):
+        A, B = stream.read_tensor(first.root, mine), stream.read_tensor(second.root, theirs)
+        return stream.tensor_bytes(A.contiguous()) == stream.tensor_bytes(B.contiguous())
+    pieces = codec.read_chunks(first.root / mine.file, mine.offset, mine.nbytes)
+    others = codec.read_chunks(second.root / theirs.file, theirs.offset, theirs.nbytes)
+    return all(bytes(piece) == bytes(other) for piece, other in zip(pieces, others, strict=True))
+
+
+def _differences(A: torch.Tensor, B: torch.Tensor) -> dict[str, float | None]:
+    """‖B − A‖/‖A‖, the cosine of the angle between them, and the largest |B − A|, in float64 and in pieces."""
+    squares = [0.0, 0.0, 0.0, 0.0]
+    largest = 0.0
+    for a, b in zip(torch.split(A.reshape(-1), _PIECE), torch.split(B.reshape(-1), _PIECE), strict=True):
+        a, b = a.double(), b.double()
+        difference = b - a
+        for place, value in enumerate((a @ a, b @ b, a @ b, difference @ difference)):
+            squares[place] += float(value)
+        largest = max(largest, float(difference.abs().max())) if a.numel() else largest
+    aa, bb, ab, dd = squares
+    return {
+        "relative_difference": math.sqrt(dd / aa) if aa else None,
+        "cosine": ab / math.sqrt(aa * bb) if aa and bb else None,
+        "max_difference": largest,
+    }

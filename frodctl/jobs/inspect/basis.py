@@ -1,0 +1,128 @@
+"""The figures of a shared basis: its condition, how layers share its directions, how exactly it gives the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frodctl.checkpoint import stream
+from frodctl.checkpoint.source import Checkpoint, open_checkpoint
+from frodctl.errors import InvalidInput
+from frodctl.formats.basis_file import BasisFile, ModuleRecord
+from frodctl.jobs.inspect import headers
+from frodctl.jobs.inspect.matrices import Spectra
+from frodctl.jobs.inspect.report import InspectOptions, Report, Row
+from frodctl.jobs.progress import Callback, Progress
+from frodctl.jobs.resources import choose_device
+
+_QUANTILES = (0.05, 0.5, 0.95)
+
+
+def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress: Callback) -> Report:
+    """Rows with the figures of every V and every layer's scales; with a base also how it is reconstructed."""
+    checkpoint = None
+    if options.base is not None:
+        location = options.location(options.base)
+        checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
+    figures = _BasisFigures(basis, checkpoint, options)
+    rows = [row for row in headers.basis_rows(basis) if options.selects(row["name"])]
+
+    def summary() -> dict[str, Any]:
+        result = headers.basis_summary(basis, checkpoint.parameters() if checkpoint else None)
+        for category in result["categories"]:
+            category.update(figures.of_category(category["category"]))
+        return result
+
+    return Report(name, "basis", figures.rows(rows), summary, len(rows))
+
+
+class _BasisFigures:
+    def __init__(self, basis: BasisFile, checkpoint: Checkpoint | None, options: InspectOptions) -> None:
+        self.basis = basis
+        self.checkpoint = checkpoint
+        self.spectra = Spectra(choose_device(options.device))
+        self.conditions: dict[str, float | None] = {}
+        self.records = {f"lambda.{record.name}": record for record in basis.metadata.modules}
+        self._dual: tuple[str, Tensor, Tensor] | None = None  #: of the category last asked for: V and V⁻ᵀ
+
+    def rows(self, rows: list[dict[str, Any]]) -> Iterator[Row]:
+        for row in rows:
+            yield self._row(row)
+
+    def _row(self, row: dict[str, Any]) -> Row:
+        kind = row["name"].partition(".")[0]
+        if kind == "V":
+            found = self.spectra.of(self.basis.tensor(row["name"]), row["name"])
+            self.conditions[row["category"]] = found.values["condition_number"]
+            return Row(row | found.values, found.singular_values)
+        values = self.basis.tensor(row["name"]).double()
+        more: dict[str, Any] = {}
+        if kind in ("lambda", "tau") and len(values):
+            more = dict(zip(("minimum", "median", "maximum"), _quantiles(values, (0, 0.5, 1)), strict=True))
+        if kind == "lambda" and self.checkpoint is not None:
+            more |= self._reconstruction(self.records[row["name"]], values)
+        return Row(row | more)
+
+    def of_category(self, category: str) -> dict[str, Any]:
+        """cond(V), the range of τ, and quantiles of the number of layers that in effect share a direction.
+
+        p_k = 1/Σ_i λ_ik⁴, between 1 and the number of layers; null directions left out.
+        """
+        tau = self.basis.tensor(f"tau.{category}")
+        layers = [record for record in self.basis.metadata.modules if record.category == category]
+        fourth = torch.stack([self.basis.tensor(f"lambda.{record.name}").double() ** 4 for record in layers]).sum(0)
+        sharing = 1 / fourth[fourth > 0]
+        if category not in self.conditions:
+            V = self.basis.tensor(f"V.{category}")
+            self.conditions[category] = self.spectra.of(V, f"V.{category}").values["condition_number"]
+        return {
+            "condition_number": self.conditions[category],
+            "tau_min": float(tau[0]),
+            "tau_max": float(tau[-1]),
+            "null_directions": int((fourth == 0).sum()),
+            "sharing_quantiles": dict(zip(("p05", "p50", "p95"), _quantiles(sharing, _QUANTILES), strict=True)),
+            "sharing": [round(value, 4) for value in sharing.tolist()],
+        }
+
+    def _reconstruction(self, record: ModuleRecord, scales: Tensor) -> dict[str, Any]:
+        """How far U diag(λ) Vᵀ is from the base's weight, relative to it, and whether that is the recorded one."""
+        W, digest = self._weight(record)
+        V, dual = self._basis_of(record.category)
+        X = W.to(V)
+        B = X @ dual
+        U = B / B.norm(dim=0).clamp(min=1e-300)
+        error = (U * scales.to(V) @ V.T - X).norm() / X.norm().clamp(min=1e-300)
+        return {"reconstruction_error": float(error), "base_digest": "same" if digest == record.digest else "differs"}
+
+    def _weight(self, record: ModuleRecord) -> tuple[Tensor, str]:
+        """The base's weight (m, n), and the digest of its stored bytes."""
+        assert self.checkpoint is not None
+        assert self.checkpoint.root is not None
+        module, _, index = record.name.removesuffix("]").partition("[")
+        known = self.checkpoint.tensors
+        info = known.get(f"{module}.weight") or known.get(module)
+        if info is None:
+            raise InvalidInput(f"{self.checkpoint.model}: no weight of {record.name}, which {self.basis.path} is of")
+        stored = stream.read_tensor(self.checkpoint.root, info, int(index) if index else None)
+        if tuple(stored.shape) != record.shape:
+            raise InvalidInput(
+                f"{self.checkpoint.model}: {info.name} is {list(stored.shape)}, not {list(record.shape)}"
+            )
+        return stored.T if record.transposed else stored, stream.digest(stored)
+
+    def _basis_of(self, category: str) -> tuple[Tensor, Tensor]:
+        if self._dual is None or self._dual[0] != category:
+            V = self.basis.tensor(f"V.{category}").to(self.spectra.device, torch.float64)
+            self._dual = category, V, torch.linalg.inv(V).T
+        return self._dual[1:]
+
+
+def _quantiles(values: Tensor, at: tuple[float, ...]) -> list[float | None]:
+    if not len(values):
+        return [None] * len(at)
+    ordered = values.sort().values
+    places = [min(len(ordered) - 1, round(q * (len(ordered) - 1))) for q in at]
+    return [float(ordered[place]) for place in places]

@@ -1,0 +1,112 @@
+"""Spectra of matrices, several at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from threading import local
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frodctl.checkpoint import stream
+from frodctl.checkpoint.source import TensorInfo
+from frodctl.errors import InvalidInput
+from frodctl.method.estimate import Products, estimate, frobenius_norm
+from frodctl.method.linalg import Scratch
+from frodctl.method.spectra import NotFinite, singular_values, summarize, workers
+
+#: Points of the small picture of a spectrum.
+PROFILE_POINTS = 12
+#: A matrix of more elements is not copied to float64 as a whole for an estimate.
+_IN_BLOCKS = 1 << 26
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The spectrum of one matrix."""
+
+    values: dict[str, Any]
+    singular_values: Tensor | None  #: (k,), float64, on the CPU; None for an estimate
+
+
+class Spectra:
+    """Computes the figures of matrices.
+
+    Parameters
+    ----------
+    device : torch.device
+    estimated : bool
+        By randomised methods instead of exactly.
+    seed : int
+        Of those; the same for every matrix, so that a matrix's figures do not depend on which others are asked for.
+    """
+
+    def __init__(self, device: torch.device, *, estimated: bool = False, seed: int = 0) -> None:
+        self.device = device
+        self.estimated = estimated
+        self.seed = seed
+        self._own = local()
+
+    def of(self, W: Tensor, name: str) -> Figures:
+        """The figures of W (m, n); `InvalidInput` with the name if it holds NaN or Inf."""
+        try:
+            return self._estimate(W.to(self.device)) if self.estimated else self._exact(W.to(self.device))
+        except NotFinite:
+            raise InvalidInput(f"{name}: holds NaN or Inf; the weights are damaged") from None
+
+    def of_all(self, tasks: Sequence[Callable[[], tuple[Tensor, str]]]) -> Iterator[Figures]:
+        """The figures of each task's matrix, in order.
+
+        On the CPU several are computed at a time, on one core each, which is faster than one after another on all.
+        """
+        if self.device.type != "cpu" or torch.get_num_threads() == 1:
+            for W, name in stream.prefetch(tasks):
+                yield self.of(W, name)
+            return
+        count = min(torch.get_num_threads(), _MOST_WORKERS)
+        waiting: deque[Future[Figures]] = deque()
+        with workers(count) as pool:
+            try:
+                for task in tasks:
+                    waiting.append(pool.submit(self._of_task, task))
+                    if len(waiting) > 2 * count:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _of_task(self, task: Callable[[], tuple[Tensor, str]]) -> Figures:
+        return self.of(*task())
+
+    def _exact(self, W: Tensor) -> Figures:
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = Scratch(self.device)
+        sigma = singular_values(W, self._own.scratch).cpu()
+        m, n = W.shape
+        return Figures(summarize(sigma, (m, n)).as_dict() | {"profile": _profile(sigma)}, sigma)
+
+    def _estimate(self, W: Tensor) -> Figures:
+        generator = torch.Generator().manual_seed(self.seed)
+        products = Products.of(W, in_blocks=W.numel() > _IN_BLOCKS)
+        found = estimate(products, frobenius_norm(W), generator)
+        return Figures({**found.as_dict(), "estimated": list(found.estimated), "profile": None}, None)
+
+
+def _profile(sigma: Tensor) -> list[float] | None:
+    """Singular values at even steps from the largest to the smallest, relative to the largest."""
+    if not len(sigma) or not sigma[0] > 0:
+        return None
+    places = torch.linspace(0, len(sigma) - 1, PROFILE_POINTS).round().long()
+    return [round(value, 4) for value in (sigma[places] / sigma[0]).tolist()]
+
+
+def reading(root: Path, info: TensorInfo, index: int | None, name: str) -> Callable[[], tuple[Tensor, str]]:
+    """A task for `Spectra.of_all`: the matrix in a file."""
+    return lambda: (stream.read_tensor(root, info, index), name)

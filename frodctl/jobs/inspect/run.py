@@ -1,0 +1,178 @@
+"""Inspecting targets, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from frodctl.checkpoint import names
+from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.source import Checkpoint, TensorInfo
+from frodctl.errors import UsageError
+from frodctl.jobs.inspect import headers
+from frodctl.jobs.inspect.report import SCHEMA_VERSION, InspectOptions, Report, Row, arranged
+from frodctl.jobs.inspect.target import Target, open_target
+from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.resources import choose_device
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """One inspected target."""
+
+    target: str
+    kind: str
+    rows: tuple[Row, ...]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """A finished inspection."""
+
+    targets: tuple[TargetResult, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "targets": [
+                {"target": t.target, "kind": t.kind, "tensors": [row.values for row in t.rows], "summary": t.summary}
+                for t in self.targets
+            ],
+        }
+
+
+def inspect(*targets: str, progress: Callback = silent, **options: Any) -> InspectResult:
+    """Find out what the targets are and report on their tensors.
+
+    Parameters
+    ----------
+    *targets : str
+        Checkpoints, shared-basis files or adapters: local folders or files, or Hub ids.
+    progress : callable, optional
+        Called with a `frodctl.jobs.progress.Progress` as the work goes on.
+    **options
+        The fields of `InspectOptions`.
+
+    Returns
+    -------
+    InspectResult
+        For each target its kind, a row for every tensor and a summary.
+
+    Raises
+    ------
+    UsageError
+        Options that do not go together, or a sort key that no row has.
+    InvalidInput
+        A target is damaged, or a matrix holds NaN or Inf.
+    FrodctlError
+        A target cannot be found or fetched.
+
+    Examples
+    --------
+    >>> import frodctl
+    >>> result = frodctl.inspect("examples/tiny-llama")
+    >>> result.targets[0].kind
+    'checkpoint'
+    """
+    finished = []
+    for report in reports(targets, InspectOptions(**options), progress):
+        rows = tuple(report.rows)
+        finished.append(TargetResult(report.target, report.kind, rows, report.summary()))
+    return InspectResult(tuple(finished))
+
+
+def reports(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> Iterator[Report]:
+    """The targets' reports, whose rows come as they are computed. Errors are those of `inspect`."""
+    if not options.headers_only:
+        choose_device(options.device)
+    for name in targets:
+        report = _report(open_target(name, options, progress), options, progress)
+        rows = _counted(report, progress) if not options.headers_only else report.rows
+        yield replace(report, rows=arranged(rows, options.sort, options.top))
+
+
+def _counted(report: Report, progress: Callback) -> Iterator[Row]:
+    progress(Progress(report.target, 0, report.count))
+    for number, row in enumerate(report.rows, 1):
+        progress(Progress(report.target, number, report.count))
+        yield row
+
+
+def _report(target: Target, options: InspectOptions, progress: Callback) -> Report:
+    if target.checkpoint is not None:
+        if options.base is not None:
+            raise UsageError(
+                f"{target.name}: --base goes with a basis or an adapter; for two checkpoints say --against"
+            )
+        if options.against is not None:
+            from frodctl.jobs.inspect.against import comparison
+
+            return comparison(target.name, target.checkpoint, options, progress)
+        return _checkpoint_report(target.name, target.checkpoint, options)
+    if options.against is not None:
+        raise UsageError(f"{target.name}: --against compares checkpoints, and this is none")
+    if options.estimate:
+        raise UsageError(f"{target.name}: --estimate goes with checkpoints; say --spectrum")
+    if target.basis is not None:
+        if options.headers_only:
+            rows = [row for row in headers.basis_rows(target.basis) if options.selects(row["name"])]
+            basis = target.basis
+            return Report(target.name, "basis", map(Row, rows), lambda: headers.basis_summary(basis, None), len(rows))
+        from frodctl.jobs.inspect.basis import basis_report
+
+        return basis_report(target.name, target.basis, options, progress)
+    assert target.adapter is not None
+    if options.headers_only:
+        rows = [row for row in headers.adapter_rows(target.adapter) if options.selects(row["name"])]
+        adapter = target.adapter
+        return Report(target.name, "adapter", map(Row, rows), lambda: headers.adapter_summary(adapter), len(rows))
+    from frodctl.jobs.inspect.adapter import adapter_report
+
+    return adapter_report(target.name, target.adapter, options, progress)
+
+
+def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOptions) -> Report:
+    def summary() -> dict[str, Any]:
+        return headers.checkpoint_summary(checkpoint)
+
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: names.natural_key(info.name))
+    if options.headers_only:
+        infos = [info for info in infos if options.selects(info.name)]
+        rows = (Row(headers.tensor_values(info) | headers.place_values(info)) for info in infos)
+        return Report(name, "checkpoint", rows, summary, len(infos))
+    parts = [part for info in infos for part in matrices(info) if options.selects(headers.tensor_values(*part)["name"])]
+    return Report(name, "checkpoint", _spectra(checkpoint, parts, options), summary, len(parts))
+
+
+def matrices(info: TensorInfo) -> list[tuple[TensorInfo, int | None]]:
+    """The matrices in a tensor: itself, or the slices of a stack of three dimensions; none of anything else."""
+    if info.dtype not in FLOAT_DTYPES or 0 in info.shape:
+        return []
+    if len(info.shape) == 2:
+        return [(info, None)]
+    return [(info, index) for index in range(info.shape[0])] if len(info.shape) == 3 else []
+
+
+def _spectra(
+    checkpoint: Checkpoint, parts: Sequence[tuple[TensorInfo, int | None]], options: InspectOptions
+) -> Iterator[Row]:
+    from frodctl.jobs.inspect.matrices import Spectra, reading
+
+    assert checkpoint.root is not None
+    spectra = Spectra(choose_device(options.device), estimated=options.estimate, seed=options.seed)
+    root = checkpoint.root
+    tasks = [
+        reading(root, info, index, f"{root / info.file}: tensor {headers.tensor_values(info, index)['name']}")
+        for info, index in parts
+    ]
+    found = spectra.of_all(tasks)
+    try:
+        for (info, index), figures in zip(parts, found, strict=True):
+            first = headers.tensor_values(info, index)
+            yield Row(first | figures.values | headers.place_values(info), figures.singular_values)
+    finally:
+        close: Callable[[], None] = getattr(found, "close", lambda: None)
+        close()

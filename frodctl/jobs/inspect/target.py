@@ -1,0 +1,60 @@
+"""What a target is: found out from its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from frodctl.checkpoint import codec
+from frodctl.checkpoint.source import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, Location, open_checkpoint
+from frodctl.formats.adapter import Adapter, open_adapter
+from frodctl.formats.basis_file import BasisFile, open_basis
+from frodctl.jobs.inspect.report import InspectOptions
+from frodctl.jobs.progress import Callback, Progress
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target and what it turned out to be: one of the three."""
+
+    name: str
+    checkpoint: Checkpoint | None = None
+    basis: BasisFile | None = None
+    adapter: Adapter | None = None
+
+
+def open_target(name: str, options: InspectOptions, progress: Callback) -> Target:
+    """Find out what a target is and read its headers; nothing more is fetched from the Hub than is needed.
+
+    Errors are those of `open_checkpoint`, `open_basis` and `open_adapter`.
+    """
+    location = options.location(name)
+    path = location.local_path()
+    if path is not None and path.is_file() and _is_basis(path):
+        return Target(name, basis=open_basis(path))
+    if _is_adapter(location, path):
+        headers_only = not (options.spectrum or options.base)
+        return Target(name, adapter=open_adapter(location, options.adapter_name, headers_only=headers_only))
+    checkpoint = open_checkpoint(
+        location, headers_only=options.headers_only, progress=lambda text: progress(Progress(text))
+    )
+    return Target(name, checkpoint=checkpoint)
+
+
+def _is_basis(path: Path) -> bool:
+    return path.suffix == ".safetensors" and "frodctl" in codec.read_header(path).metadata
+
+
+def _is_adapter(location: Location, path: Path | None) -> bool:
+    config, *weights = ADAPTER_FILES
+    if path is not None and path.is_file():
+        return path.name in weights
+    if path is None:
+        from frodctl.checkpoint import hub
+
+        files = hub.list_files(location)
+    else:
+        folder = path / location.subfolder
+        files = [str(p.relative_to(folder)) for p in (*folder.glob("*"), *folder.glob(f"*/{config}"))]
+    has_weights = any(file in WEIGHT_FILES for file in files)
+    return not has_weights and any(Path(file).name == config for file in files)

@@ -1,0 +1,168 @@
+"""The weights of a base as adapters change them, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frodctl.checkpoint import stream
+from frodctl.checkpoint.source import Checkpoint
+from frodctl.errors import InvalidInput
+from frodctl.formats.adapter import Adapter
+from frodctl.jobs.merge.plan import Part, Source, Weight
+from frodctl.jobs.merge.projection import Projections
+from frodctl.method.update import Blocks, CategoryUpdate
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one adapter holds for one weight, read."""
+
+    part: Part
+    scales: Tensor  #: λ', (n,)
+    values: Tensor  #: of S, (nnz,)
+    base_scales: Tensor | None  #: λ, (n,), where the file says it
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether W' itself is computed, rather than W' − W."""
+        return self.part.source.form == "reconstruct"
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the update is 0 exactly."""
+        if self.part.source.scale == 0:
+            return True
+        at_start = self.base_scales is not None and torch.equal(self.scales, self.base_scales)
+        return not self.reconstructs and at_start and not self.values.any()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One weight, ready for the arithmetic; without its bytes where they will be copied."""
+
+    weight: Weight
+    stored: Tensor | None
+    trained: tuple[Trained, ...]
+
+
+class WeightUpdates:
+    """Reads weights with what was trained for them, and computes what they become.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The base.
+    weights : sequence of Weight
+        All that will be asked for; those of one group together, so that each basis is made ready once.
+    device : torch.device
+    """
+
+    def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight], device: torch.device) -> None:
+        assert checkpoint.root is not None, "headers alone cannot be merged"
+        self.root: Path = checkpoint.root
+        self.device = device
+        self.projections = Projections(checkpoint, weights)
+        self.updates: dict[tuple[tuple[int, str], ...], list[CategoryUpdate]] = {}  #: of the current group
+
+    def read(self, weight: Weight, buffer: Tensor | None = None) -> Task:
+        """The weight's bytes (into ``buffer`` if given) and what was trained for it, checked."""
+        trained = tuple(self._read_part(part, weight) for part in weight.parts)
+        stored = self.stored(weight, buffer)
+        self._check_digest(weight, stored)
+        touched = tuple(item for item in trained if not item.untouched)
+        return Task(weight, stored if touched else None, touched)
+
+    def stored(self, weight: Weight, buffer: Tensor | None = None) -> Tensor:
+        """The weight as the base stores it."""
+        return stream.read_tensor(self.root, weight.target.tensor, buffer=buffer)
+
+    def start(self, weight: Weight, W: Tensor) -> Tensor:
+        """λ (n,) as PEFT begins with it, for the weight's first adapter: the norms of W V⁻ᵀ rounded to V's dtype."""
+        return self._updates_of(weight)[0].start(W)
+
+    def _read_part(self, part: Part, weight: Weight) -> Trained:
+        adapter, trained, basis = part.source.adapter, part.trained, part.source.basis
+        scales = adapter.tensor(trained.scales)
+        values = adapter.tensor(trained.values) if trained.values is not None else scales.new_zeros(0)
+        for info, tensor in ((trained.scales, scales), (trained.values, values)):
+            if not all_finite(tensor):
+                raise InvalidInput(f"{adapter.name}: tensor {info and info.name} holds NaN or Inf")
+        base_scales = None
+        if trained.base_scales is not None:
+            base_scales = adapter.tensor(trained.base_scales)
+        elif adapter.provenance is not None and basis is not None:
+            name = f"lambda.{weight.target.module}"
+            if name not in basis.header.tensors:
+                raise InvalidInput(f"{basis.path}: no {name}, which {adapter.name} needs")
+            base_scales = basis.tensor(name)
+        return Trained(part, scales, values, base_scales)
+
+    def _check_digest(self, weight: Weight, stored: Tensor) -> None:
+        """Compare the base's bytes with what basis or adapter say they were made from."""
+        recorded = [
+            (where, digest)
+            for part in weight.parts
+            for where, digest in _recorded_digests(part.source, weight.target.module)
+        ]
+        found = stream.digest(stored) if recorded else ""
+        for where, digest in recorded:
+            if digest != found:
+                info = weight.target.tensor
+                raise InvalidInput(
+                    f"{self.root / info.file}: tensor {info.name} is not the one that {where} was made from (digests "
+                    "differ); give that base"
+                )
+
+    def rows(self, W: Tensor, task: Task) -> Blocks:
+        """Rows of W + Σ s (W' − W) for W (m, n) in its stored dtype, not rounded yet."""
+        updates = dict(zip(task.weight.parts, self._updates_of(task.weight), strict=True))
+        first = task.trained[0]
+        if len(task.trained) == 1 and first.reconstructs and first.part.source.scale == 1:
+            yield from updates[first.part].reconstruct(W, first.scales, first.values)
+            return
+        wide = W.dtype == torch.float64 or any(update.work == torch.float64 for update in updates.values())
+        dtype = torch.float64 if wide else torch.float32
+        kept = 1 - sum(item.part.source.scale for item in task.trained if item.reconstructs)
+        for blocks in zip(*(_change(updates[item.part], W, item) for item in task.trained), strict=True):
+            rows = blocks[0][0]
+            total = W[rows].to(self.device, dtype) * kept
+            for (_, block), item in zip(blocks, task.trained, strict=True):
+                total.add_(block, alpha=item.part.source.scale)
+            yield rows, total
+
+    def _updates_of(self, weight: Weight) -> list[CategoryUpdate]:
+        """V and pattern of each of the weight's adapters, kept while weights of the same group follow."""
+        if weight.group not in self.updates:
+            self.updates.clear()
+            dtype = stream.TORCH_DTYPES[weight.target.tensor.dtype]
+            self.updates[weight.group] = [
+                CategoryUpdate(*self.projections.of(part.source, part.trained.category, dtype), self.device)
+                for part in weight.parts
+            ]
+        return self.updates[weight.group]
+
+
+def _change(update: CategoryUpdate, W: Tensor, trained: Trained) -> Blocks:
+    if trained.reconstructs:
+        return update.reconstruct(W, trained.scales, trained.values)
+    return update.delta(W, trained.scales, trained.values, trained.base_scales)
+
+
+def _recorded_digests(source: Source, module: str) -> Iterator[tuple[str, str]]:
+    adapter: Adapter = source.adapter
+    if adapter.provenance is not None and module in adapter.provenance.base:
+        yield adapter.name, adapter.provenance.base[module]
+    if source.basis is not None:
+        for record in source.basis.metadata.modules:
+            if record.name == module:
+                yield str(source.basis.path), record.digest
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or Inf, without a mask of the tensor's size."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tuple(torch.aminmax(tensor)))).all())
