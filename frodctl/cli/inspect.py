@@ -277,9 +277,10 @@ def _print_tables(out: Output, entry: Mapping[str, Any], options: job.InspectOpt
         if options.headers_only:
             tables = [(rows, _TENSORS)] if selected else [(summary["roles"], _ROLES)]
         else:
-            tables = [(rows, (_NAME, _SHAPE, *_spectrum_columns()))]
+            figures = _spectrum_columns()
+            tables = [(rows, (_NAME, _SHAPE, *(figures[1:4] if options.estimate else figures)))]
     elif entry["kind"] == "basis":
-        tables = [(summary["categories"], _BASIS_CATEGORIES)]
+        tables = [(summary["categories"], _BASIS_CATEGORIES[: 4 if options.headers_only else None])]
         if not options.headers_only:
             tables.append(([row for row in rows if row["name"].startswith("lambda.")], _SCALES))
     elif entry["kind"] == "adapter":

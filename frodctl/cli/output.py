@@ -20,6 +20,8 @@ class OutputClosed(Exception):
 
 #: A column of names is broken over lines rather than wider than this, where there is no room.
 _NARROWEST_NAME = 24
+_FIRST_FEW = 5
+_GAP = 2  # between columns
 
 #: What would break a line of tab-separated values, as spaces.
 _NO_BREAKS = str.maketrans("\t\n\r", "   ")
@@ -111,15 +113,18 @@ def _shown(column: Column, row: Mapping[str, Any]) -> str:
 
 
 def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], width: int) -> list[Column]:
-    """As many of the columns, from the left, as the width has room for; names may be broken."""
-    left = width
+    """As many of the columns, from the left, as the width has room for; names are broken only to save the first few."""
     shown: list[Column] = []
-    for column in columns:
-        cells = [len(column.title), *(len(_shown(column, row)) for row in rows)]
-        left -= min(max(cells), _NARROWEST_NAME) + 1 if column.left else max(cells) + 1
-        if left < 0 and len(shown) > 1:
+    for longest_name in (width, _NARROWEST_NAME):
+        left, shown = width, []
+        for column in columns:
+            needed = max(len(column.title), *(len(_shown(column, row)) for row in rows), 0)
+            left -= (min(needed, longest_name) if column.left else needed) + _GAP
+            if left < -_GAP and len(shown) > 1:  # the last column needs no gap after it
+                break
+            shown.append(column)
+        if len(shown) >= min(_FIRST_FEW, len(columns)):
             break
-        shown.append(column)
     return shown
 
 
