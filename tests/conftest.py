@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -54,6 +55,27 @@ def frodctl(tmp_path: Path) -> Run:
         )
 
     return run
+
+
+def on_a_terminal(*arguments: object, columns: int = 100, cwd: Path | None = None, **env: str) -> str:
+    """What the command shows on a pseudo-terminal of this width."""
+    terminal, other = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "frodctl", *map(str, arguments)], stdout=other, stderr=other, cwd=cwd,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env},
+    )  # fmt: skip
+    os.close(other)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(terminal, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        shown += chunk
+    assert process.wait() == 0
+    return shown.decode()
 
 
 #: A program's own peak of resident memory, in bytes. (ru_maxrss would count what its parent had as it forked.)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from frodctl.checkpoint import names
-from frodctl.cli.options import Share, Size, output_options, source_options
+from frodctl.cli.options import Share, Size, device_option, output_options, run_options, source_options
 from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import decompose as job
@@ -60,7 +60,7 @@ _RESULT_COLUMNS = (
 )
 @click.option("--alpha", type=float, default=1e-3, show_default=True, help="Regularisation of the decomposition.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sparse pattern.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@device_option
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "float64"]),
@@ -77,9 +77,7 @@ _RESULT_COLUMNS = (
 )
 @click.option("--cache-size", type=Size(), default="128MB", show_default=True, help="Memory for reused Gram matrices.")
 @source_options
-@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; download and write nothing.")
-@click.option("--force", is_flag=True, help="Replace an existing FILE.")
-@click.option("--resume/--no-resume", default=True, help="Take up what a killed run had finished.  [default: resume]")
+@run_options
 @output_options
 def command(
     model: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from frodctl.cli.options import output_options, source_options
+from frodctl.cli.options import device_option, output_options, source_options
 from frodctl.cli.output import Column, Output, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import inspect as job
@@ -160,7 +160,7 @@ _DRAWN = {
     help="Draw the spectra (--spectrum): .png, .svg, or .html, one page that needs nothing else.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --estimate.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@device_option
 @source_options
 @output_options
 def command(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from frodctl.cli.options import ScaledAdapter, Size, output_options, source_options
+from frodctl.cli.options import ScaledAdapter, Size, device_option, output_options, run_options, source_options
 from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import merge as job
@@ -55,11 +55,9 @@ _COLUMNS = (
     help="Of the result; auto keeps each tensor's.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Tensors in one file.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@device_option
 @source_options
-@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; download and write nothing.")
-@click.option("--force", is_flag=True, help="Replace an existing OUT.")
-@click.option("--resume/--no-resume", default=True, help="Take up what a killed run had finished.  [default: resume]")
+@run_options
 @click.option("--verify/--no-verify", default=True, help="Read the result again at the end.  [default: verify]")
 @output_options
 def command(

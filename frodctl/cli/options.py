@@ -31,6 +31,19 @@ source_options = _together(
 )
 """Where a checkpoint comes from."""
 
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+)
+
+run_options = _together(
+    click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; download and write nothing."),
+    click.option("--force", is_flag=True, help="Replace an output that exists."),
+    click.option(
+        "--resume/--no-resume", default=True, help="Take up what a killed run had finished.  [default: resume]"
+    ),
+)
+"""How a job that writes an output is run."""
+
 output_options = _together(
     click.option(
         "--format",

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import pty
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 
 import frodctl as api
 from tests import peft_models
-from tests.conftest import Run
+from tests.conftest import Run, on_a_terminal
 from tests.hub_server import HubServer
 
 
@@ -64,27 +63,6 @@ def test_rows_in_every_format(example: Path, frodctl: Run) -> None:
     assert [float(row["nuclear_norm"]) for row in table] == pytest.approx([row["nuclear_norm"] for row in lines])
     assert {row["target"] for row in table} == {str(example)}
     assert {row["shape"] for row in table} == {"128x128"}
-
-
-def on_a_terminal(*arguments: object, columns: int = 100, **env: str) -> str:
-    """What the command shows on a pseudo-terminal of this width."""
-    terminal, other = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "frodctl", *map(str, arguments)], stdout=other, stderr=other,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env},
-    )  # fmt: skip
-    os.close(other)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not chunk:
-            break
-        shown += chunk
-    assert process.wait() == 0
-    return shown.decode()
 
 
 def test_a_table_fits_the_terminal(example: Path) -> None:

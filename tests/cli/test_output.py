@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import pty
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from frodctl.cli.output import Column, Output, human_bytes, human_count
+from tests.conftest import on_a_terminal
 
 CELL = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
 COLUMNS = (Column("a", "a"), Column("b"))
@@ -57,26 +55,10 @@ def test_counts(count: float, text: str) -> None:
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_on_a_terminal_it_is_a_table_and_a_bar(no_color: bool, example: object, tmp_path: object) -> None:
+def test_on_a_terminal_it_is_a_table_and_a_bar(no_color: bool, example: Path, tmp_path: Path) -> None:
     """A real pseudo-terminal on stdout and stderr."""
-    terminal, other = pty.openpty()
-    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"} | ({"NO_COLOR": "1"} if no_color else {})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "frodctl", "decompose", str(example), "--target-modules", "all-linear"],
-        stdout=other, stderr=other, cwd=str(tmp_path), env=env,
-    )  # fmt: skip
-    os.close(other)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not chunk:
-            break
-        shown += chunk
-    assert process.wait() == 0
-    text = shown.decode()
+    env = {"NO_COLOR": "1"} if no_color else {}
+    text = on_a_terminal("decompose", example, "--target-modules", "all-linear", cwd=tmp_path, **env)
     assert "category" in text
     assert "\t" not in text
     assert "left:" in text

@@ -448,6 +448,24 @@ def test_names_without_or_with_another_prefix(family: str, cases: Any, tmp_path:
         frodctl.merge(str(both), str(case.adapter), tmp_path / "no")
 
 
+def test_a_pickled_base(cases: Any, tmp_path: Path) -> None:
+    """pytorch_model.bin, its head one storage with the embedding: the same weights come out, as safetensors."""
+    case = cases("gpt2", torch.bfloat16)
+    base = tmp_path / "base"
+    shutil.copytree(case.base, base)
+    state = tensors(base)
+    (base / "model.safetensors").unlink()
+    head = state["transformer.wte.weight"]
+    torch.save(state | {"lm_head.weight": head}, base / "pytorch_model.bin")
+    frodctl.merge(str(base), str(case.adapter), tmp_path / "out")
+    case.merged(tmp_path / "expected")
+    found, expected = tensors(tmp_path / "out"), tensors(tmp_path / "expected")
+    assert torch.equal(found.pop("lm_head.weight"), head)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
 # The folder
 
 
