@@ -56,5 +56,6 @@ def _is_adapter(location: Location, path: Path | None) -> bool:
     else:
         folder = path / location.subfolder
         files = [str(p.relative_to(folder)) for p in (*folder.glob("*"), *folder.glob(f"*/{config}"))]
-    has_weights = any(file in WEIGHT_FILES for file in files)
-    return not has_weights and any(Path(file).name == config for file in files)
+    # beside an adapter a trainer may keep its state under a model's usual name
+    is_model = "config.json" in files and any(file in WEIGHT_FILES for file in files)
+    return not is_model and any(Path(file).name == config for file in files)
