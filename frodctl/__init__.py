@@ -4,6 +4,9 @@ The jobs behind the ``frodctl`` command are plain functions here::
 
     frodctl.decompose(model, output, ...) -> DecomposeResult
     frodctl.merge(base, adapter, output, ...) -> MergeResult
+
+and so is training: `frodctl.attach` makes a live model trainable, `frodctl.save_adapter` saves what was trained,
+`frodctl.load_adapter` takes it up again (more in `frodctl.training`).
 """
 
 from __future__ import annotations
@@ -14,18 +17,34 @@ if TYPE_CHECKING:
     from frodctl.formats.basis_file import BasisFile, open_basis
     from frodctl.jobs.decompose import DecomposeResult, decompose
     from frodctl.jobs.merge import MergeResult, merge
+    from frodctl.training import attach, load_adapter, parameter_groups, save_adapter
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["BasisFile", "DecomposeResult", "MergeResult", "decompose", "merge", "open_basis"]
+__all__ = [
+    "BasisFile",
+    "DecomposeResult",
+    "MergeResult",
+    "attach",
+    "decompose",
+    "load_adapter",
+    "merge",
+    "open_basis",
+    "parameter_groups",
+    "save_adapter",
+]
 
 _HOME = {
     "BasisFile": "frodctl.formats.basis_file",
     "DecomposeResult": "frodctl.jobs.decompose",
     "MergeResult": "frodctl.jobs.merge",
+    "attach": "frodctl.training",
     "decompose": "frodctl.jobs.decompose",
+    "load_adapter": "frodctl.training",
     "merge": "frodctl.jobs.merge",
     "open_basis": "frodctl.formats.basis_file",
+    "parameter_groups": "frodctl.training",
+    "save_adapter": "frodctl.training",
 }
 
 
