@@ -23,7 +23,8 @@ _COLUMNS = 8
 def columns_to_check(D: Tensor, scales: Tensor) -> Tensor:
     """The k whose ‖W D[:, k]‖ = λ_k is least touched by rounding W: those of the largest λ_k/‖D[:, k]‖."""
     gain = scales.to(D) / torch.linalg.vector_norm(D, dim=0)
-    return torch.topk(gain, min(_COLUMNS, len(gain))).indices
+    count = int((gain > 0).sum()) or len(gain)
+    return torch.topk(gain, min(_COLUMNS, count)).indices
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ _QUANTIZED_WITH_ADAPTER = "_hf_peft_config_loaded"
 def prepare(model: nn.Module) -> None:
     """Have ``model.save_pretrained`` save the adapter, and the Trainer take a quantized model for trainable."""
     if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
+        model.__dict__["save_pretrained"] = SavePretrained(model)
     if getattr(model, "is_quantized", False):
         setattr(model, _QUANTIZED_WITH_ADAPTER, True)
 
@@ -41,20 +40,25 @@ def leave_buffers_to_each_process(model: nn.Module) -> None:
     model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
 
-def _save_pretrained(
-    self: nn.Module,
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    state_dict: dict[str, Tensor] | None = None,
-    **_: Any,
-) -> None:
-    """Save the active adapter (`frodctl.save_adapter`), and beside it the trained numbers as they are.
+class SavePretrained:
+    """``model.save_pretrained`` while adapters are attached.
 
-    The second file, ``model.safetensors``, is what transformers' Trainer reads as it resumes; the base model's
-    weights are in neither.
+    It saves the active adapter (`frodctl.save_adapter`), and beside it, in ``model.safetensors``, the trained numbers
+    exactly as they are: that file transformers' Trainer reads as it resumes. The base model's weights are in neither.
     """
-    from frodctl.training.saving import save_adapter, save_trained_state
 
-    if is_main_process:
-        save_adapter(self, save_directory)
-        save_trained_state(self, Path(save_directory) / TRAINER_FILE, state_dict)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        from frodctl.training.saving import save_adapter, save_trained_state
+
+        if is_main_process:
+            save_adapter(self.model, save_directory)
+            save_trained_state(self.model, Path(save_directory) / TRAINER_FILE, state_dict)
