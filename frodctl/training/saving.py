@@ -160,9 +160,10 @@ def load_adapter(
         modules_to_save=tuple(str(name) for name in saved),
         dropout=dropout,
     )
-    values = _values(adapter, opened, modules)
+    indices = _indices(adapter, provenance, opened)
+    values = _values(adapter, opened, modules, indices)
     replaced = _replaced(model, adapter)
-    install(model, opened, attached, _indices(adapter, provenance, opened), adapter_name)
+    install(model, opened, attached, indices, adapter_name)
     layers = frod_layers(model)
     with torch.no_grad():
         for path, (delta, sparse) in values.items():
@@ -308,7 +309,7 @@ def _indices(adapter: Adapter, provenance: Provenance, opened: BasisFile) -> dic
 
 
 def _values(
-    adapter: Adapter, opened: BasisFile, modules: list[tuple[str, ModuleRecord, Any]]
+    adapter: Adapter, opened: BasisFile, modules: list[tuple[str, ModuleRecord, Any]], indices: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """δ and the values of S by path in the model."""
     found = {}
@@ -321,16 +322,25 @@ def _values(
         for tensor in (scales, values):
             if not torch.isfinite(tensor).all():
                 raise InvalidInput(f"{adapter.name}: {module.module} holds NaN or Inf")
+        count = indices[record.category].shape[1]
+        if len(values) != count:
+            raise InvalidInput(
+                f"{adapter.name}: {module.module} has {len(values)} sparse values for the {count} positions of "
+                f"{record.category}"
+            )
         found[path] = (scales - start.double()).float(), values
     return found
 
 
 def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The modules that were trained as a whole, by tensor name in this model."""
-    live = [re.sub(r"\.original_module(?=\.)", "", name) for name in model.state_dict()]
+    live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in model.state_dict().items()}
     found = {}
     for tensor, name in names.match(adapter.replaced, live).items():
         if name is None:
             raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {tensor}, which was trained as a whole")
         found[name] = adapter.tensor(adapter.replaced[tensor])
+        if found[name].shape != live[name].shape:
+            shapes = f"{list(found[name].shape)}, but {list(live[name].shape)}"
+            raise InvalidInput(f"{adapter.name}: {tensor} is {shapes} in {type(model).__name__}")
     return found
