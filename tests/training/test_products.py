@@ -60,8 +60,11 @@ def capturing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_sparse_and_sampled_products(problem: Problem, capturing: bool) -> None:
-    X = problem.X.T
-    assert torch.allclose(sparse_product(problem.positions, problem.entries, X), problem.Q @ X, rtol=1e-13)
+    p, X = problem, problem.X
+    assert torch.allclose(sparse_product(p.positions, p.entries, X), X @ p.Q.T, rtol=1e-13)
+    assert torch.allclose(sparse_product(p.positions, p.entries, X, transposed=True), X @ p.Q, rtol=1e-13)
+    long = X.repeat(50, 1)
+    assert torch.allclose(sparse_product(p.positions, p.entries, long), long @ p.Q.T, rtol=1e-13)
     A, B = problem.X.T, problem.X
     expected = (A @ B)[problem.positions.rows, problem.positions.columns]
     assert torch.allclose(sampled_product(problem.positions, A, B), expected, rtol=1e-13)
@@ -71,7 +74,7 @@ def test_a_position_given_twice_counts_twice(capturing: bool) -> None:
     """In the pattern as on the diagonal: as `frodctl.merge` has it."""
     rows, starts, columns, _ = csr_pattern(torch.tensor([[0, 0, 1], [1, 1, 1]]), 2)
     found = sparse_product(Positions(rows, starts, columns), torch.ones(5), torch.eye(2))
-    assert found.tolist() == [[1.0, 2.0], [0.0, 2.0]]
+    assert found.T.tolist() == [[1.0, 2.0], [0.0, 2.0]]
 
 
 def test_the_input_side(problem: Problem, capturing: bool) -> None:
