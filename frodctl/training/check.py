@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from frodctl.errors import InvalidInput
 
-#: How far ‖W D[:, k]‖ may be from λ_k, by the dtype of W; None: quantized.
+#: How far ‖W D[:, k]‖ may be from λ_k (relative, root mean square), by the dtype of W; None: quantized.
 _TOLERANCE: dict[torch.dtype | None, float] = {
     torch.float64: 1e-3,
     torch.float32: 1e-3,
@@ -17,7 +17,7 @@ _TOLERANCE: dict[torch.dtype | None, float] = {
     torch.float16: 2e-2,
     None: 1e-1,
 }
-_COLUMNS = 8
+_COLUMNS = 16
 
 
 def columns_to_check(D: Tensor, scales: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ def check_layer(base: nn.Module, D: Tensor, scales: Tensor, dtype: torch.dtype, 
     outputs = base(inputs).to(torch.float64)
     norms = torch.linalg.vector_norm((outputs[:-1] - outputs[-1]) / factors.to(outputs), dim=1)
     expected = scales[chosen].to(norms)
-    error = ((norms - expected).abs() / expected.clamp(min=1e-30)).max()
+    error = ((norms - expected) / expected.clamp(min=1e-30)).square().mean().sqrt()
     if not error <= tolerance:
-        worst = f"{float(error):.1e} relative, {tolerance:.0e} allowed"
+        found = f"{float(error):.1e} relative, {tolerance:.0e} allowed"
         raise InvalidInput(
-            f"{path}: its weight is not the one that {where} was made from (scales differ by {worst}); "
+            f"{path}: its weight is not the one that {where} was made from (scales differ by {found}); "
             "give the basis of this model, or load the model that the basis names"
         )
