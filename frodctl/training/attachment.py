@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,15 +30,17 @@ _ATTRIBUTE = "_frod_attachment"
 class Attached:
     """One adapter on a live model: what it was made from."""
 
-    basis_file: Path
-    model: str  #: the checkpoint that the basis was made from
-    revision: str | None
+    basis: BasisFile
     modules: Mapping[str, ModuleRecord]  #: by path in the live model
-    basis: Mapping[str, str]  #: digest of V, by category
     sparsity: Mapping[str, float]  #: by category
     seed: int | None  #: of the pattern; None where only the basis file has it
     modules_to_save: tuple[str, ...]  #: as asked for
     dropout: float
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """``sha256:…`` of V's bytes by category."""
+        return {category: self.basis.metadata.basis[category] for category in sorted(self.sparsity)}
 
 
 @dataclass
@@ -111,29 +113,23 @@ def attach(
         from frodctl.training.saving import load_adapter
 
         return load_adapter(model, adapter, basis, dropout=dropout, adapter_name=adapter_name)
-    opened = basis if isinstance(basis, BasisFile) else open_basis(basis)
-    chosen = _chosen(model, opened, target_modules)
+    opened = resolved(basis)
+    chosen = choose(model, opened, target_modules)
     seed, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
-    attached = Attached(
-        basis_file=opened.path.resolve(),
-        model=opened.metadata.model,
-        revision=opened.metadata.revision,
-        modules=chosen,
-        basis={category: opened.metadata.basis[category] for category in sorted(indices)},
-        sparsity=rates,
-        seed=seed,
-        modules_to_save=tuple(modules_to_save),
-        dropout=dropout,
-    )
-    return install(model, opened, attached, indices, adapter_name)
+    attached = Attached(opened, chosen, rates, seed, tuple(modules_to_save), dropout)
+    return install(model, attached, indices, adapter_name)
 
 
-def install(
-    model: Model, opened: BasisFile, attached: Attached, indices: Mapping[str, Tensor], adapter_name: str
-) -> Model:
+def resolved(basis: str | Path | BasisFile) -> BasisFile:
+    """The basis file, found again whatever the working directory is later."""
+    opened = basis if isinstance(basis, BasisFile) else open_basis(basis)
+    return replace(opened, path=opened.path.resolve())
+
+
+def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], adapter_name: str) -> Model:
     """Put an adapter's layers into the model and make it the active one; nothing is changed where that fails."""
     _check_options(model, attached, adapter_name)
-    layers = _layers(model, opened, attached, indices)
+    layers = _layers(model, attached, indices)
     saved = _saved_modules(model, attached)
     attachment = attachment_of(model)
     if attachment is None:
@@ -264,12 +260,14 @@ def merge_(model: Model) -> Model:
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """How many numbers are trained, and how many the model has without its adapters."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = [p for name, p in model.named_parameters() if not _is_added(name)]
-    return trained, sum(_numel(p) for p in base)
+    added = added_prefixes(model)
+    return trained, sum(_numel(p) for name, p in model.named_parameters() if not name.startswith(added))
 
 
-def _is_added(name: str) -> bool:
-    return ".adapters." in name or ".modules_to_save." in name
+def added_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the adapters' parameters begin with."""
+    layers, saved = frod_layers(model), saved_modules(model)
+    return (*(f"{path}.adapters." for path in layers), *(f"{path}.modules_to_save." for path in saved))
 
 
 def _numel(parameter: Tensor) -> int:
@@ -289,7 +287,7 @@ def _base_layer(model: nn.Module, path: str) -> nn.Module:
     return found.base_layer if isinstance(found, FrodLinear) else found
 
 
-def _chosen(model: nn.Module, opened: BasisFile, target_modules: str | Sequence[str] | None) -> dict[str, ModuleRecord]:
+def choose(model: nn.Module, opened: BasisFile, target_modules: str | Sequence[str] | None) -> dict[str, ModuleRecord]:
     """The modules to train, by path in the model."""
     records = {record.name: record for record in opened.metadata.modules}
     live = live_paths(model, records)
@@ -366,10 +364,9 @@ def _check_options(model: nn.Module, attached: Attached, adapter_name: str) -> N
         raise UsageError(f"dropout {attached.dropout}: must be at least 0 and below 1")
 
 
-def _layers(
-    model: nn.Module, opened: BasisFile, attached: Attached, indices: Mapping[str, Tensor]
-) -> dict[str, Update]:
+def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor]) -> dict[str, Update]:
     """An update for each module, its base checked; V and D are taken from the model where it has them already."""
+    opened = attached.basis
     held = {(b.digest, b.V.dtype, b.V.device): b for b in model.modules() if isinstance(b, Basis)}
     counts: dict[str, int] = {}
     for record in opened.metadata.modules:
@@ -383,7 +380,7 @@ def _layers(
         dtype, device = _placement(model, base, path)
         key = category, dtype, device
         if key not in shared:
-            recorded = attached.basis[category]
+            recorded = attached.digests[category]
             basis = held.get((recorded, dtype, device))
             if basis is None:
                 V = opened.tensor(f"V.{category}")
@@ -443,9 +440,11 @@ def _placement(model: nn.Module, base: nn.Module, path: str) -> tuple[torch.dtyp
 def _saved_modules(model: nn.Module, attached: Attached) -> list[str]:
     """Paths of the modules to train as a whole."""
     uses = _uses(model)
+    inner = tuple(f"{path}." for path in (*frod_layers(model), *saved_modules(model)))
+    outer = [path for path, _ in model.named_modules() if not path.startswith(inner)]
     found = []
     for name in attached.modules_to_save:
-        paths = [p for p, _ in model.named_modules() if (p == name or p.endswith(f".{name}")) and not _inside(p)]
+        paths = [p for p in outer if p == name or p.endswith(f".{name}")]
         if not paths:
             raise UsageError(f"modules_to_save {name}: no such module in {type(model).__name__}")
         for path in paths:
@@ -461,8 +460,3 @@ def _saved_modules(model: nn.Module, attached: Attached) -> list[str]:
                 raise UsageError(f"modules_to_save {name}: {path} is quantized and cannot be trained")
         found += paths
     return found
-
-
-def _inside(path: str) -> bool:
-    """Whether the path is inside of a layer that is here already."""
-    return ".adapters." in path or ".modules_to_save." in path or path.endswith(".original_module")

@@ -19,11 +19,13 @@ from frodctl.formats.adapter import Adapter, Provenance, open_adapter
 from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
 from frodctl.training.attachment import (
     Attached,
+    added_prefixes,
     draw,
     frod_layers,
     install,
     live_paths,
     require_attachment,
+    resolved,
     saved_modules,
 )
 from frodctl.training.layer import Update
@@ -98,7 +100,7 @@ def save_adapter(
         tensors |= _shared(attached, updates)
     provenance = Provenance(
         form="delta",
-        basis=dict(attached.basis),
+        basis=attached.digests,
         base={record.name: record.digest for record in attached.modules.values()},
         seed=attached.seed,
         sparsity=dict(attached.sparsity),
@@ -141,7 +143,7 @@ def load_adapter(
         Basis, base and adapter do not belong together, or the adapter is PEFT's own: that one trains another
         operator; merge it.
     """
-    opened = basis if isinstance(basis, BasisFile) else open_basis(basis)
+    opened = resolved(basis)
     adapter = open_adapter(Location(str(folder)), _sub_folder(folder, adapter_name))
     provenance = adapter.provenance
     if provenance is None or provenance.form != "delta":
@@ -150,20 +152,17 @@ def load_adapter(
     _check_provenance(adapter, provenance, opened, modules)
     saved = adapter.config.get("modules_to_save") or ()
     attached = Attached(
-        basis_file=opened.path.resolve(),
-        model=opened.metadata.model,
-        revision=opened.metadata.revision,
+        basis=opened,
         modules={path: record for path, record, _ in modules},
-        basis=dict(provenance.basis),
-        sparsity=dict(provenance.sparsity),
+        sparsity={category: provenance.sparsity.get(category, 0.0) for category in adapter.categories},
         seed=provenance.seed,
         modules_to_save=tuple(str(name) for name in saved),
         dropout=dropout,
     )
-    indices = _indices(adapter, provenance, opened)
+    indices = pattern_of(adapter, opened)
     values = _values(adapter, opened, modules, indices)
     replaced = _replaced(model, adapter)
-    install(model, opened, attached, indices, adapter_name)
+    install(model, attached, indices, adapter_name)
     layers = frod_layers(model)
     with torch.no_grad():
         for path, (delta, sparse) in values.items():
@@ -180,7 +179,8 @@ def load_adapter(
 
 def save_trained_state(model: nn.Module, file: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Save the trained numbers of all adapters under their names in the model's state, exactly as they are."""
-    kept = {n: t for n, t in (state or model.state_dict()).items() if ".adapters." in n or ".modules_to_save." in n}
+    added = added_prefixes(model)
+    kept = {name: t for name, t in (state or model.state_dict()).items() if name.startswith(added)}
     sink.replace_files(file.parent, {file.name: lambda out: adapter_format.write_tensors(out, kept)})
 
 
@@ -193,8 +193,11 @@ def _trained(model: nn.Module, name: str, updates: Mapping[str, Update]) -> dict
     tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
         scales = update.base_scales.double() + update.delta.detach().double()
-        tensors[adapter_format.lambda_key(path)] = scales.float()
-        tensors[adapter_format.values_key(path)] = update.values.detach()
+        # rows with λ = 0 drop out here, but PEFT would give them some U
+        alive = update.base_scales > 0
+        rows = update.pattern.indices()[0]
+        tensors[adapter_format.lambda_key(path)] = torch.where(alive, scales, 0).float()
+        tensors[adapter_format.values_key(path)] = torch.where(alive[rows], update.values.detach(), 0)
     for path, module in saved_modules(model).items():
         if name in module.modules_to_save:
             state = module.modules_to_save[name].state_dict()
@@ -207,14 +210,14 @@ def _trained(model: nn.Module, name: str, updates: Mapping[str, Update]) -> dict
 
 def _shared(attached: Attached, updates: Mapping[str, Update]) -> dict[str, Tensor]:
     """V as the basis file has it, pattern and λ."""
-    opened = open_basis(attached.basis_file)
+    opened = open_basis(attached.basis.path)
     tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
         tensors[adapter_format.base_scales_key(path)] = update.base_scales
         category = update.basis.category
         V, indices, size = adapter_format.shared_keys(category)
         if V not in tensors:
-            if opened.metadata.basis.get(category) != attached.basis[category]:
+            if opened.metadata.basis.get(category) != attached.digests[category]:
                 raise InvalidInput(f"{opened.path}: V.{category} is no longer the one that the adapter is trained with")
             tensors[V] = opened.tensor(f"V.{category}")
             tensors[indices] = update.pattern.indices()
@@ -227,11 +230,10 @@ def _config(model: nn.Module, attached: Attached) -> dict[str, Any]:
     kind = type(model)
     task = next((task for pattern, task in _TASKS.items() if re.search(pattern, kind.__name__)), None)
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    name = getattr(model, "name_or_path", None) or attached.model
-    opened = open_basis(attached.basis_file) if attached.basis_file.exists() else None
+    basis = attached.basis.metadata
     return {
         "auto_mapping": mapping if task is None else None,
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or basis.model,
         "bias": "none",
         "fan_in_fan_out": any(record.transposed for record in attached.modules.values()),
         "frod_dropout": attached.dropout,
@@ -241,9 +243,9 @@ def _config(model: nn.Module, attached: Attached) -> dict[str, Any]:
         "layers_to_transform": None,
         "modules_to_save": list(attached.modules_to_save) or None,
         "peft_type": "FROD",
-        "projection_prng_key": attached.seed if attached.seed is not None else 0,
-        "regularization_alpha": opened.metadata.alpha if opened else 1e-3,
-        "revision": attached.revision,
+        "projection_prng_key": basis.seed if attached.seed is None else attached.seed,
+        "regularization_alpha": basis.alpha,
+        "revision": basis.revision,
         "save_projection": True,
         "sparse_rate": max(attached.sparsity.values()),
         "target_modules": sorted(attached.modules, key=names.natural_key),
@@ -296,10 +298,13 @@ def _check_provenance(
             )
 
 
-def _indices(adapter: Adapter, provenance: Provenance, opened: BasisFile) -> dict[str, Tensor]:
+def pattern_of(adapter: Adapter, opened: BasisFile | None) -> dict[str, Tensor]:
     """The positions of S by category: the adapter's own, the seed's, or the basis file's."""
     if set(adapter.categories) <= set(adapter.indices):
         return {category: adapter.tensor(info) for category, info in adapter.indices.items()}
+    provenance = adapter.provenance
+    if provenance is None or opened is None:
+        raise InvalidInput(f"{adapter.name}: holds no pattern, and no basis file is given")
     if provenance.seed is None:
         return {c: indices for c, indices in opened.indices().items() if c in adapter.categories}
     missing = set(adapter.categories) - set(provenance.sparsity)

@@ -256,6 +256,27 @@ class TestTheModule:
         model.eval()
         assert torch.equal(logits(model), logits(model))
 
+    @pytest.mark.parametrize("tokens", [20, 400])
+    def test_nothing_of_the_weight_s_size_is_kept_for_the_backward_pass(self, tokens: int, cases: Cases) -> None:
+        """A few values a token and a trained number; V, D and W by reference."""
+        model = cases("llama").trained()
+        layer = layers(model)["model.layers.0.mlp.up_proj"]
+        held = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+        x = torch.randn(tokens, 32, requires_grad=True)
+        kept: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in held:
+                kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = layer(x)
+        y.sum().backward()
+        trained = 32 + 51
+        assert 0 < max(kept) <= max(tokens * 32, trained)
+        assert sum(kept) <= tokens * 32 + 6 * trained
+
     def test_a_negative_zero_changes_nothing(self, cases: Cases) -> None:
         model = cases("llama").attached()
         layer = layers(model)["model.layers.0.mlp.up_proj"]
@@ -294,6 +315,25 @@ class TestTheModule:
         with torch.no_grad():
             update.delta[null] = 1.0
         assert torch.equal(layer(x), layer.base_layer(x))
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_distributed_data_parallel(self, cases: Cases, tmp_path: Path) -> None:
+        """Its hooks see every trained number once, and V is not sent around."""
+        model = cases("bert").trained().eval()
+        expected = grads(model, "bert")
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            model.zero_grad()
+            parallel(**labelled("bert")).loss.backward()
+        finally:
+            torch.distributed.destroy_process_group()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[name], gradient, rtol=1e-5) for name, gradient in expected.items())
+        constant = {id(buffer) for m in model.modules() if isinstance(m, Basis) for buffer in m.buffers()}
+        assert constant
+        assert not constant & {id(buffer) for buffer in parallel.modules_buffers}
 
     @pytest.mark.filterwarnings("ignore")
     def test_compile(self, cases: Cases) -> None:
