@@ -19,7 +19,7 @@ from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
 from frodctl.method.pattern import patterns
 from frodctl.training import trainer
-from frodctl.training.check import check_layer
+from frodctl.training.check import check_gradient, check_layer
 from frodctl.training.layer import Basis, FrodLinear, Pattern, SavedModule, Update, in_features, is_dense
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -221,7 +221,7 @@ def detach(model: Model) -> Model:
     """Take all adapters off again: the base model as it was, its own layers in their places."""
     attachment = require_attachment(model)
     for path, layer in frod_layers(model).items():
-        _replace(model, path, layer.base_layer)
+        _replace(model, path, layer.base_layer.train(layer.training))
     for path, module in saved_modules(model).items():
         _replace(model, path, module.original_module)
     delattr(model, _ATTRIBUTE)
@@ -390,7 +390,14 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor])
             shared[key] = basis, Pattern(indices[category], basis.n, device)
         basis, pattern = shared[key]
         updates[path] = Update(basis, pattern, opened.tensor(f"lambda.{record.name}"), attached.dropout)
-        check_layer(base, basis.D, updates[path].base_scales, _input_dtype(model, base), path, str(opened.path))
+        given, mode = _input_dtype(model, base), base.training
+        try:
+            base.train()  # in evaluation some quantized layers repack their weights for good
+            check_layer(base, basis.D, updates[path].base_scales, given, path, str(opened.path))
+            if not is_dense(base):
+                check_gradient(base, basis.n, given, device, path)
+        finally:
+            base.train(mode)
     return updates
 
 

@@ -27,6 +27,25 @@ def columns_to_check(D: Tensor, scales: Tensor) -> Tensor:
     return torch.topk(gain, min(_COLUMNS, count)).indices
 
 
+def check_gradient(base: nn.Module, n: int, dtype: torch.dtype, device: torch.device, path: str) -> None:
+    """See that a gradient comes through the layer to its input (1, n); some quantized kernels are for inference only.
+
+    Raises
+    ------
+    InvalidInput
+        None does.
+    """
+    x = torch.ones(1, n, dtype=dtype, device=device, requires_grad=True)
+    with torch.enable_grad():
+        y: Tensor = base(x)
+        arrived = y.requires_grad and torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
+    if not arrived:
+        raise InvalidInput(
+            f"{path}: passes no gradient to its input (its weight is packed for inference); load the model anew and "
+            "attach before it is evaluated, or take another quantization"
+        )
+
+
 @torch.no_grad()
 def check_layer(base: nn.Module, D: Tensor, scales: Tensor, dtype: torch.dtype, path: str, where: str) -> None:
     """Compare ‖W D[:, k]‖ with λ_k on a few columns k, taken through the layer itself, whatever it holds.

@@ -50,9 +50,9 @@ class Basis(KeepsDtype):
     ) -> None:
         super().__init__()
         self.category, self.digest, self.layers = category, digest, layers
-        exact = V.to(device, torch.float64)
-        self.register_buffer("V", exact.to(dtype), persistent=False)
-        self.register_buffer("D", dual_basis(exact)[0].to(dtype).contiguous(), persistent=False)
+        exact = V.to("cpu" if device.type == "mps" else device, torch.float64)  # which mps does not have
+        self.register_buffer("V", exact.to(dtype).to(device), persistent=False)
+        self.register_buffer("D", dual_basis(exact)[0].to(dtype).contiguous().to(device), persistent=False)
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -178,6 +178,14 @@ class FrodLinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active = ""
         self.enabled = True
+        self.train(base_layer.training)
+
+    def train(self, mode: bool = True) -> FrodLinear:
+        """As for any module, but a base layer that would lose its gradient in evaluation does not hear of it."""
+        super().train(mode)
+        if _packs_for_inference(self.base_layer):
+            self.base_layer.train()
+        return self
 
     def update(self, name: str | None = None) -> Update | None:
         """The update of the adapter with this name, or of the active one; None where it leaves this layer alone."""
@@ -244,6 +252,12 @@ class SavedModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.chosen(), name)
+
+
+def _packs_for_inference(module: nn.Module) -> bool:
+    """Whether it is bitsandbytes' 4-bit layer on the CPU, which in evaluation packs its weight for good."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Linear4bit" and isinstance(weight, Tensor) and weight.device.type == "cpu"
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -179,8 +179,12 @@ def load_adapter(
 
 def save_trained_state(model: nn.Module, file: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Save the trained numbers of all adapters under their names in the model's state, exactly as they are."""
+    if state is None:  # the adapters' alone: quantized layers may repack their weights for theirs
+        parts: list[tuple[str, nn.Module]] = [(f"{p}.adapters", m.adapters) for p, m in frod_layers(model).items()]
+        parts += [(f"{path}.modules_to_save", m.modules_to_save) for path, m in saved_modules(model).items()]
+        state = {f"{path}.{name}": tensor for path, part in parts for name, tensor in part.state_dict().items()}
     added = added_prefixes(model)
-    kept = {name: t for name, t in (state or model.state_dict()).items() if name.startswith(added)}
+    kept = {name: tensor for name, tensor in state.items() if name.startswith(added)}
     sink.replace_files(file.parent, {file.name: lambda out: adapter_format.write_tensors(out, kept)})
 
 
@@ -339,7 +343,8 @@ def _values(
 
 def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The modules that were trained as a whole, by tensor name in this model."""
-    live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in model.state_dict().items()}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in tensors}
     found = {}
     for tensor, name in names.match(adapter.replaced, live).items():
         if name is None:

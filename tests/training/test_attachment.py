@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 import frodctl
 from frodctl import training
@@ -67,6 +68,26 @@ class TestTheStart:
             if name.endswith((".delta", ".values")):
                 assert gradient.dtype == torch.float32
                 assert gradient.norm() > 0, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_start_of_trained_models(
+    dtype: torch.dtype, example: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whose activations have outliers."""
+    for checkpoint, auto in ((example, AutoModelForCausalLM), (minilm, AutoModel)):
+        basis = tmp_path_factory.getbasetemp() / f"{checkpoint.name}.basis.safetensors"
+        if not basis.exists():
+            frodctl.decompose(str(checkpoint), basis, target_modules="all-linear")
+        base = auto.from_pretrained(checkpoint, dtype=dtype).eval()
+        words = torch.randint(5, base.config.vocab_size, (2, 60), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for tokens in (words[:, :2], words):
+                expected = base(input_ids=tokens)[0]
+                found = frodctl.attach(base, basis)(input_ids=tokens)[0]
+                assert len(layers(base)) >= 4
+                assert torch.equal(found, expected)
+                training.detach(base)
 
 
 class TestBothForms:

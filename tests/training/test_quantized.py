@@ -125,6 +125,35 @@ def test_saving_detaching_and_merging(quantize: Any, case: Case, tmp_path: Any) 
     assert torch.equal(logits(training.detach(model)), expected)
 
 
+def test_evaluation_between_steps_keeps_the_gradient(quantize: Any, case: Case) -> None:
+    """bitsandbytes packs 4-bit weights for inference on the CPU, and then has none."""
+    model = frodctl.attach(quantize(case.model().eval()), case.basis).eval()
+    before = logits(model)
+    layer = model.train().model.layers[0].mlp.up_proj
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        W = layer.base_layer(torch.eye(128)).T
+    assert x.grad is not None
+    assert torch.allclose(x.grad, W.sum(dim=0).expand(4, -1), atol=1e-4)
+    model.eval()
+    assert torch.equal(logits(model), before)
+    assert not training.detach(model).model.layers[0].mlp.up_proj.training
+
+
+def test_a_layer_without_a_gradient_is_refused(case: Case) -> None:
+    class ForInference(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.detach())
+
+    model = case.model()
+    layer = ForInference(128, 256, bias=False)
+    layer.load_state_dict(model.model.layers[1].mlp.up_proj.state_dict())
+    model.model.layers[1].mlp.up_proj = layer
+    with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.up_proj: passes no gradient"):
+        frodctl.attach(model, case.basis)
+
+
 def test_another_model(quantize: Any, case: Case) -> None:
     model = case.model()
     for layer in model.model.layers:
