@@ -68,7 +68,8 @@ def attach(
 
     The layers of the basis, or those asked for, are replaced in place by `FrodLinear`, which holds the layer that
     was there. δ = λ' − λ and the values of S are trained, in float32 and from 0, so that the model's outputs are at
-    first the base's, bit for bit; everything else is frozen. V and D are held once for each category.
+    first the base's, bit for bit; everything else is frozen. V and D are held once for each category. As long as
+    adapters are attached, ``model.save_pretrained`` (and so transformers' Trainer) saves the adapter, not the base.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ def attach(
     seed : int, optional
         Of the pattern; by default the basis file's.
     modules_to_save : sequence of str
-        Names of modules that are trained as a whole: a new head.
+        Names of modules that are trained as a whole, in their own dtype: a new head.
     dropout : float
         Probability with which an element of a correction's input is dropped in training.
     adapter_name : str

@@ -11,10 +11,10 @@ from frodctl.errors import InvalidInput
 
 #: How far ‖W D[:, k]‖ may be from λ_k (relative, root mean square), by the dtype of W; None: quantized.
 _TOLERANCE: dict[torch.dtype | None, float] = {
-    torch.float64: 1e-3,
-    torch.float32: 1e-3,
-    torch.bfloat16: 2e-2,
-    torch.float16: 2e-2,
+    torch.float64: 1e-4,
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-3,
+    torch.float16: 5e-3,
     None: 1e-1,
 }
 _COLUMNS = 16

@@ -66,7 +66,8 @@ class Basis(KeepsDtype):
         if torch.compiler.is_compiling():
             return self.V.to(device, dtype), self.D.to(device, dtype)
         if (device, dtype) not in self._copies:
-            self._copies[device, dtype] = self.V.to(device, dtype), self.D.to(device, dtype)
+            with torch.inference_mode(False):  # tensors of that mode could not be trained with later
+                self._copies[device, dtype] = self.V.to(device, dtype), self.D.to(device, dtype)
         return self._copies[device, dtype]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsDtype:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _CSR_DTYPES = (torch.float32, torch.float64)
 _BLOCK = 256  # rows
@@ -103,6 +104,7 @@ class _InputSide(torch.autograd.Function):
             return sparse_product(positions, entries, Z) @ D.T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         Z, entries, V, D = ctx.saved_tensors
         of_X = of_entries = None
@@ -170,6 +172,7 @@ class _WeightSide(torch.autograd.Function):
         return y.view(*X.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         X, entries, W, V, D = ctx.saved_tensors
         gradient = gradients[0]

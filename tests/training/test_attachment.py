@@ -195,6 +195,14 @@ class TestCasting:
         layer(x).float().sum().backward()
         assert torch.isfinite(layer.adapters["a"].delta.grad).all()
 
+    def test_training_after_inference_mode(self, cases: Cases) -> None:
+        model = cases("llama").attached()
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            for tokens in (FEW, MANY):
+                model(input_ids=ids(tokens))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(gradient.norm() > 0 for gradient in grads(model, "llama").values())
+
     @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
     def test_autocast(self, autocast: torch.dtype, cases: Cases) -> None:
         case = cases("llama")
