@@ -16,7 +16,7 @@ import frodctl
 from frodctl import training
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.training import attachment
-from frodctl.training.layer import Basis, FrodLinear, Pattern
+from frodctl.training.layer import Basis, FrodLinear, Pattern, Update
 from tests import peft_models
 from tests.training.conftest import Case, Cases, labelled, perturb
 
@@ -176,10 +176,20 @@ class TestCasting:
         assert all(torch.equal(after[name], value) for name, value in before.items())
         assert (logits(model) - expected).norm() < 0.05 * expected.norm()
 
+    def test_another_device(self, cases: Cases) -> None:
+        """V and what is trained go along, each once and in its own dtype."""
+        model = cases("llama").attached().to("meta", torch.bfloat16)
+        assert {(t.device.type, t.dtype) for t in model.model.layers[0].mlp.up_proj.base_layer.parameters()} == {
+            ("meta", torch.bfloat16)
+        }
+        modules = [m for m in model.modules() if isinstance(m, (Basis, Pattern, Update))]
+        tensors = [t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+        assert len({id(t) for t in tensors}) == len(tensors) >= 7 * 2 + 7 * 4 + 21 * 4
+        assert {t.device.type for t in tensors} == {"meta"}
+        assert {t.dtype for t in tensors} == {torch.float32, torch.int64}
+
     def test_float16_inputs_that_would_overflow(self) -> None:
         """Vᵀx leaves float16's range; W x does not."""
-        from frodctl.training.layer import Update
-
         n = 64
         V = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))[0]
         base = nn.Linear(n, 4, bias=False).half().requires_grad_(False)
@@ -311,6 +321,23 @@ class TestTheModule:
         layer = layers(model)["model.layers.0.mlp.up_proj"]
         x = torch.tensor([-0.0, 0.0] * 16)[None]
         assert torch.equal(layer(x), layer.base_layer(x))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32), (32,)], ids=str)
+    def test_odd_inputs(self, shape: tuple[int, ...], dtype: torch.dtype, cases: Cases) -> None:
+        """No tokens at all, as an expert may get them, and one without a batch."""
+        model = cases("llama", dtype).attached()
+        layer = layers(model)["model.layers.0.mlp.up_proj"]
+        x = torch.ones(shape, dtype=dtype, requires_grad=True)
+        y = layer(x)
+        assert torch.equal(y, layer.base_layer(x))
+        y.sum().backward()
+        update = layer.update()
+        assert update is not None
+        assert x.grad is not None
+        assert x.grad.shape == shape
+        assert update.delta.grad is not None
+        assert bool(update.delta.grad.any()) == bool(x.numel())
 
     def test_null_directions_drop_out(self, tmp_path: Path) -> None:
         """Rows of M with λ = 0 have no effect and no gradient, and nothing becomes NaN."""
