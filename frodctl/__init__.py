@@ -5,6 +5,9 @@ The jobs behind the ``frodctl`` command are plain functions here::
     frodctl.decompose(model, output, ...) -> DecomposeResult
     frodctl.merge(base, adapter, output, ...) -> MergeResult
     frodctl.inspect(*targets, ...) -> InspectResult
+
+and so is training: `frodctl.attach` makes a live model trainable, `frodctl.save_adapter` saves what was trained,
+`frodctl.load_adapter` takes it up again (more in `frodctl.training`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from frodctl.jobs.decompose import DecomposeResult, decompose
     from frodctl.jobs.inspect import InspectResult, inspect
     from frodctl.jobs.merge import MergeResult, merge
+    from frodctl.training import attach, load_adapter, parameter_groups, save_adapter
 
 __version__ = "0.1.0.dev0"
 
@@ -24,10 +28,14 @@ __all__ = [
     "DecomposeResult",
     "InspectResult",
     "MergeResult",
+    "attach",
     "decompose",
     "inspect",
+    "load_adapter",
     "merge",
     "open_basis",
+    "parameter_groups",
+    "save_adapter",
 ]
 
 _HOME = {
@@ -35,10 +43,14 @@ _HOME = {
     "DecomposeResult": "frodctl.jobs.decompose",
     "InspectResult": "frodctl.jobs.inspect",
     "MergeResult": "frodctl.jobs.merge",
+    "attach": "frodctl.training",
     "decompose": "frodctl.jobs.decompose",
     "inspect": "frodctl.jobs.inspect",
+    "load_adapter": "frodctl.training",
     "merge": "frodctl.jobs.merge",
     "open_basis": "frodctl.formats.basis_file",
+    "parameter_groups": "frodctl.training",
+    "save_adapter": "frodctl.training",
 }
 
 

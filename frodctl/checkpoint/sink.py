@@ -6,7 +6,7 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -145,6 +145,27 @@ class Staging:
                 folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
+
+
+def replace_files(folder: Path, writers: Mapping[str, Callable[[IO[bytes]], None]]) -> None:
+    """Write files into a folder that may hold others, so that they are never seen mixed with earlier ones.
+
+    All are written beside their places first. The last one is taken for the mark of a whole set: it is removed
+    before the others are replaced, and put in place after them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporaries = {name: folder / f"{name}.tmp" for name in writers}
+    try:
+        for name, write in writers.items():
+            _write_whole(temporaries[name], folder / f"{name}.part", write)
+        (folder / list(writers)[-1]).unlink(missing_ok=True)
+        for name, temporary in temporaries.items():
+            os.replace(temporary, folder / name)
+    except BaseException:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync(folder)
 
 
 def _lock(folder: Path) -> int | None:

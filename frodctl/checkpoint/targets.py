@@ -124,7 +124,7 @@ def select(
         Nothing, or one of several names, matches; the message lists the names that exist.
     """
     wanted, wording = _matcher(checkpoint, target_modules)
-    excluded = _pattern(exclude_modules) if exclude_modules else lambda module: False
+    excluded = module_matcher(exclude_modules) if exclude_modules else lambda module: False
     in_layers = _layer_numbers(layers) if layers else lambda layer: True
     targets: list[Target] = []
     left_out: list[LeftOut] = []
@@ -248,11 +248,11 @@ def _matcher(checkpoint: Checkpoint, target_modules: str) -> tuple[Callable[[str
         if model_type not in DEFAULT_TARGETS:
             what = f"no default targets for model type {model_type!r}" if model_type else "no config.json here"
             raise UsageError(f"{what}: say --target-modules all-linear, names or a regular expression")
-        return _pattern(DEFAULT_TARGETS[model_type]), "not a default target"
-    return _pattern(target_modules), "not among --target-modules"
+        return module_matcher(DEFAULT_TARGETS[model_type]), "not a default target"
+    return module_matcher(target_modules), "not among --target-modules"
 
 
-def _pattern(text: str) -> Callable[[str], bool]:
+def module_matcher(text: str) -> Callable[[str], bool]:
     """A test for module paths: comma-separated names match path endings, anything else is a regex."""
     if _NAMES.fullmatch(text):
         endings = [name.strip() for name in text.split(",")]
@@ -281,7 +281,7 @@ def _require_matches(target_modules: str, linear: list[str], any_target: bool) -
     """Raise `UsageError` with the names that exist if the request, or one name of it, matches nothing."""
     missing = []
     if target_modules not in ("default", "all-linear") and _NAMES.fullmatch(target_modules):
-        missing = [t for t in target_modules.split(",") if not any(map(_pattern(t), linear))]
+        missing = [t for t in target_modules.split(",") if not any(map(module_matcher(t), linear))]
     if any_target and not missing:
         return
     what = ",".join(missing) or target_modules

@@ -15,13 +15,14 @@ config, see `Provenance`.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
-from frodctl.checkpoint import names
+from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header, read_json
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
@@ -240,3 +241,75 @@ def _check_shapes(adapter: Adapter, sizes: Mapping[str, TensorInfo]) -> None:
         if info.shape != shape or info.dtype not in dtypes:
             found = f"{info.dtype} {list(info.shape)}"
             raise InvalidInput(f"{adapter.name}: tensor {info.name} is {found}, expected {list(shape)}")
+
+
+def lambda_key(module: str) -> str:
+    """The tensor with λ' of the module at this path in the live model."""
+    return f"base_model.model.{module}.frod_lambda_l"
+
+
+def values_key(module: str) -> str:
+    """The tensor with the values of S."""
+    return f"base_model.model.{module}.frod_lambda_s_values"
+
+
+def base_scales_key(module: str) -> str:
+    """The tensor with λ, where training began."""
+    return f"base_model.model.{module}.frod_lambda_0"
+
+
+def replaced_key(tensor: str) -> str:
+    """The tensor of this name in the live model, trained as a whole."""
+    return f"base_model.model.{tensor}"
+
+
+def shared_keys(category: str) -> tuple[str, str, str]:
+    """The tensors with a category's V, positions and size of S."""
+    return (
+        f"base_model.frod_V.{category}",
+        f"base_model.frod_s_indices.{category}",
+        f"base_model.frod_s_size.{category}",
+    )
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Any], config: Mapping[str, Any], provenance: Provenance, card: str
+) -> None:
+    """Write an adapter's files into a folder, which may hold others; a reader finds all of it or none.
+
+    Parameters
+    ----------
+    folder : Path
+        Made where it is not there.
+    tensors : mapping of str to torch.Tensor
+        By the names that the ``…_key`` functions give.
+    config : mapping
+        PEFT's fields.
+    provenance : Provenance
+    card : str
+        README.md; one that is there already is kept.
+    """
+    text = json.dumps({**config, "frodctl": asdict(provenance)}, indent=2, sort_keys=True) + "\n"
+    writers: dict[str, Callable[[IO[bytes]], None]] = {}
+    if not (folder / "README.md").exists():
+        writers["README.md"] = lambda file: _write_text(file, card)
+    writers[ADAPTER_FILES[1]] = lambda file: write_tensors(file, tensors)
+    writers[CONFIG_FILE] = lambda file: _write_text(file, text)
+    sink.replace_files(folder, writers)
+
+
+def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
+    """Write a safetensors file of torch.Tensors."""
+    from frodctl.checkpoint.stream import DTYPE_NAMES, tensor_bytes
+
+    specs = codec.layout(codec.TensorSpec(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items())
+
+    def chunks() -> Iterator[memoryview]:
+        for spec in specs:
+            yield tensor_bytes(tensors[spec.name].detach().cpu().contiguous())
+
+    codec.write_file(file, specs, {"format": "pt"}, chunks())
+
+
+def _write_text(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())

@@ -54,10 +54,10 @@ class CategoryUpdate:
         self.work = torch.float64 if V.dtype == torch.float64 else torch.float32
         exact = V.to(device, torch.float64)
         self.Vt = exact.to(self.work).T.contiguous()
-        dual, condition = _dual(exact)
+        dual, condition = dual_basis(exact)
         in_float32 = V.dtype == torch.bfloat16 and self.n >= _FLOAT32_WIDTH and condition <= _FLOAT32_CONDITION
         self.D = dual.to(torch.float32 if in_float32 else torch.float64)
-        self.rows, self._row_starts, self._columns, self._order = _csr_pattern(indices.to(device), self.n)
+        self.rows, self._row_starts, self._columns, self._order = csr_pattern(indices.to(device), self.n)
 
     def reconstruct(self, W: Tensor, scales: Tensor, values: Tensor) -> Blocks:
         """W' = U (diag(λ') + S) Vᵀ as PEFT trains it: W, U, λ' and S rounded to V's dtype, W' not yet rounded.
@@ -146,7 +146,7 @@ def _row_blocks(m: int) -> list[slice]:
     return [slice(begin, min(begin + _BLOCK_ROWS, m)) for begin in range(0, m, _BLOCK_ROWS)]
 
 
-def _dual(V: Tensor) -> tuple[Tensor, float]:
+def dual_basis(V: Tensor) -> tuple[Tensor, float]:
     """V⁻ᵀ and cond(V), for float64; where V is singular the pseudo-inverse's transpose and infinity."""
     inverse, failed = torch.linalg.inv_ex(V)
     if failed or not torch.isfinite(inverse).all():
@@ -154,7 +154,7 @@ def _dual(V: Tensor) -> tuple[Tensor, float]:
     return inverse.T, spectral_norm(V) * spectral_norm(inverse)
 
 
-def _csr_pattern(indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def csr_pattern(indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The positions of S and, after them, of the diagonal, in the order of compressed sparse rows.
 
     Returns the row of each entry, where each row starts, the column of each entry, and the order itself.

@@ -1,0 +1,21 @@
+"""Training at full rank with few numbers: layers that are attached to a live model, saved, merged and taken off.
+
+`frodctl.training.peft` is the bridge to PEFT's own FRoD model.
+"""
+
+from frodctl.training.attachment import attach, detach, disabled, merge_, set_adapter, set_scale, trainable_parameters
+from frodctl.training.groups import parameter_groups
+from frodctl.training.saving import load_adapter, save_adapter
+
+__all__ = [
+    "attach",
+    "detach",
+    "disabled",
+    "load_adapter",
+    "merge_",
+    "parameter_groups",
+    "save_adapter",
+    "set_adapter",
+    "set_scale",
+    "trainable_parameters",
+]

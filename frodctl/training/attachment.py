@@ -1,0 +1,470 @@
+"""Attaching trainable layers to a live model, and taking them off again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from frodctl.checkpoint import names
+from frodctl.checkpoint.stream import digest
+from frodctl.checkpoint.targets import module_matcher
+from frodctl.errors import InvalidInput, UsageError
+from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
+from frodctl.method.pattern import patterns
+from frodctl.training import trainer
+from frodctl.training.check import check_gradient, check_layer
+from frodctl.training.layer import Basis, FrodLinear, Pattern, SavedModule, Update, in_features, is_dense
+
+Model = TypeVar("Model", bound=nn.Module)
+_ATTRIBUTE = "_frod_attachment"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One adapter on a live model: what it was made from."""
+
+    basis: BasisFile
+    modules: Mapping[str, ModuleRecord]  #: by path in the live model
+    sparsity: Mapping[str, float]  #: by category
+    seed: int | None  #: of the pattern; None where only the basis file has it
+    modules_to_save: tuple[str, ...]  #: as asked for
+    dropout: float
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """``sha256:…`` of V's bytes by category."""
+        return {category: self.basis.metadata.basis[category] for category in sorted(self.sparsity)}
+
+
+@dataclass
+class Attachment:
+    """What `attach` keeps on the model beside the layers."""
+
+    trainable: frozenset[str]  #: parameters that were so before
+    adapters: dict[str, Attached] = field(default_factory=dict)
+    active: str = "default"
+
+
+def attach(
+    model: Model,
+    basis: str | Path | BasisFile,
+    adapter: str | Path | None = None,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
+    seed: int | None = None,
+    modules_to_save: Sequence[str] = (),
+    dropout: float = 0.0,
+    adapter_name: str = "default",
+) -> Model:
+    """Make a model trainable at full rank with few numbers: y = W (x + D diag(λ)⁻¹ (S + diag(λ' − λ)) Vᵀ x).
+
+    The layers of the basis, or those asked for, are replaced in place by `FrodLinear`, which holds the layer that
+    was there. δ = λ' − λ and the values of S are trained, in float32 and from 0, so that the model's outputs are at
+    first the base's, bit for bit; everything else is frozen. V and D are held once for each category. As long as
+    adapters are attached, ``model.save_pretrained`` (and so transformers' Trainer) saves the adapter, not the base.
+
+    Parameters
+    ----------
+    model : Module
+        Any model whose targeted modules compute W x (`torch.nn.Linear`, transformers' Conv1D, quantized layers).
+    basis : path or BasisFile
+        The shared-basis file of the model's checkpoint (``frodctl decompose``).
+    adapter : path, optional
+        A saved adapter to go on from: its own targets, sparsity, seed and saved modules are taken (`load_adapter`).
+    target_modules : str or sequence of str, optional
+        Names of modules, or a regular expression for their whole path, in the model or in the checkpoint; by
+        default all that the basis has.
+    sparsity : float or mapping by category, optional
+        Share of S that is trained; by default the basis file's.
+    seed : int, optional
+        Of the pattern; by default the basis file's.
+    modules_to_save : sequence of str
+        Names of modules that are trained as a whole, in their own dtype: a new head.
+    dropout : float
+        Probability with which an element of a correction's input is dropped in training.
+    adapter_name : str
+        Attaching again under another name adds a second adapter and makes it the active one.
+
+    Returns
+    -------
+    Module
+        ``model`` itself.
+
+    Raises
+    ------
+    UsageError
+        Nothing, or one of several names, matches; or an option makes no sense.
+    InvalidInput
+        The model is not the one that the basis was made from, or has layers that cannot be trained.
+
+    Examples
+    --------
+    >>> import frodctl
+    >>> model = frodctl.attach(model, "my-model.frod.safetensors")  # doctest: +SKIP
+    """
+    if adapter is not None:
+        from frodctl.training.saving import load_adapter
+
+        return load_adapter(model, adapter, basis, dropout=dropout, adapter_name=adapter_name)
+    opened = resolved(basis)
+    chosen = choose(model, opened, target_modules)
+    seed, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
+    attached = Attached(opened, chosen, rates, seed, tuple(modules_to_save), dropout)
+    return install(model, attached, indices, adapter_name)
+
+
+def resolved(basis: str | Path | BasisFile) -> BasisFile:
+    """The basis file, found again whatever the working directory is later."""
+    opened = basis if isinstance(basis, BasisFile) else open_basis(basis)
+    return replace(opened, path=opened.path.resolve())
+
+
+def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], adapter_name: str) -> Model:
+    """Put an adapter's layers into the model and make it the active one; nothing is changed where that fails."""
+    _check_options(model, attached, adapter_name)
+    layers = _layers(model, attached, indices)
+    saved = _saved_modules(model, attached)
+    attachment = attachment_of(model)
+    if attachment is None:
+        attachment = Attachment(frozenset(n for n, p in model.named_parameters() if p.requires_grad))
+        setattr(model, _ATTRIBUTE, attachment)
+        trainer.prepare(model)
+    for path, update in layers.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, FrodLinear):
+            layer = _replace(model, path, FrodLinear(layer))
+        layer.adapters[adapter_name] = update
+    for path in saved:
+        module = model.get_submodule(path)
+        if not isinstance(module, SavedModule):
+            module = _replace(model, path, SavedModule(module))
+        module.modules_to_save[adapter_name] = copy.deepcopy(module.original_module)
+    attachment.adapters[adapter_name] = attached
+    trainer.leave_buffers_to_each_process(model)
+    set_adapter(model, adapter_name)
+    return model
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What `attach` keeps on the model; None where nothing is attached."""
+    found = getattr(model, _ATTRIBUTE, None)
+    return found if isinstance(found, Attachment) else None
+
+
+def require_attachment(model: nn.Module) -> Attachment:
+    """As `attachment_of`; `UsageError` where nothing is attached."""
+    found = attachment_of(model)
+    if found is None:
+        raise UsageError(f"{type(model).__name__}: no adapter is attached; call frodctl.attach first")
+    return found
+
+
+def frod_layers(model: nn.Module) -> dict[str, FrodLinear]:
+    """The layers that adapters train, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FrodLinear)}
+
+
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """The modules that adapters train as a whole, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, SavedModule)}
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Make an attached adapter the active one: it alone is applied, and trained."""
+    attachment = require_attachment(model)
+    if name not in attachment.adapters:
+        raise UsageError(f"no adapter called {name} is attached; there are: {', '.join(attachment.adapters)}")
+    attachment.active = name
+    model.requires_grad_(False)
+    for layer in frod_layers(model).values():
+        layer.active = name
+        if name in layer.adapters:
+            layer.adapters[name].requires_grad_(True)
+    for module in saved_modules(model).values():
+        module.active = name
+        if name in module.modules_to_save:
+            module.modules_to_save[name].requires_grad_(True)
+
+
+def set_scale(model: nn.Module, scale: float) -> None:
+    """Apply s times what the active adapter changes: W + s (W' − W). Modules trained as a whole are not scaled."""
+    attachment = require_attachment(model)
+    for layer in frod_layers(model).values():
+        update = layer.update(attachment.active)
+        if update is not None:
+            update.scale = float(scale)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within it the model is the base model."""
+    require_attachment(model)
+    switches: list[FrodLinear | SavedModule] = [*frod_layers(model).values(), *saved_modules(model).values()]
+    before = [switch.enabled for switch in switches]
+    try:
+        for switch in switches:
+            switch.enabled = False
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.enabled = value
+
+
+def detach(model: Model) -> Model:
+    """Take all adapters off again: the base model as it was, its own layers in their places."""
+    attachment = require_attachment(model)
+    for path, layer in frod_layers(model).items():
+        _replace(model, path, layer.base_layer.train(layer.training))
+    for path, module in saved_modules(model).items():
+        _replace(model, path, module.original_module)
+    delattr(model, _ATTRIBUTE)
+    trainer.restore(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in attachment.trainable)
+    return model
+
+
+@torch.no_grad()
+def merge_(model: Model) -> Model:
+    """Fold the active adapter into the base layers' weights, in place, and take all adapters off.
+
+    Every weight is rounded once, to its own dtype. Modules trained as a whole replace the originals.
+
+    Raises
+    ------
+    UsageError
+        A base layer holds no floating-point matrix (a quantized one): merge the saved adapter into the checkpoint
+        instead (`frodctl.merge`). Nothing is changed then.
+    """
+    attachment = require_attachment(model)
+    layers = {p: u for p, layer in frod_layers(model).items() if (u := layer.update(attachment.active)) is not None}
+    for path in layers:
+        if not is_dense(_base_layer(model, path)):
+            raise UsageError(f"{path}: not a floating-point weight; merge the saved adapter instead (frodctl merge)")
+    for path, update in layers.items():
+        base: Any = _base_layer(model, path)
+        if update.scale and (update.delta.any() or update.values.any()):
+            base.weight.copy_(update.merged_weight(base))
+    for module in saved_modules(model).values():
+        module.original_module = module.chosen()
+    return detach(model)
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many numbers are trained, and how many the model has without its adapters."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    added = added_prefixes(model)
+    return trained, sum(_numel(p) for name, p in model.named_parameters() if not name.startswith(added))
+
+
+def added_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the adapters' parameters begin with."""
+    layers, saved = frod_layers(model), saved_modules(model)
+    return (*(f"{path}.adapters." for path in layers), *(f"{path}.modules_to_save." for path in saved))
+
+
+def _numel(parameter: Tensor) -> int:
+    """Numbers that it stands for: 4-bit weights are packed."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else int(torch.Size(shape).numel())
+
+
+def _replace(model: nn.Module, path: str, module: Any) -> Any:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+    return module
+
+
+def _base_layer(model: nn.Module, path: str) -> nn.Module:
+    found = model.get_submodule(path)
+    return found.base_layer if isinstance(found, FrodLinear) else found
+
+
+def choose(model: nn.Module, opened: BasisFile, target_modules: str | Sequence[str] | None) -> dict[str, ModuleRecord]:
+    """The modules to train, by path in the model."""
+    records = {record.name: record for record in opened.metadata.modules}
+    live = live_paths(model, records)
+    wanted = list(records)
+    if target_modules is not None:
+        text = target_modules if isinstance(target_modules, str) else ",".join(target_modules)
+        parts = [text] if isinstance(target_modules, str) else list(target_modules)
+        matches = module_matcher(text)
+        wanted = [name for name in records if matches(name) or (name in live and matches(live[name]))]
+        for part in parts:
+            single = module_matcher(part)
+            if not any(single(name) or single(live.get(name, name)) for name in wanted):
+                raise UsageError(f"target_modules {part}: matches no module of {opened.path}")
+    for name in wanted:
+        if name.endswith("]"):
+            raise InvalidInput(
+                f"{name}: a slice of fused experts, which is no module of its own; leave it out with target_modules"
+            )
+        if name not in live:
+            raise InvalidInput(
+                f"{name}: {type(model).__name__} has no such module, or several; leave it out with target_modules, or "
+                f"give the basis of this model instead of {opened.path}"
+            )
+    return {live[name]: records[name] for name in wanted}
+
+
+def live_paths(model: nn.Module, known: Mapping[str, Any]) -> dict[str, str]:
+    """The path in the model of each of the checkpoint's modules that it has exactly once."""
+    inner = tuple(f"{path}." for path in frod_layers(model))
+    paths = [path for path, _ in model.named_modules() if path and not path.startswith(inner)]
+    found: dict[str, list[str]] = {}
+    for path, name in names.match(paths, known.keys()).items():
+        if name is not None:
+            found.setdefault(name, []).append(path)
+    return {name: live[0] for name, live in found.items() if len(live) == 1}
+
+
+def _patterns(
+    opened: BasisFile, categories: set[str], sparsity: float | Mapping[str, float] | None, seed: int | None
+) -> tuple[int | None, dict[str, float], dict[str, Tensor]]:
+    """Seed, sparsity and positions by category; the seed None where the positions are the basis file's alone."""
+    rates = {category: float(opened.metadata.sparsity[category]) for category in categories}
+    if sparsity is None and seed is None:
+        drawn = opened.indices()
+        stored = any(f"indices.{category}" in opened.header.tensors for category in drawn)
+        replayable = not stored and categories == set(drawn)
+        return opened.metadata.seed if replayable else None, rates, {c: drawn[c] for c in categories}
+    if isinstance(sparsity, Mapping):
+        rates |= {category: float(rate) for category, rate in sparsity.items()}
+        for category in rates.keys() - categories:
+            raise UsageError(f"sparsity of {category}: no such category among the trained ones")
+    elif sparsity is not None:
+        rates = dict.fromkeys(categories, float(sparsity))
+    for rate in rates.values():
+        if not 0 <= rate <= 1:
+            raise UsageError(f"sparsity {rate}: must be between 0 and 1")
+    seed = opened.metadata.seed if seed is None else seed
+    return seed, rates, draw(opened, rates, seed)
+
+
+def draw(opened: BasisFile, rates: Mapping[str, float], seed: int) -> dict[str, Tensor]:
+    """The positions that a seed stands for, for these categories alone, as `frodctl.merge` draws them."""
+    widths = {category: opened.width(category) for category in rates}
+    return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
+
+
+def _check_options(model: nn.Module, attached: Attached, adapter_name: str) -> None:
+    attachment = attachment_of(model)
+    if attachment is not None and adapter_name in attachment.adapters:
+        raise UsageError(f"an adapter called {adapter_name} is attached already; give another adapter_name")
+    if not adapter_name or "." in adapter_name or "/" in adapter_name:
+        raise UsageError(f"adapter_name {adapter_name!r}: must be a name without dots and slashes")
+    if not 0 <= attached.dropout < 1:
+        raise UsageError(f"dropout {attached.dropout}: must be at least 0 and below 1")
+
+
+def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor]) -> dict[str, Update]:
+    """An update for each module, its base checked; V and D are taken from the model where it has them already."""
+    opened = attached.basis
+    held = {(b.digest, b.V.dtype, b.V.device): b for b in model.modules() if isinstance(b, Basis)}
+    counts: dict[str, int] = {}
+    for record in opened.metadata.modules:
+        counts[record.category] = counts.get(record.category, 0) + 1
+    shared: dict[tuple[Any, ...], tuple[Basis, Pattern]] = {}
+    uses = _uses(model)
+    updates = {}
+    for path, record in attached.modules.items():
+        base, category = _base_layer(model, path), record.category
+        _check_module(model, path, base, opened.width(category), uses)
+        dtype, device = _placement(model, base, path)
+        key = category, dtype, device
+        if key not in shared:
+            recorded = attached.digests[category]
+            basis = held.get((recorded, dtype, device))
+            if basis is None:
+                V = opened.tensor(f"V.{category}")
+                if digest(V) != recorded:
+                    raise InvalidInput(f"{opened.path}: V.{category} is damaged: its digest is not the recorded one")
+                basis = Basis(V, category, recorded, counts[category], dtype, device)
+            shared[key] = basis, Pattern(indices[category], basis.n, device)
+        basis, pattern = shared[key]
+        updates[path] = Update(basis, pattern, opened.tensor(f"lambda.{record.name}"), attached.dropout)
+        given, mode = _input_dtype(model, base), base.training
+        try:
+            base.train()  # in evaluation some quantized layers repack their weights for good
+            check_layer(base, basis.D, updates[path].base_scales, given, path, str(opened.path))
+            if not is_dense(base):
+                check_gradient(base, basis.n, given, device, path)
+        finally:
+            base.train(mode)
+    return updates
+
+
+def _check_module(model: nn.Module, path: str, base: nn.Module, n: int, uses: Mapping[int, int]) -> None:
+    found = in_features(base)
+    if found not in (None, n):
+        raise InvalidInput(f"{path}: takes {found} features, but its basis is of width {n}: another model")
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise InvalidInput(f"{path}: torch.nn.MultiheadAttention does not call it; leave it out with target_modules")
+    weight = getattr(base, "weight", None)
+    if weight is not None and uses.get(id(weight), 1) > 1:
+        raise InvalidInput(f"{path}: its weight is tied to another module's; leave it out with target_modules")
+
+
+def _uses(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter."""
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts
+
+
+def _input_dtype(model: nn.Module, base: nn.Module) -> torch.dtype:
+    """The dtype that the layer is given: its own if it is dense, else what most of the model computes in."""
+    if is_dense(base):
+        weight: Any = base.weight
+        return weight.dtype  # type: ignore[no-any-return]
+    of_layer = getattr(base, "compute_dtype", None)
+    if isinstance(of_layer, torch.dtype) and of_layer.is_floating_point:
+        return of_layer
+    floating = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    return next(floating, torch.get_default_dtype())
+
+
+def _placement(model: nn.Module, base: nn.Module, path: str) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of the layer's V and D."""
+    dtype = _input_dtype(model, base)
+    tensor = next(iter([*base.parameters(), *base.buffers(), *model.parameters()]))
+    if tensor.device.type == "meta":
+        raise InvalidInput(f"{path}: has no weights yet (meta device); load the model first")
+    return torch.float32 if dtype == torch.float16 else dtype, tensor.device
+
+
+def _saved_modules(model: nn.Module, attached: Attached) -> list[str]:
+    """Paths of the modules to train as a whole."""
+    uses = _uses(model)
+    inner = tuple(f"{path}." for path in (*frod_layers(model), *saved_modules(model)))
+    outer = [path for path, _ in model.named_modules() if not path.startswith(inner)]
+    found = []
+    for name in attached.modules_to_save:
+        paths = [p for p in outer if p == name or p.endswith(f".{name}")]
+        if not paths:
+            raise UsageError(f"modules_to_save {name}: no such module in {type(model).__name__}")
+        for path in paths:
+            module = model.get_submodule(path)
+            targeted = [target for target in attached.modules if target == path or target.startswith(f"{path}.")]
+            if targeted:
+                raise UsageError(f"modules_to_save {name}: {targeted[0]} in it is a target; leave one of them out")
+            original = module.original_module if isinstance(module, SavedModule) else module
+            inside = _uses(original)
+            if any(uses[key] > count for key, count in inside.items()) and not isinstance(module, SavedModule):
+                raise UsageError(f"modules_to_save {name}: {path} is tied to another module; untie it first")
+            if any(not p.is_floating_point() for p in original.parameters()):
+                raise UsageError(f"modules_to_save {name}: {path} is quantized and cannot be trained")
+        found += paths
+    return found

@@ -1,0 +1,230 @@
+"""The bridge to PEFT: its own FRoD model with V from a file, and with the U that belongs to that V.
+
+PEFT decomposes the base again whenever it builds or loads a FRoD model, on the CPU, and derives U from the V that it
+finds; a V loaded afterwards leaves that U. Where the two V differ (another machine, dtype or version) the model is
+silently wrong. Here V is in place before U is derived. Written against peft 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frodctl.checkpoint import names
+from frodctl.checkpoint.source import Location
+from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.formats.adapter import open_adapter, shared_keys
+from frodctl.formats.basis_file import BasisFile
+from frodctl.training.attachment import choose, resolved
+from frodctl.training.saving import pattern_of
+
+#: The method of PEFT's that decomposes the model.
+_INIT = "_init_frod_projections"
+#: How far U may be from the one that V gives, relative, before `repair` takes it for another.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def get_peft_model(
+    model: nn.Module, basis: str | Path | BasisFile, *, adapter_name: str = "default", **options: Any
+) -> Any:
+    """PEFT's FRoD model over the basis file's V and pattern, without a decomposition.
+
+    Parameters
+    ----------
+    model : Module
+        The base model.
+    basis : path or BasisFile
+    adapter_name : str
+    **options
+        Further fields of PEFT's ``FrodConfig``. ``target_modules``, names or a regular expression, is by default
+        all that the basis has.
+
+    Returns
+    -------
+    peft.PeftModel
+
+    Raises
+    ------
+    InvalidInput
+        PEFT's categories are not the basis file's, or the model is not the basis file's.
+    FrodctlError
+        peft is not installed, or does not work as this version of frodctl knows it.
+    """
+    peft = _peft()
+    opened = resolved(basis)
+    chosen = choose(model, opened, options.pop("target_modules", None))
+    for path, record in chosen.items():
+        if names.peft_category(path) != record.category:
+            raise InvalidInput(f"{path}: its category is {record.category} in {opened.path}, which PEFT cannot have")
+    categories = sorted({record.category for record in chosen.values()})
+    opened.verify()
+    metadata, indices = opened.metadata, opened.indices()
+    config = peft.FrodConfig(
+        **{
+            "target_modules": sorted(chosen, key=names.natural_key),
+            "sparse_rate": max(metadata.sparsity[category] for category in categories),
+            "projection_prng_key": metadata.seed,
+            "regularization_alpha": metadata.alpha,
+            "progressbar": False,
+            **options,
+        }
+    )
+    projections = {c: (opened.tensor(f"V.{c}"), indices[c]) for c in categories}
+    with _given(projections):
+        return peft.get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    basis: str | Path | BasisFile | None = None,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+) -> Any:
+    """A saved adapter, PEFT's or frodctl's, as PEFT's FRoD model: the V that was trained, and its U.
+
+    Parameters
+    ----------
+    model : Module
+        The base model.
+    folder : path
+        The adapter, or a Hub id.
+    basis : path or BasisFile, optional
+        For an adapter that does not hold V.
+    adapter_name : str
+    is_trainable : bool
+
+    Returns
+    -------
+    peft.PeftModel
+
+    Raises
+    ------
+    InvalidInput
+        The adapter holds no V and there is no basis file, or not the one it was trained with.
+    """
+    peft = _peft()
+    adapter = open_adapter(Location(str(folder)))
+    missing = sorted(set(adapter.categories) - set(adapter.bases))
+    opened = resolved(basis) if basis is not None and missing else None
+    if missing and opened is None:
+        raise InvalidInput(f"{adapter.name}: does not hold V of {missing[0]}; give the basis file it was trained with")
+    recorded = adapter.provenance.basis if adapter.provenance else {}
+    for category in missing:
+        if opened is None or recorded.get(category) != opened.metadata.basis.get(category, ""):
+            raise InvalidInput(f"{basis}: V.{category} is not known to be the one that {adapter.name} was trained with")
+    for module in adapter.modules:
+        if names.peft_category(module.module) != module.category:
+            raise InvalidInput(f"{module.module}: its category is {module.category}, which PEFT cannot have")
+    indices = pattern_of(adapter, opened)
+    projections: dict[str, tuple[Tensor, Tensor]] = {}
+    for category in adapter.categories:
+        if category in adapter.bases:
+            projections[category] = adapter.tensor(adapter.bases[category]), indices[category]
+        else:
+            assert opened is not None
+            projections[category] = opened.tensor(f"V.{category}"), indices[category]
+    known = peft.FrodConfig.__dataclass_fields__
+    config = peft.FrodConfig(**{key: value for key, value in adapter.config.items() if key in known})
+    config.inference_mode, config.save_projection, config.progressbar = not is_trainable, True, False
+    stored = peft.load_peft_weights(str(adapter.root), device="cpu")
+    state = {key: tensor for key, tensor in stored.items() if not key.endswith(".frod_lambda_0")}
+    for category, (V, positions) in projections.items():
+        state |= dict(zip(shared_keys(category), (V, positions, torch.tensor([len(V)] * 2)), strict=True))
+    with _given(projections):
+        result = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    found = peft.set_peft_model_state_dict(result, state, adapter_name=adapter_name)
+    unmatched = [key for key in found.unexpected_keys if "frod_" in key]  # of others PEFT saves some twice
+    if unmatched:
+        raise InvalidInput(f"{adapter.name}: {unmatched[0]} matches nothing in {type(model).__name__}")
+    return result if is_trainable else result.requires_grad_(False).eval()
+
+
+def check(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """For each FRoD layer of a PEFT model the distance ‖U − U(V)‖/‖U(V)‖ of its U from the one that its V gives.
+
+    About the rounding of the model's dtype where all is well; around 1 where PEFT loaded an adapter with another V.
+    """
+    distances = {}
+    for path, layer in _layers(model, adapter_name).items():
+        U, right = layer.frod_U[adapter_name].double(), _derived(layer, adapter_name).double()
+        distances[path] = float((U - right.to(U.device)).norm() / right.norm().clamp(min=1e-30))
+    return distances
+
+
+@torch.no_grad()
+def repair(model: nn.Module, adapter_name: str = "default") -> list[str]:
+    """Give the layers of a PEFT model, which loaded an adapter itself, the U that belongs to their V.
+
+    Returns
+    -------
+    list of str
+        The layers whose U was another.
+    """
+    repaired = []
+    layers = _layers(model, adapter_name)
+    for path, distance in check(model, adapter_name).items():
+        U = layers[path].frod_U[adapter_name]
+        if not distance <= TOLERANCE[U.dtype]:
+            U.copy_(_derived(layers[path], adapter_name))
+            repaired.append(path)
+    return repaired
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    _peft()
+    from peft.tuners.frod.layer import FrodLayer
+
+    layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, FrodLayer)}
+    return {path: layer for path, layer in layers.items() if adapter_name in layer.frod_U}
+
+
+def _derived(layer: Any, adapter_name: str) -> Tensor:
+    """U as PEFT derives it from a layer's V, in the dtype that it keeps it in."""
+    weight = layer.get_base_layer().weight
+    V = layer.frod_V[adapter_name].to(weight.dtype)
+    U: Tensor = layer._calculate_frod_u_and_lambda(V, weight.T if layer.fan_in_fan_out else weight)[0]
+    return U.to(layer.frod_U[adapter_name].dtype)
+
+
+@contextmanager
+def _given(projections: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Within it PEFT takes V and pattern from here instead of decomposing the model."""
+    from peft.tuners._buffer_dict import BufferDict
+    from peft.tuners.frod.model import FrodModel
+
+    def init(self: Any, config: Any, adapter_name: str) -> None:
+        if not hasattr(self, "frod_V"):
+            self.frod_V, self.frod_s_indices, self.frod_s_size = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        for category, (V, indices) in projections.items():
+            size = torch.tensor([len(V)] * 2)
+            values = (self.frod_V, V.to(dtype)), (self.frod_s_indices, indices), (self.frod_s_size, size)
+            for held, tensor in values:
+                if category not in held:
+                    held[category] = BufferDict({}, persistent=config.save_projection)
+                held[category][adapter_name] = tensor
+
+    before = getattr(FrodModel, _INIT)
+    setattr(FrodModel, _INIT, init)
+    try:
+        yield
+    finally:
+        setattr(FrodModel, _INIT, before)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+        from peft.tuners.frod.model import FrodModel
+
+        getattr(FrodModel, _INIT)
+    except (ImportError, AttributeError):
+        raise FrodctlError("the bridge needs PEFT with its FRoD tuner: pip install 'frodctl[peft]'") from None
+    return peft

@@ -1,0 +1,356 @@
+"""Saving what was trained, and taking it up again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import frodctl
+from frodctl.checkpoint import names, sink
+from frodctl.checkpoint.source import Location
+from frodctl.errors import InvalidInput, UsageError
+from frodctl.formats import adapter as adapter_format
+from frodctl.formats.adapter import Adapter, Provenance, open_adapter
+from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
+from frodctl.training.attachment import (
+    Attached,
+    added_prefixes,
+    draw,
+    frod_layers,
+    install,
+    live_paths,
+    require_attachment,
+    resolved,
+    saved_modules,
+)
+from frodctl.training.layer import Update
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: PEFT's task types by what the model's class is called.
+_TASKS = {
+    r"For(Sequence|Image|Audio)Classification$": "SEQ_CLS",
+    r"ForTokenClassification$": "TOKEN_CLS",
+    r"ForQuestionAnswering$": "QUESTION_ANS",
+    r"(ForCausalLM|LMHeadModel)$": "CAUSAL_LM",
+    r"(?<!LMHead)(?<!DoubleHeads)Model$": "FEATURE_EXTRACTION",
+}
+_CARD = """---
+library_name: frodctl
+base_model: {base}
+tags: [frod]
+---
+
+# FRoD adapter
+
+Trained by frodctl {version} on `{base}`. {holds}
+
+    frodctl merge {base} ADAPTER OUT{basis}
+
+folds it into dense weights; `frodctl.load_adapter` goes on training. PEFT cannot load it{peft}.
+"""
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, adapter_name: str | None = None, self_contained: bool = False
+) -> Path:
+    """Save one adapter of a model, in PEFT's layout.
+
+    Small by default: neither V nor the pattern, which the basis file has. PEFT refuses such an adapter, which says
+    that it holds them, rather than load it with a V of its own.
+
+    Parameters
+    ----------
+    model : Module
+        With adapters attached.
+    folder : path
+        Made where it is not there; other files in it are left alone. An adapter not called "default" goes into the
+        sub-folder of its name, as PEFT has it.
+    adapter_name : str, optional
+        By default the active one.
+    self_contained : bool
+        Save V, the pattern and λ too, so that `frodctl.merge` needs no basis file.
+
+    Returns
+    -------
+    Path
+        The folder that holds the files.
+
+    Raises
+    ------
+    UsageError
+        No such adapter is attached.
+    InvalidInput
+        A trained number is NaN or Inf, or the basis file has changed.
+    """
+    attachment = require_attachment(model)
+    name = adapter_name or attachment.active
+    if name not in attachment.adapters:
+        raise UsageError(f"no adapter called {name} is attached; there are: {', '.join(attachment.adapters)}")
+    attached = attachment.adapters[name]
+    folder = Path(folder) if name == "default" else Path(folder) / name
+    updates = {path: u for path, layer in frod_layers(model).items() if (u := layer.update(name)) is not None}
+    tensors = _trained(model, name, updates)
+    if self_contained:
+        tensors |= _shared(attached, updates)
+    provenance = Provenance(
+        form="delta",
+        basis=attached.digests,
+        base={record.name: record.digest for record in attached.modules.values()},
+        seed=attached.seed,
+        sparsity=dict(attached.sparsity),
+        categories={p: r.category for p, r in attached.modules.items() if r.category != names.peft_category(p)},
+    )
+    config = _config(model, attached)
+    adapter_format.write_adapter(folder, tensors, config, provenance, _card(config, self_contained))
+    return folder
+
+
+def load_adapter(
+    model: Model,
+    folder: str | Path,
+    basis: str | Path | BasisFile,
+    *,
+    dropout: float = 0.0,
+    adapter_name: str = "default",
+) -> Model:
+    """Attach a saved adapter, to apply it or to train it further.
+
+    Parameters
+    ----------
+    model : Module
+        The base model.
+    folder : path
+        What `save_adapter` wrote, or a Hub id; of several adapters the one called ``adapter_name``.
+    basis : path or BasisFile
+        The one that it was trained with.
+    dropout, adapter_name
+        As for `attach`.
+
+    Returns
+    -------
+    Module
+        ``model`` itself; the adapter is the active one.
+
+    Raises
+    ------
+    InvalidInput
+        Basis, base and adapter do not belong together, or the adapter is PEFT's own: that one trains another
+        operator; merge it.
+    """
+    opened = resolved(basis)
+    adapter = open_adapter(Location(str(folder)), _sub_folder(folder, adapter_name))
+    provenance = adapter.provenance
+    if provenance is None or provenance.form != "delta":
+        raise InvalidInput(f"{adapter.name}: not trained by frodctl; merge it into its base instead (frodctl merge)")
+    modules = _modules(model, adapter, opened)
+    _check_provenance(adapter, provenance, opened, modules)
+    saved = adapter.config.get("modules_to_save") or ()
+    attached = Attached(
+        basis=opened,
+        modules={path: record for path, record, _ in modules},
+        sparsity={category: provenance.sparsity.get(category, 0.0) for category in adapter.categories},
+        seed=provenance.seed,
+        modules_to_save=tuple(str(name) for name in saved),
+        dropout=dropout,
+    )
+    indices = pattern_of(adapter, opened)
+    values = _values(adapter, opened, modules, indices)
+    replaced = _replaced(model, adapter)
+    install(model, attached, indices, adapter_name)
+    layers = frod_layers(model)
+    with torch.no_grad():
+        for path, (delta, sparse) in values.items():
+            update = layers[path].update(adapter_name)
+            assert update is not None
+            update.delta.copy_(delta)
+            update.values.copy_(sparse)
+        for path, module in saved_modules(model).items():
+            if adapter_name in module.modules_to_save:
+                for name, parameter in module.modules_to_save[adapter_name].state_dict().items():
+                    parameter.copy_(replaced[f"{path}.{name}"])
+    return model
+
+
+def save_trained_state(model: nn.Module, file: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Save the trained numbers of all adapters under their names in the model's state, exactly as they are."""
+    if state is None:  # the adapters' alone: quantized layers may repack their weights for theirs
+        parts: list[tuple[str, nn.Module]] = [(f"{p}.adapters", m.adapters) for p, m in frod_layers(model).items()]
+        parts += [(f"{path}.modules_to_save", m.modules_to_save) for path, m in saved_modules(model).items()]
+        state = {f"{path}.{name}": tensor for path, part in parts for name, tensor in part.state_dict().items()}
+    added = added_prefixes(model)
+    kept = {name: tensor for name, tensor in state.items() if name.startswith(added)}
+    sink.replace_files(file.parent, {file.name: lambda out: adapter_format.write_tensors(out, kept)})
+
+
+def _sub_folder(folder: str | Path, name: str) -> str | None:
+    """The adapter's name among several in a folder; None where it is the folder's only, or first one."""
+    return name if (Path(folder) / name).is_dir() else None
+
+
+def _trained(model: nn.Module, name: str, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path, update in updates.items():
+        scales = update.base_scales.double() + update.delta.detach().double()
+        # rows with λ = 0 drop out here, but PEFT would give them some U
+        alive = update.base_scales > 0
+        rows = update.pattern.indices()[0]
+        tensors[adapter_format.lambda_key(path)] = torch.where(alive, scales, 0).float()
+        tensors[adapter_format.values_key(path)] = torch.where(alive[rows], update.values.detach(), 0)
+    for path, module in saved_modules(model).items():
+        if name in module.modules_to_save:
+            state = module.modules_to_save[name].state_dict()
+            tensors |= {adapter_format.replaced_key(f"{path}.{key}"): tensor for key, tensor in state.items()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InvalidInput(f"{key}: holds NaN or Inf; training has diverged")
+    return tensors
+
+
+def _shared(attached: Attached, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    """V as the basis file has it, pattern and λ."""
+    opened = open_basis(attached.basis.path)
+    tensors: dict[str, Tensor] = {}
+    for path, update in updates.items():
+        tensors[adapter_format.base_scales_key(path)] = update.base_scales
+        category = update.basis.category
+        V, indices, size = adapter_format.shared_keys(category)
+        if V not in tensors:
+            if opened.metadata.basis.get(category) != attached.digests[category]:
+                raise InvalidInput(f"{opened.path}: V.{category} is no longer the one that the adapter is trained with")
+            tensors[V] = opened.tensor(f"V.{category}")
+            tensors[indices] = update.pattern.indices()
+            tensors[size] = torch.tensor([update.basis.n] * 2)
+    return tensors
+
+
+def _config(model: nn.Module, attached: Attached) -> dict[str, Any]:
+    """PEFT's fields."""
+    kind = type(model)
+    task = next((task for pattern, task in _TASKS.items() if re.search(pattern, kind.__name__)), None)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    basis = attached.basis.metadata
+    return {
+        "auto_mapping": mapping if task is None else None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or basis.model,
+        "bias": "none",
+        "fan_in_fan_out": any(record.transposed for record in attached.modules.values()),
+        "frod_dropout": attached.dropout,
+        "inference_mode": True,
+        "init_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": list(attached.modules_to_save) or None,
+        "peft_type": "FROD",
+        "projection_prng_key": basis.seed if attached.seed is None else attached.seed,
+        "regularization_alpha": basis.alpha,
+        "revision": basis.revision,
+        "save_projection": True,
+        "sparse_rate": max(attached.sparsity.values()),
+        "target_modules": sorted(attached.modules, key=names.natural_key),
+        "task_type": task,
+    }
+
+
+def _card(config: Mapping[str, Any], self_contained: bool) -> str:
+    base = Path(config["base_model_name_or_path"])
+    text = str(base) if not base.is_absolute() else base.name
+    return _CARD.format(
+        base=text,
+        version=frodctl.__version__,
+        holds="It holds its basis." if self_contained else "Its basis is in the shared-basis file it was trained with.",
+        basis="" if self_contained else " --basis FILE",
+        peft=" rightly: it would compute other columns U than those that were trained" if self_contained else "",
+    )
+
+
+def _modules(model: nn.Module, adapter: Adapter, opened: BasisFile) -> list[tuple[str, ModuleRecord, Any]]:
+    """For each trained module its path in this model, its record in the basis, and its tensors."""
+    records = {record.name: record for record in opened.metadata.modules}
+    matched = names.match([module.module for module in adapter.modules], records)
+    live = live_paths(model, records)
+    found = []
+    for module in adapter.modules:
+        name = matched[module.module]
+        if name is None:
+            raise InvalidInput(f"{adapter.name}: {module.module} matches no module of {opened.path}: another basis?")
+        if name not in live:
+            raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {module.module}: another base?")
+        found.append((live[name], records[name], module))
+    return found
+
+
+def _check_provenance(
+    adapter: Adapter, provenance: Provenance, opened: BasisFile, modules: list[tuple[str, ModuleRecord, Any]]
+) -> None:
+    for _, record, module in modules:
+        category = record.category
+        if category != module.category or provenance.basis.get(category) != opened.metadata.basis[category]:
+            raise InvalidInput(
+                f"{opened.path}: V.{category} is not the one that {adapter.name} was trained with (digests differ); "
+                "give that one"
+            )
+        if provenance.base.get(record.name) != record.digest:
+            raise InvalidInput(
+                f"{adapter.name}: {record.name} was trained on another base than the one of {opened.path} (digests "
+                "differ)"
+            )
+
+
+def pattern_of(adapter: Adapter, opened: BasisFile | None) -> dict[str, Tensor]:
+    """The positions of S by category: the adapter's own, the seed's, or the basis file's."""
+    if set(adapter.categories) <= set(adapter.indices):
+        return {category: adapter.tensor(info) for category, info in adapter.indices.items()}
+    provenance = adapter.provenance
+    if provenance is None or opened is None:
+        raise InvalidInput(f"{adapter.name}: holds no pattern, and no basis file is given")
+    if provenance.seed is None:
+        return {c: indices for c, indices in opened.indices().items() if c in adapter.categories}
+    missing = set(adapter.categories) - set(provenance.sparsity)
+    if missing:
+        raise InvalidInput(f"{adapter.name}: its config gives no sparsity for {min(missing)}")
+    return draw(opened, {c: provenance.sparsity[c] for c in adapter.categories}, provenance.seed)
+
+
+def _values(
+    adapter: Adapter, opened: BasisFile, modules: list[tuple[str, ModuleRecord, Any]], indices: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """δ and the values of S by path in the model."""
+    found = {}
+    for path, record, module in modules:
+        start = opened.tensor(f"lambda.{record.name}")
+        scales = adapter.tensor(module.scales).double()
+        if module.base_scales is not None and not torch.equal(adapter.tensor(module.base_scales).float(), start):
+            raise InvalidInput(f"{adapter.name}: {module.module} began at other scales than {opened.path} has")
+        values = adapter.tensor(module.values).float() if module.values is not None else torch.zeros(0)
+        for tensor in (scales, values):
+            if not torch.isfinite(tensor).all():
+                raise InvalidInput(f"{adapter.name}: {module.module} holds NaN or Inf")
+        count = indices[record.category].shape[1]
+        if len(values) != count:
+            raise InvalidInput(
+                f"{adapter.name}: {module.module} has {len(values)} sparse values for the {count} positions of "
+                f"{record.category}"
+            )
+        found[path] = (scales - start.double()).float(), values
+    return found
+
+
+def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The modules that were trained as a whole, by tensor name in this model."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in tensors}
+    found = {}
+    for tensor, name in names.match(adapter.replaced, live).items():
+        if name is None:
+            raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {tensor}, which was trained as a whole")
+        found[name] = adapter.tensor(adapter.replaced[tensor])
+        if found[name].shape != live[name].shape:
+            shapes = f"{list(found[name].shape)}, but {list(live[name].shape)}"
+            raise InvalidInput(f"{adapter.name}: {tensor} is {shapes} in {type(model).__name__}")
+    return found

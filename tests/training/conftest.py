@@ -1,0 +1,82 @@
+"""Tiny checkpoints with their bases, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import frodctl
+from tests import peft_models
+
+TARGETS = {"llama": "all-linear", "bert": "query,value,dense", "gpt2": "c_attn,c_fc,c_proj"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint of a family, and its shared-basis file."""
+
+    family: str
+    base: Path
+    basis: Path
+
+    def model(self) -> Any:
+        """The live model in the checkpoint's dtype; for BERT with a new head."""
+        return peft_models.task_model(self.family, self.base)
+
+    def attached(self, **options: Any) -> Any:
+        """The model with an adapter that changes nothing yet."""
+        head = {"modules_to_save": ["classifier"]} if self.family == "bert" else {}
+        return frodctl.attach(self.model(), self.basis, **{**head, **options})
+
+    def trained(self, **options: Any) -> Any:
+        """The model with an adapter that changes a lot."""
+        model = self.attached(**options)
+        perturb(model)
+        return model
+
+
+Cases = Callable[..., Case]
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    made: dict[tuple[str, torch.dtype], Case] = {}
+
+    def case(family: str, dtype: torch.dtype = torch.float32) -> Case:
+        if (family, dtype) not in made:
+            root = tmp_path_factory.mktemp(f"{family}-{str(dtype)[6:]}")
+            base = peft_models.save_base(root / "base", family, dtype)
+            basis = root / "basis.safetensors"
+            frodctl.decompose(str(base), basis, target_modules=TARGETS[family], sparsity=0.05, seed=3)
+            made[family, dtype] = Case(family, base, basis)
+        return made[family, dtype]
+
+    return case
+
+
+def perturb(model: Any, size: float = 0.1, seed: int = 5) -> None:
+    """Give every trained number a random value, of this size relative to the scales (or to a head's weights)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(noise * size * (0.5 if name.endswith((".delta", ".values")) else 0.1))
+
+
+def batch(family: str, seed: int = 0, rows: int = 4, tokens: int = 16) -> dict[str, torch.Tensor]:
+    """Input ids and labels for a training step."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 64, (rows, tokens), generator=generator)
+    return {"input_ids": ids, "labels": ids % 3 if family == "none" else ids}
+
+
+def labelled(family: str, seed: int = 0, rows: int = 4, tokens: int = 16) -> dict[str, torch.Tensor]:
+    """As `batch`, with labels that suit the family's task."""
+    found = batch(family, seed, rows, tokens)
+    return found | ({"labels": found["input_ids"][:, 0] % 3} if family == "bert" else {})

@@ -1,0 +1,121 @@
+"""PEFT's own FRoD model with the V that was trained, whatever V this machine would compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.frod import model as frod_model
+
+import frodctl
+from frodctl.errors import InvalidInput
+from frodctl.training import peft as bridge
+from tests import peft_models
+from tests.training.conftest import Cases
+
+#: PEFT's routine as it is on this machine.
+ROUTINE = frod_model._projection_from_weights
+
+
+@pytest.fixture
+def no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(frod_model, "_projection_from_weights", refuse)
+
+
+@pytest.fixture
+def another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on which half of V's columns have the other sign."""
+
+    def flipped(matrices: list[torch.Tensor], alpha: float) -> torch.Tensor:
+        V = ROUTINE(matrices, alpha)
+        V[:, ::2] *= -1
+        return V
+
+    monkeypatch.setattr(frod_model, "_projection_from_weights", flipped)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("family", peft_models.FAMILIES)
+def test_a_model_from_a_basis_file(family: str, cases: Cases, tmp_path: Path, no_decomposition: None) -> None:
+    case = cases(family)
+    model = bridge.get_peft_model(case.model(), case.basis)
+    assert isinstance(model, peft.PeftModel)
+    opened = frodctl.open_basis(case.basis)
+    for category, indices in opened.indices().items():
+        assert torch.equal(model.base_model.frod_V[category]["default"], opened.tensor(f"V.{category}"))
+        assert torch.equal(model.base_model.frod_s_indices[category]["default"], indices)
+    assert error(peft_models.logits(model.eval()), peft_models.logits(case.model())) <= 1e-4
+    assert max(bridge.check(model).values()) <= 1e-6
+    trained = peft_models.logits(peft_models.train(model))
+    model.save_pretrained(tmp_path / "adapter")
+    frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "merged")
+    loaded = bridge.load(case.model(), tmp_path / "adapter")
+    if family != "bert":  # whose head is not in this adapter, but in each model
+        assert error(peft_models.logits(loaded.eval()), trained) <= 1e-6
+
+
+@pytest.mark.parametrize("family", peft_models.FAMILIES)
+def test_peft_s_adapter(family: str, cases: Cases, tmp_path: Path, no_decomposition: None) -> None:
+    case = cases(family)
+    theirs = bridge.get_peft_model(case.model(), case.basis, **options(family))
+    trained = peft_models.logits(peft_models.train(theirs))
+    theirs.save_pretrained(tmp_path / "adapter")
+    loaded = bridge.load(case.model(), tmp_path / "adapter")
+    assert error(peft_models.logits(loaded.eval()), trained) <= 1e-6
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def options(family: str) -> dict[str, Any]:
+    return {"task_type": "SEQ_CLS", "bias": "all"} if family == "bert" else {}
+
+
+def test_an_adapter_that_peft_loads_wrongly(cases: Cases, tmp_path: Path, another_machine: None) -> None:
+    case = cases("llama")
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(frod_model, "_projection_from_weights", ROUTINE)
+        trained = peft_models.logits(peft_models.trained_adapter(tmp_path / "adapter", "llama", case.base))
+    wrong = peft.PeftModel.from_pretrained(case.model(), tmp_path / "adapter").eval()
+    assert error(peft_models.logits(wrong), trained) > 0.1
+    distances = bridge.check(wrong)
+    assert min(distances.values()) > 1
+    assert sorted(bridge.repair(wrong)) == sorted(distances)
+    assert error(peft_models.logits(wrong), trained) <= 1e-6
+    assert bridge.repair(wrong) == []
+    loaded = bridge.load(case.model(), tmp_path / "adapter").eval()
+    assert error(peft_models.logits(loaded), trained) <= 1e-6
+    assert bridge.repair(loaded) == []
+
+
+@pytest.mark.parametrize("self_contained", [False, True])
+@pytest.mark.parametrize("family", peft_models.FAMILIES)
+def test_frodctl_s_adapter(
+    family: str, self_contained: bool, cases: Cases, tmp_path: Path, no_decomposition: None
+) -> None:
+    case = cases(family)
+    model = case.trained()
+    frodctl.save_adapter(model, tmp_path / "adapter", self_contained=self_contained)
+    loaded = bridge.load(case.model(), tmp_path / "adapter", None if self_contained else case.basis, is_trainable=True)
+    assert error(peft_models.logits(loaded.eval()), peft_models.logits(model.eval())) <= 1e-5
+    assert any(p.requires_grad for p in loaded.parameters())
+
+
+def test_refusals(cases: Cases, tmp_path: Path) -> None:
+    case = cases("llama")
+    frodctl.save_adapter(case.trained(), tmp_path / "adapter")
+    with pytest.raises(InvalidInput, match="does not hold V"):
+        bridge.load(case.model(), tmp_path / "adapter")
+    other = tmp_path / "other.safetensors"
+    frodctl.decompose(str(case.base), other, target_modules="all-linear", alpha=0.1)
+    with pytest.raises(InvalidInput, match="is not known to be the one"):
+        bridge.load(case.model(), tmp_path / "adapter", other)
+    with pytest.raises(InvalidInput, match="has no such module"):
+        bridge.get_peft_model(cases("gpt2").model(), case.basis)

@@ -1,0 +1,67 @@
+"""Learning rates by category."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import frodctl
+from frodctl.errors import UsageError
+from tests.training.conftest import Cases, batch
+
+
+def test_rates_by_category(cases: Cases) -> None:
+    """η_λ = ρ_λ/√N and η_S = ρ_S/√(s n N), for N = 3 layers and s n² = nnz."""
+    model = cases("bert").attached(sparsity={"self_query": 0.0})
+    groups = {
+        group["name"]: group
+        for group in frodctl.parameter_groups(model, rho_lambda=2e-3, rho_sparse=5e-4, lr=1e-5, weight_decay=0.1)
+    }
+    opened = frodctl.open_basis(cases("bert").basis)
+    categories = set(opened.metadata.basis)
+    assert set(groups) == {f"lambda.{c}" for c in categories} | {f"sparse.{c}" for c in categories - {"self_query"}} | {
+        "rest"
+    }
+    for category, indices in opened.indices().items():
+        layers = sum(record.category == category for record in opened.metadata.modules)
+        assert groups[f"lambda.{category}"]["lr"] == pytest.approx(2e-3 / layers**0.5)
+        if category != "self_query":
+            per_row = indices.shape[1] / opened.width(category)
+            assert groups[f"sparse.{category}"]["lr"] == pytest.approx(5e-4 / (per_row * layers) ** 0.5)
+        assert len(groups[f"lambda.{category}"]["params"]) == layers
+        assert groups[f"lambda.{category}"]["weight_decay"] == 0
+    assert (groups["rest"]["lr"], groups["rest"]["weight_decay"]) == (1e-5, 0.1)
+    assert {p.shape for p in groups["rest"]["params"]} == {(3, 32), (3,)}
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    empty = {id(p) for p in model.parameters() if not p.numel()}
+    assert sorted(grouped) == sorted({id(p) for p in model.parameters() if p.requires_grad} - empty)
+
+
+def test_weight_decay_pulls_towards_the_pretrained_weight(cases: Cases) -> None:
+    case = cases("llama")
+    model = case.trained()
+    with torch.no_grad():
+        base, before = case.model()(**batch("llama")).logits, model(**batch("llama")).logits
+    groups = frodctl.parameter_groups(model, rho_lambda=1.0, rho_sparse=1.0, frod_weight_decay=0.5)
+    optimizer = torch.optim.AdamW(groups)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    with torch.no_grad():
+        after = model(**batch("llama")).logits
+    assert (after - base).norm() < 0.9 * (before - base).norm()
+
+
+def test_only_the_active_adapter(cases: Cases) -> None:
+    case = cases("llama")
+    model = frodctl.attach(case.attached(), case.basis, adapter_name="second", target_modules="q_proj")
+    assert {group["name"] for group in frodctl.parameter_groups(model)} == {
+        "lambda.self_attn_q_proj",
+        "sparse.self_attn_q_proj",
+    }
+
+
+def test_nothing_attached(cases: Cases) -> None:
+    with pytest.raises(UsageError, match="no adapter is attached"):
+        frodctl.parameter_groups(cases("llama").model())

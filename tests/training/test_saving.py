@@ -1,0 +1,395 @@
+"""Saved adapters: taken up again, merged, refused where they do not belong, and resumed by transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+import frodctl
+from frodctl import training
+from frodctl.checkpoint import sink
+from frodctl.errors import InvalidInput, UsageError
+from frodctl.training.layer import FrodLinear
+from tests import peft_models
+from tests.training.conftest import Case, Cases, labelled, perturb
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def logits(model: Any) -> torch.Tensor:
+    return peft_models.logits(model.eval())
+
+
+def config(folder: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    return value
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    value = config(folder)
+    for key, change in changes.items():
+        value["frodctl"][key] = change
+    (folder / CONFIG).write_text(json.dumps(value))
+
+
+def saved(case: Case, folder: Path, **options: Any) -> Any:
+    """The live model; its adapter is in the folder."""
+    model = case.trained()
+    frodctl.save_adapter(model, folder, **options)
+    return model
+
+
+@pytest.mark.parametrize("family", peft_models.FAMILIES)
+class TestEveryFamily:
+    def test_loading(self, family: str, cases: Cases, tmp_path: Path) -> None:
+        case = cases(family)
+        model = saved(case, tmp_path / "adapter")
+        fresh = case.model()
+        assert (logits(fresh) - logits(model)).norm() > 0.02 * logits(model).norm()
+        assert frodctl.load_adapter(fresh, tmp_path / "adapter", case.basis) is fresh
+        assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
+        again = frodctl.attach(case.model(), case.basis, tmp_path / "adapter")
+        assert torch.equal(logits(again), logits(fresh))
+
+    @pytest.mark.parametrize("self_contained", [False, True])
+    def test_merging(self, family: str, self_contained: bool, cases: Cases, tmp_path: Path) -> None:
+        case = cases(family)
+        model = saved(case, tmp_path / "adapter", self_contained=self_contained)
+        basis = {} if self_contained else {"basis": case.basis}
+        result = frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "out", **basis)
+        assert result.plan.sources[0].form == "delta"
+        auto = AutoModelForSequenceClassification if family == "bert" else AutoModelForCausalLM
+        merged, loading = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+        assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+
+    def test_untrained_it_merges_to_the_base(self, family: str, cases: Cases, tmp_path: Path) -> None:
+        case = cases(family, torch.bfloat16)
+        model = case.attached()
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        result = frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "out", basis=case.basis)
+        assert len(result.unchanged) == len(result.plan.weights) >= 12
+
+    def test_going_on_with_the_optimizer_s_state(self, family: str, cases: Cases, tmp_path: Path) -> None:
+        """The same losses as without the interruption."""
+        case = cases(family)
+
+        def steps(model: Any, optimizer: Any, count: range) -> list[float]:
+            losses = []
+            for number in count:
+                loss = model(**labelled(family, seed=number)).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(float(loss.detach()))
+            return losses
+
+        def optimizer_of(model: Any) -> Any:
+            groups = frodctl.parameter_groups(model, rho_lambda=0.01, rho_sparse=0.01, lr=1e-3)
+            return torch.optim.AdamW(groups)
+
+        model = case.attached().eval()
+        optimizer = optimizer_of(model)
+        before = steps(model, optimizer, range(3))
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        expected = steps(model, optimizer, range(3, 8))
+        fresh = frodctl.load_adapter(case.model(), tmp_path / "adapter", case.basis).eval()
+        resumed = optimizer_of(fresh)
+        resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+        found = steps(fresh, resumed, range(3, 8))
+        assert abs(expected[0] - before[0]) > 1e-3
+        assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= 1e-6
+
+
+class TestTheFiles:
+    def test_small_by_default(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        model = saved(case, tmp_path / "adapter")
+        tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, FrodLinear)}
+        expected = {f"base_model.model.{p}.frod_{w}" for p in layers for w in ("lambda_l", "lambda_s_values")}
+        assert set(tensors) == expected
+        opened = frodctl.open_basis(case.basis)
+        for path, layer in layers.items():
+            update = layer.update()
+            assert update is not None
+            exact = opened.tensor(f"lambda.{path}").double() + update.delta.detach().double()
+            assert torch.equal(tensors[f"base_model.model.{path}.frod_lambda_l"], exact.float())
+            assert torch.equal(tensors[f"base_model.model.{path}.frod_lambda_s_values"], update.values)
+
+    def test_self_contained(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("gpt2", torch.bfloat16)
+        saved(case, tmp_path / "adapter", self_contained=True)
+        tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+        opened = frodctl.open_basis(case.basis)
+        for category, indices in opened.indices().items():
+            V = opened.tensor(f"V.{category}")
+            assert tensors[f"base_model.frod_V.{category}"].dtype == V.dtype
+            assert torch.equal(tensors[f"base_model.frod_V.{category}"], V)
+            assert torch.equal(tensors[f"base_model.frod_s_indices.{category}"], indices)
+            assert tensors[f"base_model.frod_s_size.{category}"].tolist() == [len(V)] * 2
+        name = "transformer.h.0.attn.c_attn"
+        assert torch.equal(tensors[f"base_model.model.{name}.frod_lambda_0"], opened.tensor(f"lambda.{name}"))
+
+    def test_the_config(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        saved(case, tmp_path / "adapter")
+        found, opened = config(tmp_path / "adapter"), frodctl.open_basis(case.basis)
+        assert found["peft_type"] == "FROD"
+        assert found["base_model_name_or_path"] == str(case.base)
+        assert found["task_type"] == "SEQ_CLS"
+        assert found["save_projection"] is True
+        assert found["modules_to_save"] == ["classifier"]
+        assert (found["projection_prng_key"], found["sparse_rate"]) == (3, 0.05)
+        own = found["frodctl"]
+        assert own["form"] == "delta"
+        assert own["basis"] == opened.metadata.basis
+        assert own["base"] == {record.name: record.digest for record in opened.metadata.modules}
+        assert (own["seed"], own["sparsity"]) == (3, dict(opened.metadata.sparsity))
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert str(tmp_path) not in card
+
+    def test_plain_peft_refuses_it(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter")
+        with pytest.raises(ValueError, match="projection tensors"):
+            peft.PeftModel.from_pretrained(case.model(), tmp_path / "adapter")
+
+    @pytest.mark.parametrize("options", [
+        {"target_modules": "q_proj,down_proj"},
+        {"target_modules": "q_proj", "seed": 11},
+        {"sparsity": 0.2},
+        {"sparsity": {"mlp_up_proj": 0.0}},
+        {"seed": 5, "sparsity": {"mlp_up_proj": 0.3, "mlp_down_proj": 0.001}},
+    ])  # fmt: skip
+    def test_other_targets_and_patterns(self, options: dict[str, Any], cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        model = case.trained(**options)
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        fresh = frodctl.load_adapter(case.model(), tmp_path / "adapter", case.basis)
+        assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
+        frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "out", basis=case.basis)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+
+    def test_several_adapters(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        model = case.trained()
+        frodctl.attach(model, case.basis, adapter_name="second", target_modules="up_proj")
+        perturb(model, seed=9)
+        assert frodctl.save_adapter(model, tmp_path, adapter_name="default") == tmp_path
+        assert frodctl.save_adapter(model, tmp_path) == tmp_path / "second"
+        with pytest.raises(UsageError, match="default, second"):
+            frodctl.save_adapter(model, tmp_path, adapter_name="third")
+        fresh = frodctl.load_adapter(case.model(), tmp_path, case.basis)
+        frodctl.load_adapter(fresh, tmp_path, case.basis, adapter_name="second")
+        assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
+        for name in ("default", "second"):
+            training.set_adapter(fresh, name)
+            training.set_adapter(model, name)
+            assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
+            out = tmp_path.with_name(f"{tmp_path.name}-{name}")
+            frodctl.merge(str(case.base), str(tmp_path), out, basis=case.basis, adapter_name=name)
+            merged = AutoModelForCausalLM.from_pretrained(out)
+            assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+
+    def test_saving_again_keeps_other_files(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        model = saved(case, tmp_path / "adapter")
+        (tmp_path / "adapter" / "notes.txt").write_text("mine")
+        (tmp_path / "adapter" / "README.md").write_text("mine")
+        perturb(model, seed=12)
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        fresh = frodctl.load_adapter(case.model(), tmp_path / "adapter", case.basis)
+        assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
+        files = {path.name for path in (tmp_path / "adapter").iterdir()}
+        assert files == {CONFIG, WEIGHTS, "README.md", "notes.txt"}
+        assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
+
+    @pytest.mark.parametrize("cut", range(4))
+    def test_a_cut_leaves_no_mixture(
+        self, cut: int, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Wherever saving over an adapter ends, a reader finds the old one, the new one, or none."""
+        case = cases("llama")
+        model = saved(case, tmp_path / "adapter")
+        (tmp_path / "adapter" / "README.md").unlink()
+        old = logits(model)
+        perturb(model, seed=12)
+        count, replace = iter(range(99)), os.replace
+
+        def cutting(source: Any, target: Any) -> None:
+            if next(count) == cut:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(sink.os, "replace", cutting)
+        with pytest.raises(KeyboardInterrupt):
+            frodctl.save_adapter(model, tmp_path / "adapter")
+        assert not list((tmp_path / "adapter").glob("*.tmp"))
+        try:
+            fresh = frodctl.load_adapter(case.model(), tmp_path / "adapter", case.basis)
+        except InvalidInput:
+            assert cut >= 3
+            return
+        assert cut < 3
+        assert (logits(fresh) - old).abs().max() <= 1e-5
+
+    def test_what_has_diverged_is_not_saved(self, cases: Cases, tmp_path: Path) -> None:
+        model = cases("llama").attached()
+        next(p for p in model.parameters() if p.requires_grad).data[0] = float("nan")
+        with pytest.raises(InvalidInput, match="holds NaN or Inf; training has diverged"):
+            frodctl.save_adapter(model, tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+
+    def test_nothing_attached(self, cases: Cases, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="no adapter is attached"):
+            frodctl.save_adapter(cases("llama").model(), tmp_path / "adapter")
+
+
+class TestWhatDoesNotBelongTogether:
+    def refused(self, case: Case, folder: Path, message: str, basis: Path | None = None) -> None:
+        model = case.model()
+        with pytest.raises(InvalidInput, match=message):
+            frodctl.load_adapter(model, folder, basis or case.basis)
+        assert not any(isinstance(module, FrodLinear) for module in model.modules())
+
+    def test_another_basis(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter")
+        other = tmp_path / "other.safetensors"
+        frodctl.decompose(str(case.base), other, target_modules="all-linear", alpha=0.1)
+        self.refused(case, tmp_path / "adapter", r"V\.\w+ is not the one", other)
+
+    def test_another_base(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter")
+        base = config(tmp_path / "adapter")["frodctl"]["base"]
+        edit(tmp_path / "adapter", base=base | {next(iter(base)): "sha256:0"})
+        self.refused(case, tmp_path / "adapter", "trained on another base")
+
+    def test_another_live_model(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter")
+        model = case.model()
+        model.model.layers[2].mlp.up_proj.weight.data.mul_(1.05)
+        with pytest.raises(InvalidInput, match=r"layers\.2\.mlp\.up_proj: its weight is not the one"):
+            frodctl.load_adapter(model, tmp_path / "adapter", case.basis)
+
+    def test_other_scales(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter", self_contained=True)
+        tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+        tensors["base_model.model.model.layers.0.mlp.up_proj.frod_lambda_0"][0] += 1
+        save_file(tensors, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
+        self.refused(case, tmp_path / "adapter", "began at other scales")
+
+    def test_peft_s_own(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        peft_models.trained_adapter(tmp_path / "adapter", "llama", case.base)
+        self.refused(case, tmp_path / "adapter", "not trained by frodctl")
+
+    def test_nan(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter")
+        tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+        tensors["base_model.model.model.layers.0.mlp.up_proj.frod_lambda_s_values"][0] = float("inf")
+        save_file(tensors, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
+        self.refused(case, tmp_path / "adapter", "holds NaN or Inf")
+
+    def test_another_number_of_values(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter")
+        rates = config(tmp_path / "adapter")["frodctl"]["sparsity"]
+        edit(tmp_path / "adapter", sparsity=dict.fromkeys(rates, 0.2))
+        self.refused(case, tmp_path / "adapter", "320 sparse values for the 1280 positions")
+
+    def test_a_head_of_another_size(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        saved(case, tmp_path / "adapter")
+        model = AutoModelForSequenceClassification.from_pretrained(case.base, num_labels=5)
+        with pytest.raises(InvalidInput, match=r"classifier\.bias is \[3\], but \[5\]"):
+            frodctl.load_adapter(model, tmp_path / "adapter", case.basis)
+
+
+class Examples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: tensor[0] for name, tensor in labelled("bert", seed=index, rows=1).items()}
+
+
+class TestTrainer:
+    """transformers' Trainer: its checkpoints are adapters, and training resumes from them exactly."""
+
+    def trainer(self, case: Case, out: Path, **options: Any) -> Any:
+        torch.manual_seed(0)
+        model = case.attached()
+        arguments = TrainingArguments(
+            output_dir=str(out), max_steps=8, save_steps=4, logging_steps=1, per_device_train_batch_size=4,
+            learning_rate=5e-3, report_to=[], use_cpu=True, disable_tqdm=True, seed=1, **options,
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(frodctl.parameter_groups(model, rho_lambda=0.01, rho_sparse=0.01, lr=5e-3))
+        data = Examples()
+        return Trainer(model, arguments, train_dataset=data, eval_dataset=data, optimizers=(optimizer, None))
+
+    def test_a_checkpoint_is_an_adapter(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        trainer = self.trainer(case, tmp_path / "run")
+        trainer.train()
+        folder = tmp_path / "run" / "checkpoint-8"
+        names = {path.name for path in folder.iterdir()}
+        assert {CONFIG, WEIGHTS, "model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
+        assert "config.json" not in names  # it is no checkpoint of a whole model
+        state = load_file(folder / "model.safetensors")
+        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert {name for name in state} == set(trained)
+        assert all(torch.equal(state[name], p) for name, p in trained.items())
+        frodctl.merge(str(case.base), str(folder), tmp_path / "out", basis=case.basis)
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert (logits(merged) - logits(trainer.model)).abs().max() <= 1e-5
+        trainer.save_model(str(tmp_path / "last"))
+        fresh = frodctl.load_adapter(case.model(), tmp_path / "last", case.basis)
+        assert (logits(fresh) - logits(trainer.model)).abs().max() <= 1e-5
+
+    def test_resuming(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        whole = self.trainer(case, tmp_path / "whole")
+        whole.train()
+        shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
+        resumed = self.trainer(case, tmp_path / "cut")
+        resumed.train(resume_from_checkpoint=True)
+        expected = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+        found = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
+        assert len(found) == len(expected) == 8
+        assert found == expected
+        assert len(set(expected)) > 4
+        for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+    def test_loading_the_best_at_the_end(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        trainer = self.trainer(
+            case, tmp_path / "run", load_best_model_at_end=True, eval_strategy="steps", eval_steps=4,
+            metric_for_best_model="eval_loss", greater_is_better=True,
+        )  # fmt: skip
+        trainer.train()
+        best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+        assert all(torch.equal(trainer.model.state_dict()[name], tensor) for name, tensor in best.items())
+
+    def test_a_trained_folder_is_not_taken_for_a_model(self, cases: Cases, tmp_path: Path) -> None:
+        model = cases("llama").trained()
+        model.save_pretrained(tmp_path / "saved")
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
