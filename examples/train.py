@@ -1,7 +1,7 @@
 """Fine-tune a causal model with FRoD in a plain PyTorch loop, on text that ships with Python: turtle's docstrings.
 
-    frodctl decompose examples/tiny-llama --target-modules all-linear -o basis.safetensors
-    python examples/train.py examples/tiny-llama basis.safetensors adapter
+frodctl decompose examples/tiny-llama --target-modules all-linear -o basis.safetensors
+python examples/train.py examples/tiny-llama basis.safetensors adapter
 """
 
 import argparse

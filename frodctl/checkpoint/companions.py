@@ -10,7 +10,9 @@ from pathlib import Path, PurePosixPath
 #: Weights in whatever format, what trainers leave behind, and adapters.
 _NOT_COPIED = re.compile(
     r"""(?ix)
-    .*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|tflite|ot|npz|mlmodel|parquet|arrow|index\.json)
+    .*\.(safetensors|bin|pt|pt2|pth|ckpt|h5|keras|msgpack|pb|pkl|npy|npz|onnx|gguf|ggml|llamafile|tflite|ot|nemo|engine)
+    | .*\.(torchscript|ftz|mlmodel|mlpackage|parquet|arrow|gz|zip|tar|index(\..*)?\.json)
+    | .*\.onnx[._]data.* | variables\.data-.*
     | adapter_(config\.json|model\..*)
     | (optimizer|scheduler|trainer_state|training_args|rng_state|all_results|train_results|eval_results)\b.*
     | .*\.(lock|incomplete|tmp|partial) | README\.md | events\.out\..*
@@ -46,20 +48,28 @@ def module_folders(modules_json: Path) -> set[str]:
     """The sub-folders that sentence-transformers' ``modules.json`` names; none where there is no such file."""
     try:
         entries = json.loads(modules_json.read_bytes())
-        paths = [str(entry["path"]) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError):
+        paths = [PurePosixPath(str(entry["path"])) for entry in entries]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return set()
-    return {PurePosixPath(path).parts[0] for path in paths if path and ".." not in path and not path.startswith("/")}
+    return {path.parts[0] for path in paths if path.parts and not path.is_absolute() and ".." not in path.parts}
 
 
 def files_below(folder: Path) -> list[str]:
-    """Relative paths of the ordinary files in a folder and its sub-folders, hidden ones left out."""
+    """Relative paths of the ordinary files in a folder and its sub-folders, hidden ones left out.
+
+    A link counts if it leads to a file in the folder, or to the blobs of the Hub's cache that the folder is in.
+    """
+    root = folder.resolve()
+    return _files_below(folder, (root, root.parent.parent / "blobs"))
+
+
+def _files_below(folder: Path, within: tuple[Path, ...]) -> list[str]:
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_file():
+        if path.is_dir() and not path.is_symlink():
+            found += [f"{path.name}/{inner}" for inner in _files_below(path, within)]
+        elif path.is_file() and (not path.is_symlink() or any(path.resolve().is_relative_to(home) for home in within)):
             found.append(path.name)
-        elif path.is_dir() and not path.is_symlink():
-            found += [f"{path.name}/{inner}" for inner in files_below(path)]
     return found

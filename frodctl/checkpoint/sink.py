@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
+from frodctl.checkpoint.source import WEIGHT_FILES
 from frodctl.errors import FrodctlError, OutOfResources, UsageError
 
 try:
@@ -17,6 +18,8 @@ try:
 except ImportError:  # not on Windows; two runs at once are not told apart there
     fcntl = None  # type: ignore[assignment]
 
+#: Marks the model card of a merge.
+MERGED_BY = "Merged by frodctl"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -47,7 +50,7 @@ def check_output_folder(path: Path, inputs: Iterable[Path], *, force: bool) -> N
     ------
     UsageError
         It is in the folder of an input or holds one; it exists and ``force`` is not given; it exists and holds
-        no checkpoint, so that it can hardly be meant; or its parent is no folder.
+        more than a checkpoint, so that it can hardly be meant; or its parent is no folder.
     FrodctlError
         Its parent is not writable.
     """
@@ -61,9 +64,24 @@ def check_output_folder(path: Path, inputs: Iterable[Path], *, force: bool) -> N
             raise UsageError(f"{path}: exists; use --force to replace it, or name another folder")
         if not path.is_dir() or path.is_symlink():
             raise UsageError(f"{path}: is not a folder; name another")
-        if any(path.iterdir()) and not (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
-            raise UsageError(f"{path}: holds no checkpoint, so --force does not replace it; name another folder")
+        if not _may_be_replaced(path):
+            raise UsageError(
+                f"{path}: holds more than a checkpoint, so --force does not replace it; name another folder"
+            )
     _check_parent(path)
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether a folder is empty, an earlier merge, or a checkpoint and nothing else that somebody could miss."""
+    entries = list(folder.iterdir())
+    names = {entry.name for entry in entries}
+    card = folder / "README.md"
+    if not entries or (card.is_file() and MERGED_BY in card.read_text(encoding="utf-8", errors="replace")):
+        return True
+    others = [e for e in entries if e.is_dir() or e.is_symlink() or e.name.startswith((".", "adapter_"))]
+    weights = any(name in WEIGHT_FILES for name in names)
+    bases = any(name.endswith(".frod.safetensors") for name in names)
+    return weights and "config.json" in names and not others and not bases
 
 
 def _check_parent(path: Path) -> None:

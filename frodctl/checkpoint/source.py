@@ -101,6 +101,7 @@ class Checkpoint:
     root: Path | None  #: folder that holds the files; None where only headers were fetched
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    path: Path | None = None  #: the file, of a checkpoint that was named by one
 
     def parameters(self) -> int:
         """Number of parameters: floating-point elements, tied tensors counted once."""
@@ -158,7 +159,7 @@ def open_checkpoint(
     if path.is_file() and path.name.endswith(".index.json"):
         return _from_folder(path.parent, location.model, None, path.name)
     if path.is_file():
-        return _from_file(path, location.model)
+        return replace(_from_file(path, location.model), path=path)
     folder = path / location.subfolder
     if not folder.is_dir():
         raise FrodctlError(f"{folder}: no such folder")

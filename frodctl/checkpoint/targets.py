@@ -73,6 +73,11 @@ class Target:
         return self.shape[0] if self.transposed else self.shape[1]
 
     @property
+    def named_conv1d(self) -> bool:
+        """Whether it is called as transformers calls its transposed layers."""
+        return self.module.rsplit(".", 1)[-1] in CONV1D_NAMES
+
+    @property
     def nbytes(self) -> int:
         """Bytes it takes in its file."""
         return self.tensor.nbytes if self.index is None else self.tensor.slice(self.index).nbytes
@@ -166,12 +171,18 @@ def linear_layer(info: TensorInfo, checkpoint: Checkpoint) -> Target:
     return _targets(info, checkpoint)[0]
 
 
+def is_fused_experts(info: TensorInfo) -> bool:
+    """Whether a tensor of three dimensions stacks the weights of experts."""
+    *parents, last = info.name.removesuffix(".weight").split(".")
+    return len(info.shape) == 3 and ("experts" in parents or last in _FUSED_EXPERTS)
+
+
 def _not_linear(info: TensorInfo, checkpoint: Checkpoint) -> str | None:
     """Why the tensor is no linear layer's weight; None if it is one."""
     *parents, last = info.name.removesuffix(".weight").split(".")
     if info.dtype not in FLOAT_DTYPES:
         return f"not floating point ({info.dtype})"
-    if len(info.shape) == 3 and ("experts" in parents or last in _FUSED_EXPERTS):
+    if is_fused_experts(info):
         return None if _expert_orientation(info, checkpoint) is not None else "experts of unknown orientation"
     if len(info.shape) != 2 or 0 in info.shape:
         return "not a matrix"

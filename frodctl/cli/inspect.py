@@ -159,6 +159,7 @@ _DRAWN = {
     metavar="FILE",
     help="Draw the spectra (--spectrum): .png, .svg, or .html, one page that needs nothing else.",
 )
+@click.option("--force", is_flag=True, help="Replace a picture that exists.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --estimate.")
 @device_option
 @source_options
@@ -167,6 +168,7 @@ def command(
     targets: tuple[str, ...],
     check: bool,
     plot: str | None,
+    force: bool,
     format_: str | None,
     json_: bool,
     quiet: bool,
@@ -191,7 +193,7 @@ def command(
     if plot is not None:
         from frodctl.cli import plot as pictures
 
-        pictures.check_request(plot, estimate=options["estimate"])
+        pictures.check_request(plot, estimate=options["estimate"], force=force)
         options["spectrum"] = True
     chosen = job.InspectOptions(**options)
     shown: list[job.Row] = []
@@ -199,7 +201,8 @@ def command(
         found = list(job.reports(targets, chosen, report))
         if out.format in ("tsv", "csv", "jsonl"):
             rows = _kept(found, shown)
-            out.stream(rows, _keys(found, chosen))
+            # sorted rows come all at once, and a key that no row has is said before anything is printed
+            out.stream(list(rows) if chosen.sort else rows, _keys(found, chosen))
             summaries = [item.summary() for item in found] if plot or check else []
         else:
             summaries = _emit(out, found, chosen, shown, report)

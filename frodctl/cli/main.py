@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ import click
 from click.shell_completion import shell_complete
 
 import frodctl
+from frodctl.cli.output import NO_CONTROL
 from frodctl.errors import FrodctlError, OutOfResources
 
 _COMMANDS = {
@@ -67,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         return _run(arguments)
     except click.exceptions.Exit as error:
@@ -85,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         message, code = _explain(error)
         with suppress(BrokenPipeError):
-            click.echo(f"Error: {message}", err=True)
+            click.echo(f"Error: {message.translate(NO_CONTROL)}", err=True)
         return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -66,6 +67,8 @@ class ScaledAdapter(click.ParamType[tuple[str, float]]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
         if isinstance(value, tuple):
             return value
+        if Path(value).exists():
+            return value, 1.0
         adapter, colon, scale = str(value).rpartition(":")
         try:
             return (adapter, float(scale)) if colon and adapter else (str(value), 1.0)

@@ -25,6 +25,8 @@ _GAP = 2  # between columns
 
 #: What would break a line of tab-separated values, as spaces.
 _NO_BREAKS = str.maketrans("\t\n\r", "   ")
+#: Names come from strangers' files, and a terminal obeys what it is sent.
+NO_CONTROL = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)], "?")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Output:
 
     def line(self, text: str) -> None:
         """Print a line of text."""
-        self._write(text + "\n")
+        self._write(text.translate(NO_CONTROL) + "\n")
 
     def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[str]:
         """Print a table that fits the terminal; the titles of the columns there was no room for."""
@@ -109,7 +111,7 @@ class Output:
 
 
 def _shown(column: Column, row: Mapping[str, Any]) -> str:
-    return column.show(row) if column.show else _cell(row.get(column.key))
+    return (column.show(row) if column.show else _cell(row.get(column.key))).translate(NO_CONTROL)
 
 
 def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], width: int) -> list[Column]:

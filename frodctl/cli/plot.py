@@ -17,13 +17,13 @@ _COLUMNS = 4
 _MOST_ROLES = 16
 
 
-def check_request(file: str, *, estimate: bool) -> None:
+def check_request(file: str, *, estimate: bool, force: bool) -> None:
     """Refuse, before any work, a picture that cannot be drawn.
 
     Raises
     ------
     UsageError
-        Of its name or folder, or because an estimate has no singular values.
+        Of its name or folder, because it exists, or because an estimate has no singular values.
     FrodctlError
         matplotlib is not installed.
     """
@@ -32,6 +32,8 @@ def check_request(file: str, *, estimate: bool) -> None:
         raise UsageError(f"--plot {file}: the name must end with one of {', '.join(_SUFFIXES)}")
     if not path.parent.is_dir() or path.is_dir():
         raise UsageError(f"--plot {file}: no such folder, or a folder itself")
+    if path.exists() and not force:
+        raise UsageError(f"--plot {file}: exists; use --force to replace it, or name another")
     if estimate:
         raise UsageError("--plot draws singular values, which --estimate does not have; say --spectrum")
     try:

@@ -112,8 +112,10 @@ class Adapter:
 
     def is_saved_module(self, tensor: str) -> bool:
         """Whether the tensor (its name in the live model) is of a module that was trained as a whole."""
-        saved = self.config.get("modules_to_save") or ()
-        return any(f".{entry}." in f".{tensor}" for entry in saved if isinstance(entry, str))
+        parents = tensor.split(".")[:-1]
+        paths = [".".join(parents[: count + 1]) for count in range(len(parents))]
+        saved = [entry for entry in self.config.get("modules_to_save") or () if isinstance(entry, str)]
+        return any(path.endswith(entry) for path in paths for entry in saved)  # as PEFT has it
 
 
 def open_adapter(location: Location, name: str | None = None, *, headers_only: bool = False) -> Adapter:
@@ -225,6 +227,8 @@ def _module(name: str, module: str, parts: Mapping[str, TensorInfo], labels: Map
 
 def _check_shapes(adapter: Adapter, sizes: Mapping[str, TensorInfo]) -> None:
     widths = adapter.categories
+    if 0 in widths.values():
+        raise InvalidInput(f"{adapter.name}: a module without scales")
     for shared in (adapter.bases, adapter.indices, sizes):
         for category in set(shared) - set(widths):
             raise InvalidInput(f"{adapter.name}: tensor {shared[category].name} belongs to no trained module")

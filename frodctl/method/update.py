@@ -124,6 +124,8 @@ class CategoryUpdate:
 
     def _core(self, diagonal: Tensor, values: Tensor, row_scales: Tensor | None) -> Tensor:
         """(diag(diagonal) + S) Vᵀ (n, n), its rows scaled."""
+        if not len(values):  # nothing off the diagonal was trained
+            values = self.Vt.new_zeros(len(self._order) - self.n)
         entries = torch.cat([values.to(self.Vt), diagonal.to(self.Vt)])[self._order]
         if row_scales is not None:
             entries *= row_scales.to(entries)[self.rows]

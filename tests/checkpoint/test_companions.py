@@ -20,6 +20,8 @@ LEFT = [
     "onnx/model.onnx", "onnx/config.json", "model.gguf", "adapter_config.json", "adapter_model.safetensors",
     "optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin", "rng_state_0.pth", "README.md",
     ".gitattributes", ".cache/huggingface/x", "runs/a/events.out.tfevents.1", "checkpoint-50/config.json",
+    "saved_model/saved_model.pb", "saved_model/variables/variables.data-00000-of-00001", "model.onnx.data", "a.pkl",
+    "onnx2/model.onnx_data_1", "model.keras", "x.tar.gz", "model.safetensors.index.fp32.json",
     "tiny-llama.frod.safetensors", "__pycache__/modeling_custom.cpython-311.pyc", "x.partial/key/journal",
 ]  # fmt: skip
 
@@ -38,7 +40,8 @@ def test_folders_that_sentence_transformers_lists_come_with_their_weights() -> N
     ("content", "folders"),
     [
         (json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense/x"}]), {"1_Pooling", "2_Dense"}),
-        (json.dumps([{"path": "../x"}, {"path": "/etc"}]), set()),
+        (json.dumps([{"path": "../x"}, {"path": "/etc"}, {"path": "."}]), set()),
+        ("[" * 100_000, set()),
         ("[1, 2]", set()),
         ("{", set()),
     ],
@@ -56,4 +59,11 @@ def test_files_below_a_folder(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (tmp_path / "linked").symlink_to(tmp_path / "a")
+    (tmp_path / "b" / "secret").symlink_to("/etc/hostname")
     assert files_below(tmp_path) == ["a", "b/c", "b/d/e", "linked"]
+    snapshot = tmp_path / "cache" / "snapshots" / "commit"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "cache" / "blobs").mkdir()
+    (tmp_path / "cache" / "blobs" / "sha").touch()
+    (snapshot / "config.json").symlink_to("../../blobs/sha")
+    assert files_below(snapshot) == ["config.json"]

@@ -78,9 +78,18 @@ def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
         check_output_folder(home, [], force=False)
     check_output_folder(home, [], force=True)
     (home / "thesis.tex").touch()
-    with pytest.raises(UsageError, match="no checkpoint"):
-        check_output_folder(home, [], force=True)
-    (home / "config.json").touch()
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(UsageError, match="more than a checkpoint"):
+            check_output_folder(home, [], force=True)
+        (home / name).touch()
+    check_output_folder(home, [], force=True)
+    for precious in (".git", "src", "adapter_config.json", "model.frod.safetensors"):
+        (home / precious).mkdir() if "." not in precious[1:] else (home / precious).touch()
+        with pytest.raises(UsageError, match="more than a checkpoint"):
+            check_output_folder(home, [], force=True)
+        (home / precious).rmdir() if (home / precious).is_dir() else (home / precious).unlink()
+    (home / "1_Pooling").mkdir()
+    (home / "README.md").write_text("# x\n\nMerged by frodctl 0.1.\n")
     check_output_folder(home, [], force=True)
     for path in (home / "config.json", tmp_path / "link"):
         (tmp_path / "link").unlink(missing_ok=True)

@@ -200,6 +200,7 @@ def test_pictures(suffix: str, example: Path, tmp_path: Path, frodctl: Run) -> N
         (["--plot", "missing/x.png"], "no such folder"),
         (["--plot", "x.png", "--estimate"], "--estimate does not have"),
         (["--plot", "x.png", "--include", "*norm*"], "nothing to draw"),
+        (["--sort", "beauty"], "no such column"),
     ],
 )
 def test_pictures_that_cannot_be_drawn(
@@ -209,3 +210,20 @@ def test_pictures_that_cannot_be_drawn(
     assert done.returncode == 2
     assert text in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_is_replaced_by_force_only(example: Path, tmp_path: Path, frodctl: Run) -> None:
+    (tmp_path / "x.svg").write_text("precious")
+    arguments = ("inspect", example, "--include", "*q_proj*", "-q", "--plot", "x.svg")
+    assert frodctl(*arguments).returncode == 2
+    assert (tmp_path / "x.svg").read_text() == "precious"
+    assert frodctl(*arguments, "--force").returncode == 0
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+
+
+def test_names_cannot_command_the_terminal_and_any_encoding_will_do(tmp_path: Path, frodctl: Run) -> None:
+    save_file({"evil\x1b[2Jname": torch.ones(4, 4)}, tmp_path / "m.safetensors")
+    done = frodctl("inspect", "m.safetensors", "--spectrum", "--format", "human", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "evil?[2Jname" in done.stdout

@@ -81,10 +81,11 @@ def test_an_output_that_exists(llama: dict[str, Path], refused: Any, tmp_path: P
     (tmp_path / "out").mkdir()
     assert "--force" in refused(2, llama["base"], llama["adapter"], "out")
     (tmp_path / "out" / "thesis.tex").touch()
-    assert "holds no checkpoint" in refused(2, llama["base"], llama["adapter"], "out", "--force")
+    assert "more than a checkpoint" in refused(2, llama["base"], llama["adapter"], "out", "--force")
     (tmp_path / "file").touch()
     assert "not a folder" in refused(2, llama["base"], llama["adapter"], "file", "--force")
     assert "no such folder" in refused(2, llama["base"], llama["adapter"], "a/b")
+    assert "more than a checkpoint" in refused(2, llama["base"], llama["adapter"], ".", "--force")
 
 
 def test_an_output_in_around_or_equal_to_what_is_read(llama: dict[str, Path], refused: Any, tmp_path: Path) -> None:
@@ -206,6 +207,31 @@ def test_not_an_adapter(llama: dict[str, Path], refused: Any, tmp_path: Path) ->
     assert "damaged frodctl object" in refused(3, llama["base"], "lora", "out")
     assert "no such" in refused(1, llama["base"], "./missing", "out")
     assert "holds an adapter" in refused(3, "lora", llama["adapter"], "out")
+
+
+def test_another_job_does_not_take_up_the_pieces(
+    llama: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two adapters with their scales exchanged: the same tensors and options, but another result."""
+
+    def double(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if "lambda_s" in name:
+                tensors[name] *= 2
+
+    one, two = llama["adapter"], edited(llama["adapter"], tmp_path / "two", double)
+    monkeypatch.chdir(tmp_path)
+
+    def run(first: Path, second: Path, out: str) -> int:
+        return main(["merge", str(llama["base"]), str(first), out, "--scale", "0.6", "--also", f"{second}:0.4", "-q"])
+
+    with monkeypatch.context() as patch:  # all tensors are written, and then the run ends
+        patch.setattr("frodctl.jobs.merge.run._write_the_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(one, two, "out") == 130
+    assert list((tmp_path / "out.partial").glob("*/journal.jsonl"))
+    assert run(two, one, "out") == 0
+    assert run(two, one, "clean") == 0
+    assert tree(tmp_path / "out")["model.safetensors"] == tree(tmp_path / "clean")["model.safetensors"]
 
 
 # What it prints

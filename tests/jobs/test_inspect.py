@@ -92,7 +92,12 @@ def test_estimates_enclose_the_exact_figures(example: Path) -> None:
 def test_fused_experts_are_taken_one_by_one(tmp_path: Path) -> None:
     fused = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0))
     save_file(
-        {"layers.0.experts.up": fused, "norm": torch.ones(6), "ids": torch.ones(2, 2).long()},
+        {
+            "layers.0.experts.up": fused,
+            "norm": torch.ones(6),
+            "ids": torch.ones(2, 2).long(),
+            "conv.weight": torch.ones(5, 1, 4),
+        },
         tmp_path / "m.safetensors",
     )
     found = rows(tmp_path / "m.safetensors", spectrum=True)
@@ -178,6 +183,30 @@ def test_an_adapter_of_our_own_with_its_basis(tmp_path: Path) -> None:
     for name, row in whole.items():
         delta = after[f"{name}.weight"].double() - before[f"{name}.weight"].double()
         assert row["delta_nuclear_norm"] == pytest.approx(float(torch.linalg.matrix_norm(delta, "nuc")), rel=1e-4)
+
+
+def test_a_small_update_is_not_buried_in_rounding(tmp_path: Path) -> None:
+    """One scale moved by 1e-4: the update has rank one, also where W + ΔW in float32 would not show it."""
+    base = peft_models.save_base(tmp_path / "base", "llama", torch.float32)
+    basis = tmp_path / "basis.safetensors"
+    frodctl.decompose(str(base), basis, target_modules="q_proj")
+    adapter = write_adapter(tmp_path / "adapter", base, basis)
+    state = load_file(adapter / "adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    state[f"base_model.model.{name}.frod_lambda_l"][5] *= 1 + 1e-4
+    save_file(state, adapter / "adapter_model.safetensors", {"format": "pt"})
+    found = rows(adapter, base=str(base), basis=basis)
+    assert found[name]["delta_numerical_rank"] == 1
+    assert found["model.layers.0.self_attn.q_proj"]["delta_frobenius_norm"] == 0
+
+
+def test_a_basis_that_is_not_the_adapters(tmp_path: Path) -> None:
+    base = peft_models.save_base(tmp_path / "base", "llama", torch.float32)
+    frodctl.decompose(str(base), tmp_path / "basis.safetensors", target_modules="q_proj")
+    frodctl.decompose(str(base), tmp_path / "other.safetensors", target_modules="q_proj", alpha=0.5)
+    adapter = write_adapter(tmp_path / "adapter", base, tmp_path / "basis.safetensors", 0.1)
+    with pytest.raises(InvalidInput, match="is not the one that"):
+        rows(adapter, spectrum=True, basis=tmp_path / "other.safetensors")
 
 
 # Bases

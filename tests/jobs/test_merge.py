@@ -14,7 +14,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
+)
 
 import frodctl
 from frodctl.errors import InvalidInput, UsageError
@@ -464,6 +471,65 @@ def test_a_pickled_base(cases: Any, tmp_path: Path) -> None:
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_square_conv1d_weights_without_a_config(cases: Any, tmp_path: Path) -> None:
+    """Nothing but PEFT's flag tells that they are stored transposed."""
+    base = cases("gpt2", torch.float32).base
+    live = peft_models.trained_adapter(tmp_path / "adapter", "gpt2", base, target_modules=["attn.c_proj"])
+    merged = live.merge_and_unload().state_dict()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(base / "model.safetensors", bare)
+    frodctl.merge(str(bare), str(tmp_path / "adapter"), tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    for layer in range(3):
+        name = f"transformer.h.{layer}.attn.c_proj.weight"
+        assert (found[name] - merged[name]).norm() <= 1e-6 * merged[name].norm()
+
+
+def test_the_head_that_peft_trains_unasked(tmp_path: Path) -> None:
+    """DistilBERT's pre_classifier ends with "classifier", which is how PEFT reads modules_to_save."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=64, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=32)
+    DistilBertModel(config).save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    frod = peft.FrodConfig(task_type="SEQ_CLS", target_modules=["q_lin", "lin1"], progressbar=False)
+    live = peft_models.train(peft.get_peft_model(model, frod))
+    live.save_pretrained(tmp_path / "adapter")
+    result = frodctl.merge(str(tmp_path / "base"), str(tmp_path / "adapter"), tmp_path / "out")
+    assert result.plan.added == [
+        f"{name}.{kind}" for name in ("classifier", "pre_classifier") for kind in ("bias", "weight")
+    ]
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert merged.config.num_labels == 3
+    assert (peft_models.logits(merged) - peft_models.logits(live)).abs().max() <= 1e-5
+
+
+def test_a_head_of_another_size(cases: Any, tmp_path: Path) -> None:
+    """A base that has a head for other labels already."""
+    case = cases("bert", torch.float32)
+    case.merged(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True
+    )
+    live = peft_models.train(peft.get_peft_model(model, peft_models.frod_config("bert")))
+    live.save_pretrained(tmp_path / "adapter")
+    result = frodctl.merge(str(tmp_path / "base"), str(tmp_path / "adapter"), tmp_path / "out")
+    assert result.plan.added == []
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert merged.config.num_labels == 5
+    assert (peft_models.logits(merged) - peft_models.logits(live)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("front", ["date: 2024-02-30", "license: [", "- 1", "x: " + "[" * 3000])
+def test_a_card_that_cannot_be_read_stops_nothing(front: str, cases: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(cases("gpt2", torch.float32).base, base)
+    (base / "README.md").write_text(f"---\n{front}\n---\n")
+    frodctl.merge(str(base), str(cases("gpt2", torch.float32).adapter), tmp_path / "out")
+    assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
 
 
 # The folder

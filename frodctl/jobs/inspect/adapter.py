@@ -27,12 +27,10 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
     if options.base is not None:
         merging = MergeOptions(
-            basis=options.basis, trust_basis=options.trust_basis, adapter_name=options.adapter_name,
-            revision=options.revision, subfolder=options.subfolder, token=options.token,
+            basis=options.basis, trust_basis=options.trust_basis, token=options.token,
             cache_dir=options.cache_dir, offline=options.offline,
         )  # fmt: skip
-        found = match(options.base, name, merging, progress=progress)
-        adapter = found.sources[0].adapter
+        found = match(options.base, adapter, merging, progress=progress)
         rows = _with_base(found, options)
     else:
         basis = open_basis(options.basis) if options.basis is not None else None
@@ -45,20 +43,28 @@ def _alone(adapter: Adapter, basis: BasisFile | None, options: InspectOptions) -
     values = {row["name"]: row for row in headers.adapter_rows(adapter)}
     for module in adapter.modules:
         if options.selects(module.module):
-            yield Row(values[module.module] | changes(*_trained(adapter, module, basis)))
+            yield Row(values[module.module] | changes(*_trained(adapter, module, basis, options.trust_basis)))
 
 
-def _trained(adapter: Adapter, module: TrainedModule, basis: BasisFile | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _trained(
+    adapter: Adapter, module: TrainedModule, basis: BasisFile | None, trust: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """λ', the values of S, and λ where a file says it."""
     scales = adapter.tensor(module.scales)
     values = adapter.tensor(module.values) if module.values else scales.new_zeros(0)
     if module.base_scales is not None:
         return scales, values, adapter.tensor(module.base_scales)
     if basis is not None:
+        recorded = adapter.provenance.basis if adapter.provenance else {}
+        if not trust and recorded.get(module.category, "") != basis.metadata.basis.get(module.category):
+            raise InvalidInput(f"{basis.path}: V.{module.category} is not the one that {adapter.name} records")
         known = names.match([module.module], [record.name for record in basis.metadata.modules])[module.module]
         if known is None:
             raise InvalidInput(f"{basis.path}: no scales of {module.module}, which {adapter.name} trains")
-        return scales, values, basis.tensor(f"lambda.{known}")
+        start = basis.tensor(f"lambda.{known}")
+        if start.shape != scales.shape:
+            raise InvalidInput(f"{basis.path}: lambda.{known} is {list(start.shape)}, not {list(scales.shape)}")
+        return scales, values, start
     return scales, values, None
 
 
@@ -110,7 +116,7 @@ def _with_base(found: Match, options: InspectOptions) -> Iterator[Row]:
         module = weight.parts[0].trained.module
         delta, start, norm = _delta(weight, updates)
         basis = found.sources[0].basis if adapter.provenance else None
-        scales, sparse, known = _trained(adapter, weight.parts[0].trained, basis)
+        scales, sparse, known = _trained(adapter, weight.parts[0].trained, basis, options.trust_basis)
         figures = spectra.of(delta, module)
         yield Row(
             values[module]
@@ -127,9 +133,9 @@ def _delta(weight: Weight, updates: WeightUpdates) -> tuple[Tensor, Tensor, Tens
     task = updates.read(weight)
     stored = updates.stored(weight) if task.stored is None else task.stored
     W = stored.T if weight.target.transposed else stored
-    delta = torch.zeros(W.shape, dtype=torch.float64 if W.dtype == torch.float64 else torch.float32)
-    for rows, block in updates.rows(W, task) if task.trained else ():
-        torch.sub(block.cpu(), W[rows], out=delta[rows])
+    delta = torch.zeros(W.shape, dtype=torch.float64)
+    for rows, block in updates.changes(W, task) if task.trained else ():
+        delta[rows] = block
     return delta, updates.start(weight, W), W.double().norm()
 
 

@@ -24,7 +24,7 @@ _PIECE = 1 << 22  # elements
 def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progress: Callback) -> Report:
     """Rows of what is equal, what differs and by how much, and what is on one side only."""
     assert options.against is not None
-    location = options.location(options.against)
+    location = options.location_of_other(options.against)
     other = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
     matched = names.match(checkpoint.tensors, other.tensors)
     pairs: list[tuple[TensorInfo | None, TensorInfo | None]] = [
@@ -107,10 +107,11 @@ def _differences(A: torch.Tensor, B: torch.Tensor) -> dict[str, float | None]:
         difference = b - a
         for place, value in enumerate((a @ a, b @ b, a @ b, difference @ difference)):
             squares[place] += float(value)
-        largest = max(largest, float(difference.abs().max())) if a.numel() else largest
+        peak = float(difference.abs().max()) if a.numel() else 0.0
+        largest = peak if peak > largest or math.isnan(peak) else largest
     aa, bb, ab, dd = squares
     return {
         "relative_difference": math.sqrt(dd / aa) if aa else None,
-        "cosine": ab / math.sqrt(aa * bb) if aa and bb else None,
+        "cosine": ab / math.sqrt(aa) / math.sqrt(bb) if aa and bb else None,
         "max_difference": largest,
     }

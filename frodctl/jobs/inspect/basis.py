@@ -25,7 +25,7 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
     """Rows with the figures of every V and every layer's scales; with a base also how it is reconstructed."""
     checkpoint = None
     if options.base is not None:
-        location = options.location(options.base)
+        location = options.location_of_other(options.base)
         checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
     figures = _BasisFigures(basis, checkpoint, options)
     rows = [row for row in headers.basis_rows(basis) if options.selects(row["name"])]
@@ -62,7 +62,7 @@ class _BasisFigures:
         more: dict[str, Any] = {}
         if kind in ("lambda", "tau") and len(values):
             more = dict(zip(("minimum", "median", "maximum"), _quantiles(values, (0, 0.5, 1)), strict=True))
-        if kind == "lambda" and self.checkpoint is not None:
+        if row["name"] in self.records and self.checkpoint is not None:
             more |= self._reconstruction(self.records[row["name"]], values)
         return Row(row | more)
 
@@ -73,6 +73,8 @@ class _BasisFigures:
         """
         tau = self.basis.tensor(f"tau.{category}")
         layers = [record for record in self.basis.metadata.modules if record.category == category]
+        if not layers:
+            return {}
         fourth = torch.stack([self.basis.tensor(f"lambda.{record.name}").double() ** 4 for record in layers]).sum(0)
         sharing = 1 / fourth[fourth > 0]
         if category not in self.conditions:
@@ -104,7 +106,7 @@ class _BasisFigures:
         module, _, index = record.name.removesuffix("]").partition("[")
         known = self.checkpoint.tensors
         info = known.get(f"{module}.weight") or known.get(module)
-        if info is None:
+        if info is None or not (index.isdigit() or not index):
             raise InvalidInput(f"{self.checkpoint.model}: no weight of {record.name}, which {self.basis.path} is of")
         stored = stream.read_tensor(self.checkpoint.root, info, int(index) if index else None)
         if tuple(stored.shape) != record.shape:

@@ -105,8 +105,8 @@ def basis_rows(basis: BasisFile) -> list[dict[str, Any]]:
             {"name": name, "shape": list(spec.shape), "dtype": spec.dtype, "parameters": parameters}
             | {"category": category, "layer": module.layer if module else None}
         )
-    kinds = ("V", "tau", "indices", "lambda")
-    return sorted(rows, key=lambda row: (row["category"], kinds.index(row["name"].partition(".")[0])))
+    kinds = {"V": 0, "tau": 1, "indices": 2, "lambda": 3}
+    return sorted(rows, key=lambda row: (row["category"], kinds.get(row["name"].partition(".")[0], 4)))
 
 
 def basis_summary(basis: BasisFile, parameters: int | None) -> dict[str, Any]:

@@ -54,6 +54,10 @@ class InspectOptions:
         """A target as these options reach it."""
         return Location(model, self.revision, self.subfolder, self.token, self.cache_dir, self.offline)
 
+    def location_of_other(self, model: str) -> Location:
+        """What a target is held against: its revision can only be in its name."""
+        return Location(model, token=self.token, cache_dir=self.cache_dir, offline=self.offline)
+
     def selects(self, name: str) -> bool:
         """Whether a tensor of this name is wanted."""
         included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
@@ -95,6 +99,6 @@ def arranged(rows: Iterator[Row], sort: str | None, top: int | None) -> Iterator
     if found and not any(key in row.values for row in found):
         raise UsageError(f"--sort {sort}: no such column; there are: {', '.join(found[0].values)}")
     known = [row for row in found if row.values.get(key) is not None]
-    text = any(isinstance(row.values[key], (str, list, tuple)) for row in known)
-    known.sort(key=lambda row: str(row.values[key]) if text else row.values[key], reverse=(sort == key) != text)
+    numbers = all(isinstance(row.values[key], (int, float)) for row in known)
+    known.sort(key=lambda row: row.values[key] if numbers else str(row.values[key]), reverse=(sort == key) == numbers)
     yield from [*known, *(row for row in found if row.values.get(key) is None)][:top]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from frodctl.checkpoint import names
+from frodctl.checkpoint import targets as linear_layers
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.source import Checkpoint, TensorInfo
 from frodctl.errors import UsageError
@@ -148,12 +149,12 @@ def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOption
 
 
 def matrices(info: TensorInfo) -> list[tuple[TensorInfo, int | None]]:
-    """The matrices in a tensor: itself, or the slices of a stack of three dimensions; none of anything else."""
+    """The matrices in a tensor: itself, or the experts that it stacks; none of anything else (convolutions)."""
     if info.dtype not in FLOAT_DTYPES or 0 in info.shape:
         return []
     if len(info.shape) == 2:
         return [(info, None)]
-    return [(info, index) for index in range(info.shape[0])] if len(info.shape) == 3 else []
+    return [(info, index) for index in range(info.shape[0])] if linear_layers.is_fused_experts(info) else []
 
 
 def _spectra(

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 import frodctl
+from frodctl.checkpoint.sink import MERGED_BY
 from frodctl.jobs.merge.plan import MergePlan
 
 #: What is taken over from the base's card.
@@ -36,7 +37,7 @@ def model_card(plan: MergePlan) -> str:
         "",
         *(f"- `{_public_name(s.adapter.name)}` (form {s.form}, scale {s.scale:g})" for s in plan.sources),
         "",
-        f"Merged by frodctl {frodctl.__version__}.",
+        f"{MERGED_BY} {frodctl.__version__}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -57,6 +58,6 @@ def _kept(plan: MergePlan) -> dict[str, Any]:
     found = _FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace"))
     try:
         data = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:  # a stranger's; the card is an extra
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # a stranger's; the card is an extra
         return {}
     return {key: data[key] for key in _KEPT if key in data} if isinstance(data, dict) else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -222,15 +222,16 @@ def plan_merge(
     """
     chosen = MergeOptions(**options)
     output = Path(output)
+    output = output if output.name not in ("", "..") else output.resolve()
     if not dry_run:
         _check_output(output, base, adapter, chosen)
         choose_device(chosen.device)  # before a download, not after it
     found = match(base, adapter, chosen, headers_only=dry_run, progress=progress)
     checkpoint, sources = found.checkpoint, found.sources
     if not dry_run and checkpoint.root is not None:  # now that it is known where a base called "-" is
-        sink.check_output_folder(output, [checkpoint.root], force=chosen.force)
+        sink.check_output_folder(output, [checkpoint.path or checkpoint.root], force=chosen.force)
     replaced = _replaced(checkpoint, sources)
-    _check_ties(checkpoint, found.weights, replaced, sources[0].adapter)
+    _check_ties(checkpoint, found.weights, replaced, sources)
     added = {name for name in replaced if name not in checkpoint.tensors}
     new_names = {name: found.prefix + name if added else name for name in checkpoint.tensors}
     replaced = {new_names.get(name, name): item for name, item in replaced.items()}
@@ -262,7 +263,7 @@ class Match:
 
 
 def match(
-    base: str, adapter: str, options: MergeOptions, *, headers_only: bool = False, progress: Callback = silent
+    base: str, adapter: str | Adapter, options: MergeOptions, *, headers_only: bool = False, progress: Callback = silent
 ) -> Match:
     """Open a base and adapters, fetching what is on the Hub, and find the weights that they change.
 
@@ -280,18 +281,23 @@ def match(
 
 def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) -> None:
     given = [options.location(name).local_path() for name in (base, adapter, *(name for name, _ in options.also))]
-    inputs = [path if path.is_dir() else path.parent for path in given if path is not None]
+    inputs = [path for path in given if path is not None]
     if options.basis is not None and Path(options.basis).resolve().is_relative_to(output.resolve()):
         raise UsageError(f"{output}: holds {options.basis}, which is read; name a folder elsewhere")
     sink.check_output_folder(output, inputs, force=options.force)
 
 
-def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool) -> tuple[Source, ...]:
+def _open_sources(adapter: str | Adapter, options: MergeOptions, *, headers_only: bool) -> tuple[Source, ...]:
     basis = open_basis(options.basis) if options.basis is not None else None
+    given: list[tuple[str | Adapter, float, str | None]] = [(adapter, options.scale, options.adapter_name)]
+    given += [(name, scale, None) for name, scale in options.also]
     sources = []
-    for name, scale in ((adapter, options.scale), *options.also):
-        chosen = options.adapter_name if name is adapter else None
-        opened = open_adapter(options.location(name), chosen, headers_only=headers_only)
+    for one, scale, chosen in given:
+        opened = one if isinstance(one, Adapter) else None
+        if not isinstance(one, Adapter):
+            opened = open_adapter(options.location(one), chosen, headers_only=headers_only)
+        assert opened is not None
+        name = opened.name
         form = options.form
         if form == "auto":
             form = opened.provenance.form if opened.provenance else "reconstruct"
@@ -366,6 +372,8 @@ def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[W
     weights = []
     for name, items in parts.items():
         target = linear_layer(checkpoint.tensors[f"{name}.weight"], checkpoint)
+        if any(part.source.adapter.config.get("fan_in_fan_out") is True for part in items) and target.named_conv1d:
+            target = replace(target, transposed=True)  # PEFT saw the module; the config may not tell
         for part in items:
             if part.trained.n != target.n:
                 raise InvalidInput(
@@ -408,7 +416,9 @@ def _replaced(checkpoint: Checkpoint, sources: Sequence[Source]) -> dict[str, tu
                 other = replaced[name][0].adapter.name
                 raise InvalidInput(f"{adapter.name}: {name} was trained as a whole in {other} too; merge one of them")
             base = checkpoint.tensors.get(name)
-            if base is not None and base.shape != info.shape:
+            is_head = adapter.is_saved_module(live) and adapter.config.get("task_type") in model_config.LABELLING_TASKS
+            same = base is None or base.shape == info.shape or (is_head and base.shape[1:] == info.shape[1:])
+            if base is not None and not same:
                 raise InvalidInput(
                     f"{adapter.name}: tensor {info.name} is {list(info.shape)}, but {name} of {checkpoint.model} is "
                     f"{list(base.shape)}"
@@ -423,16 +433,16 @@ def _check_ties(
     checkpoint: Checkpoint,
     weights: Sequence[Weight],
     replaced: Mapping[str, tuple[Source, TensorInfo]],
-    adapter: Adapter,
+    sources: Sequence[Source],
 ) -> None:
-    if adapter.config.get("task_type") in model_config.TASKS_WITHOUT_LM_HEAD:
-        return
+    tasks = [source.adapter.config.get("task_type") for source in sources]
+    with_head = not all(task in model_config.TASKS_WITHOUT_LM_HEAD for task in tasks)
     changed = [weight.target.tensor.name for weight in weights] + list(replaced)
-    broken = ties.ties_broken_by(checkpoint, changed)
+    broken = ties.ties_broken_by(checkpoint, changed, with_head=with_head)
     if broken:
         raise InvalidInput(
-            f"{adapter.name}: {broken[0]} is tied to another tensor in {checkpoint.model}, and merging would break the "
-            "tie or change both; untie them in the base first (tie_word_embeddings)"
+            f"{sources[0].adapter.name}: {broken[0]} is tied to another tensor in {checkpoint.model}, and merging "
+            "would break the tie or change both; untie them in the base first (tie_word_embeddings)"
         )
 
 
@@ -447,8 +457,10 @@ def _specs(
     def dtype(stored: str) -> str:
         return DTYPES[options.dtype] if options.dtype != "auto" and stored in codec.FLOAT_DTYPES else stored
 
-    order = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset, info.name))
-    specs = [codec.TensorSpec(new_names[info.name], dtype(info.dtype), info.shape) for info in order]
+    # a pickle of the old kind has no places in its file
+    order = sorted(checkpoint.tensors.values(), key=lambda i: (i.file, 0 if i.data is not None else i.offset, i.name))
+    shapes = {name: info.shape for name, (_, info) in replaced.items()}
+    specs = [codec.TensorSpec(new_names[i.name], dtype(i.dtype), shapes.get(new_names[i.name], i.shape)) for i in order]
     usual = model_config.usual_dtype(specs)
     known = set(new_names.values())
     specs += [codec.TensorSpec(n, usual, info.shape) for n, (_, info) in replaced.items() if n not in known]
@@ -459,7 +471,12 @@ def _files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What is copied beside the weights; nothing is known of it where only headers were fetched."""
     if checkpoint.root is None or not checkpoint.config:
         return ()
-    chosen = companions(files_below(checkpoint.root), module_folders(checkpoint.root / MODULES_FILE))
+    path = checkpoint.path
+    if path is not None and path.is_file():  # a single file, whose folder may be anybody's: no sub-folders
+        found = [entry.name for entry in checkpoint.root.iterdir() if entry.is_file()]
+    else:
+        found = files_below(checkpoint.root)
+    chosen = companions(found, module_folders(checkpoint.root / MODULES_FILE))
     return tuple(name for name in chosen if name != "config.json")
 
 

@@ -61,7 +61,7 @@ class Projections:
         if positions.numel() and not (positions.min() >= 0 and positions.max() < n):
             raise InvalidInput(f"{adapter.name}: positions of {category} lie outside the {n} x {n} matrix")
         for module in adapter.modules:
-            count = module.values.shape[0] if module.values else 0
+            count = module.values.shape[0] if module.values else positions.shape[1]
             if module.category == category and count != positions.shape[1]:
                 raise InvalidInput(
                     f"{adapter.name}: {module.module} has {count} sparse values for the {positions.shape[1]} positions "
@@ -81,7 +81,9 @@ class Projections:
                 weight = stream.read_tensor(self.checkpoint.root, target.tensor)
                 layer = names.layer_index(module.module)
                 layers[number if layer is None else layer] = (weight.T if target.transposed else weight).float()
-        alpha = float(source.adapter.config.get("regularization_alpha", 1e-3))
+        alpha = source.adapter.config.get("regularization_alpha", 1e-3)
+        if not isinstance(alpha, (int, float)):
+            raise InvalidInput(f"{source.adapter.name}: its config's regularization_alpha is {alpha!r}")
         return routine([layers[number] for number in sorted(layers)], alpha)
 
 
@@ -105,7 +107,7 @@ def _drawn(source: Source) -> dict[str, Tensor]:
 
 def _peft_pattern(adapter: Adapter) -> tuple[int, dict[str, float]]:
     seed, rate = adapter.config.get("projection_prng_key"), adapter.config.get("sparse_rate")
-    if type(seed) is not int or not isinstance(rate, (int, float)):
+    if type(seed) is not int or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         raise InvalidInput(f"{adapter.name}: its config lacks projection_prng_key or sparse_rate")
     return seed, dict.fromkeys(adapter.categories, float(rate))
 

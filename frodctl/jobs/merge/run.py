@@ -15,7 +15,7 @@ import frodctl
 from frodctl.checkpoint import shards, sink
 from frodctl.errors import InvalidInput
 from frodctl.jobs.merge.card import model_card
-from frodctl.jobs.merge.plan import MergePlan, plan_merge
+from frodctl.jobs.merge.plan import MergePlan, Part, Source, plan_merge
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
@@ -98,6 +98,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
     device = choose_device(plan.options.device)
     require_memory(plan.peak_memory_bytes, device)
     with sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume) as staging:
+        card = model_card(plan)
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
         tree = staging.path(_TREE)
         tree.mkdir(exist_ok=True)
@@ -112,7 +113,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
         except InvalidInput:  # a rerun would come to the same
             shutil.rmtree(staging.folder)
             raise
-        _write_the_rest(plan, tree)
+        _write_the_rest(plan, tree, card)
         if plan.options.verify:
             progress(Progress("reading the result again"))
             shards.verify(tree, plan.shards, digests)
@@ -138,7 +139,7 @@ def _remove_all_but(folder: Path, files: list[str]) -> None:
             path.unlink()
 
 
-def _write_the_rest(plan: MergePlan, tree: Path) -> None:
+def _write_the_rest(plan: MergePlan, tree: Path, card: str) -> None:
     """The index, the configs and whatever else belongs to the model."""
     root = plan.checkpoint.root
     assert root is not None
@@ -151,7 +152,7 @@ def _write_the_rest(plan: MergePlan, tree: Path) -> None:
         _write_json(tree / "config.json", plan.config)
     elif plan.checkpoint.config:
         shutil.copyfile(root / "config.json", tree / "config.json")
-    (tree / "README.md").write_text(model_card(plan), encoding="utf-8")
+    (tree / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -163,23 +164,40 @@ def _job_key(plan: MergePlan, device: torch.device) -> str:
     import torch
 
     assert plan.checkpoint.root is not None
-    read = {plan.checkpoint.root / info.file for info in plan.checkpoint.tensors.values()}
-    for source in plan.sources:
-        assert source.adapter.root is not None
-        read |= {source.adapter.root / module.scales.file for module in source.adapter.modules}
-        read |= {source.basis.path} if source.basis else set()
-    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(read)]
     job = {
         "frodctl": frodctl.__version__,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "files": states,
-        "sources": [[source.form, source.scale, source.recompute] for source in plan.sources],
+        "base": [
+            _state(plan.checkpoint.root / file) for file in sorted({i.file for i in plan.checkpoint.tensors.values()})
+        ],
+        "sources": [_source_key(source) for source in plan.sources],
         "shards": [[shard.file, [(s.name, s.dtype, s.shape) for s in shard.specs]] for shard in plan.shards],
         "weights": [
-            [w.target.tensor.name, w.target.transposed, [part.trained.scales.name for part in w.parts]]
+            [w.target.tensor.name, w.target.transposed, [_part_key(plan, part) for part in w.parts]]
             for w in plan.weights
         ],
+        "replaced": [[name, plan.sources.index(source), info.name] for name, (source, info) in plan.replaced.items()],
     }
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
+
+
+def _source_key(source: Source) -> list[Any]:
+    """Everything of one adapter that the result depends on, in the order of the adapters."""
+    adapter = source.adapter
+    assert adapter.root is not None
+    return [
+        _state(adapter.root / adapter.modules[0].scales.file),
+        dict(adapter.config),
+        _state(source.basis.path) if source.basis else None,
+        [source.form, source.scale, source.recompute],
+    ]
+
+
+def _part_key(plan: MergePlan, part: Part) -> list[Any]:
+    return [plan.sources.index(part.source), part.trained.scales.name, part.trained.category]
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    return str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns

@@ -42,7 +42,12 @@ class TensorMerger:
 
     def run(self) -> None:
         """Write all tensors that are not finished."""
-        waiting = [w for w in self.plan.weights if self._name(w) not in self.writer.digests]
+        waiting = []
+        for weight in self.plan.weights:
+            if self._name(weight) not in self.writer.digests:
+                waiting.append(weight)
+            elif self.updates.untouched(weight):
+                self.unchanged.append(self._name(weight))
         self._advance(self.total - sum(flops(w) for w in waiting))
         behind, copies = _Behind(), _Behind()
         try:

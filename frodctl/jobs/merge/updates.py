@@ -77,6 +77,10 @@ class WeightUpdates:
         touched = tuple(item for item in trained if not item.untouched)
         return Task(weight, stored if touched else None, touched)
 
+    def untouched(self, weight: Weight) -> bool:
+        """Whether no adapter changes the weight."""
+        return all(self._read_part(part, weight).untouched for part in weight.parts)
+
     def stored(self, weight: Weight, buffer: Tensor | None = None) -> Tensor:
         """The weight as the base stores it."""
         return stream.read_tensor(self.root, weight.target.tensor, buffer=buffer)
@@ -145,6 +149,14 @@ class WeightUpdates:
                 for part in weight.parts
             ]
         return self.updates[weight.group]
+
+    def changes(self, W: Tensor, task: Task) -> Blocks:
+        """Rows of W' − W for W (m, n), of the first adapter alone, in float64 and never added to W."""
+        (item,) = task.trained
+        update = self._updates_of(task.weight)[0]
+        for rows, block in _change(update, W, item):
+            exact = block.double().cpu()
+            yield rows, exact - W[rows].double() if item.reconstructs else exact
 
 
 def _change(update: CategoryUpdate, W: Tensor, trained: Trained) -> Blocks:
