@@ -6,10 +6,11 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
 
@@ -35,6 +36,13 @@ def minilm() -> Path:
 def example() -> Path:
     """The trained checkpoint that comes with the project: sharded, bfloat16."""
     return EXAMPLE
+
+
+@pytest.fixture(autouse=True)
+def _environment_kept() -> Iterator[None]:
+    """The command, run in this process, sets variables for itself."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

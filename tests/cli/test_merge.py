@@ -63,7 +63,6 @@ def edited(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]],
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run a merge that must fail, and return what it says; nothing may have changed on the disk."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which the command sets for itself, and would leave here
 
     def run(code: int, *arguments: Any) -> str:
         before = tree(tmp_path), sorted(tmp_path.iterdir())
