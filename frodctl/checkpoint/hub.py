@@ -156,24 +156,20 @@ def remote_headers(location: Location) -> Checkpoint:
     return Checkpoint(repo, commit, None, config, tensors)
 
 
-def remote_adapter(
-    location: Location, choose: Callable[[list[str]], str]
-) -> tuple[str, dict[str, Any], list[TensorInfo]]:
+def remote_adapter(location: Location, choose: Callable[[list[str]], str]) -> tuple[dict[str, Any], list[TensorInfo]]:
     """The config and the headers of one of a repository's adapters, without its weights.
 
-    ``choose`` is given the paths of all adapters' configs and returns one of them. The first of the result is the
-    folder in the repository.
+    ``choose`` is given the paths of all adapters' configs and returns one of them.
     """
     repo, revision = _repo_and_revision(location)
     with _clear_errors(repo, revision):
         commit, files = _files(location, repo, revision)
         path = choose([file for file in files if PurePosixPath(file).name == ADAPTER_FILES[0]])
-        folder = str(PurePosixPath(path).parent)
-        weights = str(PurePosixPath(folder, ADAPTER_FILES[1]))
+        weights = str(PurePosixPath(path).parent / ADAPTER_FILES[1])
         if weights not in files:
             raise FrodctlError(f"{repo}/{weights}: not there, so its headers cannot be read remotely")
         config = read_json(_fetch(location, repo, commit, path))
-        return folder, config, list(_remote_tensors(location, repo, commit, [weights]).values())
+        return config, list(_remote_tensors(location, repo, commit, [weights]).values())
 
 
 def _remote_tensors(location: Location, repo: str, commit: str, files: list[str]) -> dict[str, TensorInfo]:

@@ -238,7 +238,7 @@ def _emit(
         if out.format == "human":
             _print_tables(out, entries[-1], options, report)
     if out.format == "json":
-        out.emit({"schema_version": 1, "targets": entries}, (), ())
+        out.emit({"schema_version": job.SCHEMA_VERSION, "targets": entries}, (), ())
     return summaries
 
 

@@ -148,7 +148,7 @@ def open_adapter(location: Location, name: str | None = None, *, headers_only: b
         from frodctl.checkpoint import hub
 
         if headers_only and not hub.is_offline(location):
-            _, config, infos = hub.remote_adapter(location, choose)
+            config, infos = hub.remote_adapter(location, choose)
             return _adapter(location.model, None, config, infos)
         path = hub.download_adapter(location)
     if path.is_file():

@@ -31,6 +31,11 @@ def memory_bytes(shapes: Sequence[tuple[int, int]], cache_bytes: int) -> int:
     return 7 * 8 * n * n + 3 * 8 * rows * n + cached
 
 
+def update_flops(m: int, n: int) -> float:
+    """Floating-point operations of updating an (m, n) weight, about: two products with (n, n) matrices."""
+    return 4.0 * m * n * n
+
+
 def update_memory_bytes(m: int, n: int) -> int:
     """Memory in bytes that updating an (m, n) weight takes, about, with its category's matrices."""
     return 36 * n * n + 8 * m * n + 24 * min(m, 1024) * n

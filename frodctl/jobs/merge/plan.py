@@ -19,6 +19,7 @@ from frodctl.formats.basis_file import BasisFile, open_basis
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device
+from frodctl.method import cost
 
 SCHEMA_VERSION = 1
 MEGABYTE = 1_000_000
@@ -139,9 +140,7 @@ class MergePlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Peak resident memory of the whole process, about."""
-        from frodctl.method.cost import update_memory_bytes
-
-        work = max((update_memory_bytes(w.target.m, w.target.n) * len(w.parts) for w in self.weights), default=0)
+        work = max((cost.update_memory_bytes(w.target.m, w.target.n) * len(w.parts) for w in self.weights), default=0)
         buffered = max((w.target.nbytes for w in self.weights), default=0)
         return _PROCESS_BYTES + work + 4 * buffered
 
@@ -173,7 +172,7 @@ class MergePlan:
             "form": source.form,
             "scale": source.scale,
             "basis": "recomputed" if source.recompute else "file" if source.basis else "adapter",
-            "flops": sum(4.0 * target.m * n * n for target in targets),
+            "flops": sum(cost.update_flops(target.m, n) for target in targets),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -204,7 +203,7 @@ class MergePlan:
 
 def flops(weight: Weight) -> float:
     """Floating-point operations of merging one weight, about."""
-    return 4.0 * weight.target.m * weight.target.n**2 * len(weight.parts)
+    return cost.update_flops(weight.target.m, weight.target.n) * len(weight.parts)
 
 
 def plan_merge(
