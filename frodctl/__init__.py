@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from frodctl.jobs.decompose import DecomposeResult, decompose
     from frodctl.jobs.inspect import InspectResult, inspect
     from frodctl.jobs.merge import MergeResult, merge
-    from frodctl.training import attach, load_adapter, parameter_groups, save_adapter
+    from frodctl.training import attach, load_adapter, parameter_groups, save_adapter, select_pattern
 
 __version__ = "0.1.0.dev0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "open_basis",
     "parameter_groups",
     "save_adapter",
+    "select_pattern",
 ]
 
 _HOME = {
@@ -51,6 +52,7 @@ _HOME = {
     "open_basis": "frodctl.formats.basis_file",
     "parameter_groups": "frodctl.training",
     "save_adapter": "frodctl.training",
+    "select_pattern": "frodctl.training",
 }
 
 

@@ -9,8 +9,9 @@
     base_model.model.{module}.frod_lambda_s_values     (nnz,)
     base_model.model.{module}.weight, .bias            trained modules, trained biases
 
-The first three may be missing; then the basis is elsewhere. What frodctl writes has a ``frodctl`` object in its
-config, see `Provenance`.
+The first three may be missing; then the basis is elsewhere. A pattern that is neither a seed's nor the basis file's
+is then in ``base_model.indices.{category}``: under PEFT's name PEFT would load the adapter, with a V of its own.
+What frodctl writes has a ``frodctl`` object in its config, see `Provenance`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
 CONFIG_FILE = ADAPTER_FILES[0]
-_SHARED = {"frod_V": "bases", "frod_s_indices": "indices", "frod_s_size": "sizes"}
+_SHARED = {"frod_V": "bases", "frod_s_indices": "indices", "frod_s_size": "sizes", "indices": "indices"}
 _MODULE = re.compile(r"(?P<module>.+)\.frod_(?P<what>lambda_l|lambda_s_values|lambda_0)")
 
 
@@ -39,7 +40,7 @@ class Provenance:
     form: str  #: delta or reconstruct
     basis: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
     base: Mapping[str, str]  #: by module of the checkpoint, ``sha256:…`` of its weight's bytes
-    seed: int | None  #: of the pattern; None where the basis file holds it
+    seed: int | None  #: of the pattern; None where the adapter or the basis file holds it
     sparsity: Mapping[str, float]  #: by category
     categories: Mapping[str, str]  #: of the modules whose category is not PEFT's name for it
 
@@ -274,6 +275,11 @@ def shared_keys(category: str) -> tuple[str, str, str]:
         f"base_model.frod_s_indices.{category}",
         f"base_model.frod_s_size.{category}",
     )
+
+
+def indices_key(category: str) -> str:
+    """The tensor with a category's positions in an adapter without V."""
+    return f"base_model.indices.{category}"
 
 
 def write_adapter(

@@ -13,12 +13,13 @@ and in its ``__metadata__`` the key ``frodctl``: a JSON object, see `BasisMetada
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-from frodctl.checkpoint import codec
+from frodctl.checkpoint import codec, sink
 from frodctl.errors import InvalidInput
 
 VERSION = 1
@@ -129,8 +130,8 @@ class BasisFile:
         from frodctl.method.pattern import patterns
 
         widths = {category: self.width(category) for category in self.metadata.basis}
-        drawn = patterns(widths, self.metadata.sparsity, self.metadata.seed)
         stored = {c: f"indices.{c}" for c in widths if f"indices.{c}" in self.header.tensors}
+        drawn = patterns(widths, self.metadata.sparsity, self.metadata.seed) if len(stored) < len(widths) else {}
         found = {c: self.tensor(stored[c]) if c in stored else torch.from_numpy(drawn[c]) for c in widths}
         for c in stored:
             if found[c].numel() and not (found[c].min() >= 0 and found[c].max() < widths[c]):
@@ -189,7 +190,7 @@ def _check_tensors(path: Path, header: codec.Header, metadata: BasisMetadata) ->
 
 
 def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata) -> None:
-    """Write the shared-basis file from ``parts``, safetensors files that hold each category's tensors."""
+    """Write the shared-basis file from ``parts``, safetensors files that hold its tensors; the last one counts."""
     tensors = {}
     for part in parts:
         for name, (spec, offset) in codec.read_header(part).tensors.items():
@@ -202,6 +203,32 @@ def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata)
             yield from codec.read_chunks(part, offset, spec.nbytes)
 
     codec.write_file(file, specs, file_metadata(metadata), chunks())
+
+
+def write_patterns(basis: BasisFile, path: Path, indices: Mapping[str, Any], sparsity: Mapping[str, float]) -> None:
+    """Write a basis file again, with other patterns for some categories.
+
+    Parameters
+    ----------
+    basis : BasisFile
+        Read as it is written; ``path`` may be its own.
+    path : Path
+        Replaced where it exists.
+    indices : mapping of str to torch.Tensor
+        Positions by category, (2, nnz) int64.
+    sparsity : mapping of str to float
+        By category.
+    """
+    from frodctl.checkpoint.stream import tensor_bytes
+
+    metadata = replace(basis.metadata, sparsity={**basis.metadata.sparsity, **sparsity})
+    names = {f"indices.{category}": tensor for category, tensor in indices.items()}
+    specs = codec.layout(codec.TensorSpec(name, "I64", tuple(tensor.shape)) for name, tensor in names.items())
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "indices.safetensors")
+        with part.open("wb") as file:
+            codec.write_file(file, specs, {}, (tensor_bytes(names[spec.name]) for spec in specs))
+        sink.replace_files(path.parent, {path.name: lambda file: write_basis(file, [basis.path, part], metadata)})
 
 
 def file_metadata(metadata: BasisMetadata) -> dict[str, str]:

@@ -6,6 +6,7 @@
 from frodctl.training.attachment import attach, detach, disabled, merge_, set_adapter, set_scale, trainable_parameters
 from frodctl.training.groups import parameter_groups
 from frodctl.training.saving import load_adapter, save_adapter
+from frodctl.training.selection import select_pattern
 
 __all__ = [
     "attach",
@@ -15,6 +16,7 @@ __all__ = [
     "merge_",
     "parameter_groups",
     "save_adapter",
+    "select_pattern",
     "set_adapter",
     "set_scale",
     "trainable_parameters",

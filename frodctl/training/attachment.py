@@ -33,9 +33,10 @@ class Attached:
     basis: BasisFile
     modules: Mapping[str, ModuleRecord]  #: by path in the live model
     sparsity: Mapping[str, float]  #: by category
-    seed: int | None  #: of the pattern; None where only the basis file has it
+    seed: int | None  #: of the pattern; None where the basis file or the adapter has it
     modules_to_save: tuple[str, ...]  #: as asked for
     dropout: float
+    selected: bool = False  #: the pattern is the adapter's own: neither a seed nor the basis file has it
 
     @property
     def digests(self) -> dict[str, str]:

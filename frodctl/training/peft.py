@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from frodctl.checkpoint import names
 from frodctl.checkpoint.source import Location
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.formats.adapter import open_adapter, shared_keys
+from frodctl.formats.adapter import base_scales_key, indices_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
 from frodctl.training.attachment import choose, resolved
 from frodctl.training.saving import pattern_of
@@ -134,7 +134,8 @@ def load(
     config = peft.FrodConfig(**{key: value for key, value in adapter.config.items() if key in known})
     config.inference_mode, config.save_projection, config.progressbar = not is_trainable, True, False
     stored = peft.load_peft_weights(str(adapter.root), device="cpu")
-    state = {key: tensor for key, tensor in stored.items() if not key.endswith(".frod_lambda_0")}
+    ours = (*map(indices_key, projections), *(base_scales_key(module.module) for module in adapter.modules))
+    state = {key: tensor for key, tensor in stored.items() if key not in ours}
     for category, (V, positions) in projections.items():
         state |= dict(zip(shared_keys(category), (V, positions, torch.tensor([len(V)] * 2)), strict=True))
     with _given(projections):

@@ -61,7 +61,8 @@ def save_adapter(
 ) -> Path:
     """Save one adapter of a model, in PEFT's layout.
 
-    Small by default: neither V nor the pattern, which the basis file has. PEFT refuses such an adapter, which says
+    Small by default: without V and, unless it was selected (`select_pattern`), without the pattern; the basis file has
+    them. PEFT refuses such an adapter, which says
     that it holds them, rather than load it with a V of its own.
 
     Parameters
@@ -98,6 +99,9 @@ def save_adapter(
     tensors = _trained(model, name, updates)
     if self_contained:
         tensors |= _shared(attached, updates)
+    elif attached.selected:
+        patterns = {update.basis.category: update.pattern for update in updates.values()}
+        tensors |= {adapter_format.indices_key(c): pattern.indices() for c, pattern in patterns.items()}
     provenance = Provenance(
         form="delta",
         basis=attached.digests,
@@ -158,6 +162,7 @@ def load_adapter(
         seed=provenance.seed,
         modules_to_save=tuple(str(name) for name in saved),
         dropout=dropout,
+        selected=provenance.seed is None and bool(adapter.indices),
     )
     indices = pattern_of(adapter, opened)
     values = _values(adapter, opened, modules, indices)

@@ -1,0 +1,197 @@
+"""Choosing the positions of S by the gradient, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from frodctl.checkpoint import sink
+from frodctl.errors import InvalidInput, UsageError
+from frodctl.formats.basis_file import write_patterns
+from frodctl.training.attachment import frod_layers, require_attachment, resolved
+from frodctl.training.layer import FrodLinear, Pattern, Update
+
+_ROWS = 1 << 12  # tokens whose gradients are multiplied at a time
+
+
+def loss_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """``model(**batch).loss``, as transformers' models have it."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def select_pattern(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[Any, Any], Tensor] = loss_of_batch,
+    output: str | Path | None = None,
+    force: bool = False,
+) -> dict[str, Tensor]:
+    """Train S where the loss is steepest, instead of at random positions.
+
+    The gradient with respect to all n² entries of a layer's S is Uᵀ (∂L/∂W) V. Its squares are added up over batches
+    and over the layers of a category, which share their positions; as many off-diagonal ones as the active adapter
+    trains are kept, those with the largest sums. Nothing is trained, and the optimizer's parameters stay the same
+    objects. Takes n² float32 numbers of memory a category.
+
+    The positions are saved with the adapter; with ``output`` in a basis file of their own, for further runs (and for
+    resuming one: attach that file, and do not select again).
+
+    Parameters
+    ----------
+    model : Module
+        With an adapter attached and not trained yet. It runs in the mode (train, eval) that it is in.
+    batches : iterable
+        A few batches of the training data, on the model's device.
+    loss : callable
+        ``loss(model, batch)``, a scalar Tensor; by default ``model(**batch).loss``.
+    output : path, optional
+        Write the shared-basis file with these positions as ``indices.{category}``.
+    force : bool
+        Replace an existing output.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The positions by category, (2, nnz) int64, by rows.
+
+    Raises
+    ------
+    UsageError
+        Nothing is attached, S or λ' have moved already, there is no batch, or the output exists.
+    InvalidInput
+        A gradient is NaN or Inf.
+
+    Examples
+    --------
+    >>> model = frodctl.attach(model, "my-model.frod.safetensors")  # doctest: +SKIP
+    >>> frodctl.select_pattern(model, itertools.islice(loader, 16))  # doctest: +SKIP
+    """
+    attachment = require_attachment(model)
+    attached = attachment.adapters[attachment.active]
+    layers = {path: layer for path, layer in frod_layers(model).items() if layer.update(attachment.active)}
+    _check_untrained(layers)
+    if output is not None:
+        sink.check_output_file(Path(output), force=force)
+    indices = _steepest(_squares(model, layers, batches, loss), layers)
+    _exchange(layers, indices)
+    attached = replace(attached, seed=None, selected=True)
+    if output is not None:
+        write_patterns(attached.basis, Path(output), indices, attached.sparsity)
+        attached = replace(attached, basis=resolved(output), selected=False)
+    attachment.adapters[attachment.active] = attached
+    return indices
+
+
+def _update(layer: FrodLinear) -> Update:
+    found = layer.update()
+    assert found is not None
+    return found
+
+
+def _check_untrained(layers: Mapping[str, FrodLinear]) -> None:
+    for path, layer in layers.items():
+        if _update(layer).delta.any() or _update(layer).values.any():
+            raise UsageError(f"{path}: trained already; select the pattern right after attach")
+
+
+def _squares(
+    model: nn.Module, layers: Mapping[str, FrodLinear], batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]
+) -> dict[str, Tensor]:
+    """By category the squares of the gradients of S (n, n), summed over batches and layers; float32."""
+    scores: dict[str, Tensor] = {}
+    leaves = [_update(layer).delta for layer in layers.values()]
+    count = 0
+    with _recording(layers, scores), torch.enable_grad():
+        for batch in batches:
+            loss(model, batch).backward(inputs=leaves)  # type: ignore[no-untyped-call]
+            count += 1
+    for leaf in leaves:
+        leaf.grad = None
+    if not count:
+        raise UsageError("there is no batch to take gradients of")
+    for path, layer in layers.items():
+        if _update(layer).basis.category not in scores:
+            raise UsageError(f"{path}: the loss does not depend on it, nor on the others of its category")
+    return scores
+
+
+@contextmanager
+def _recording(layers: Mapping[str, FrodLinear], scores: dict[str, Tensor]) -> Iterator[None]:
+    """Within it, backward passes add to the scores."""
+
+    def observe(update: Update, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = inputs
+        return (_Observed.apply(x, update, scores), *others)  # type: ignore[no-untyped-call]
+
+    hooks = [layer.base_layer.register_forward_pre_hook(partial(observe, _update(layer))) for layer in layers.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Observed(torch.autograd.Function):
+    """x itself. As the gradient g comes back to it, diag(λ)⁻¹ (g D)ᵀ (x V) = Uᵀ (∂L/∂W) V is squared and added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Update, scores: dict[str, Tensor]) -> Tensor:
+        ctx.update, ctx.scores = update, scores
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        basis, (gradient,) = ctx.update.basis, gradients
+        V, D = basis.V, basis.D
+        total = torch.zeros(basis.n, basis.n, device=V.device)
+        rows = zip(_split(gradient), _split(x), strict=True)
+        with torch.autocast(V.device.type, enabled=False):
+            for g, inputs in rows:
+                total += (g.to(V) @ D).T @ (inputs.to(V) @ V)
+            total.mul_(ctx.update.inverse_scales[:, None]).square_()
+        if basis.category in ctx.scores:
+            ctx.scores[basis.category] += total.to(ctx.scores[basis.category])
+        else:
+            ctx.scores[basis.category] = total
+        return gradient, None, None
+
+
+def _split(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x.reshape(-1, x.shape[-1]), _ROWS)
+
+
+def _steepest(scores: Mapping[str, Tensor], layers: Mapping[str, FrodLinear]) -> dict[str, Tensor]:
+    """The off-diagonal positions with the largest scores, as many as are trained, by rows."""
+    counts = {_update(layer).basis.category: _update(layer).pattern.nnz for layer in layers.values()}
+    indices = {}
+    for category, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise InvalidInput(f"{category}: a gradient is NaN or Inf")
+        score.fill_diagonal_(-1)
+        flat = score.flatten().topk(counts[category]).indices.sort().values.cpu()
+        indices[category] = torch.stack([flat // len(score), flat % len(score)])
+    return indices
+
+
+def _exchange(layers: Mapping[str, FrodLinear], indices: Mapping[str, Tensor]) -> None:
+    """Give the layers these positions; layers that shared a pattern share the new one."""
+    made: dict[int, Pattern] = {}
+    for layer in layers.values():
+        update = _update(layer)
+        old = update.pattern
+        if id(old) not in made:
+            made[id(old)] = Pattern(indices[update.basis.category], update.basis.n, old.rows.device)
+        update.pattern = made[id(old)]
