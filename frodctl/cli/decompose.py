@@ -22,7 +22,7 @@ _SHAPE_COLUMNS = (
     Column("parameters"),
     Column("sparsity"),
     Column("nnz"),
-    Column("trainable_parameters", "trainable", lambda r: human_count(r["trainable_parameters"])),
+    Column("trainable_parameters", "trainable", lambda r: _count(r["trainable_parameters"])),
 )
 _PLAN_COLUMNS = (*_SHAPE_COLUMNS, Column("flops", "flop", lambda r: human_count(r["flops"])))
 _RESULT_COLUMNS = (
@@ -35,6 +35,7 @@ _RESULT_COLUMNS = (
     Column("tau_max"),
     Column("seconds", "time", lambda r: "resumed" if r["resumed"] else f"{r['seconds']:.2f} s"),
     Column("resumed"),
+    Column("rms_singular_value"),
 )
 
 
@@ -57,6 +58,13 @@ _RESULT_COLUMNS = (
     type=Share(),
     metavar="SHARE",
     help="Trainable share of the checkpoint, such as 1.72%; sets S.",
+)
+@click.option(
+    "--allocate",
+    type=click.Choice(job.ALLOCATIONS),
+    default="uniform",
+    show_default=True,
+    help="How --budget is spread: one S for all, or S in proportion to the RMS singular value of each category.",
 )
 @click.option("--alpha", type=float, default=1e-3, show_default=True, help="Regularisation of the decomposition.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sparse pattern.")
@@ -145,6 +153,10 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
         report.note("Left out:")
     for (role, reason), count in left_out.items():
         report.note(f"  {role} ×{count}: {reason}")
+
+
+def _count(number: int | None) -> str:
+    return "by spectrum" if number is None else human_count(number)
 
 
 def _summary(document: dict[str, Any]) -> str:

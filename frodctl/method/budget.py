@@ -1,4 +1,4 @@
-"""How many numbers are trained: positions from a sparsity, and the sparsity from a budget."""
+"""How many numbers are trained: positions from a sparsity, and sparsities from a budget."""
 
 from __future__ import annotations
 
@@ -22,32 +22,43 @@ def trainable(n: int, sparsity: float) -> int:
     return n + nnz(n, sparsity)
 
 
-def sparsity_for_budget(widths: Sequence[int], budget: float) -> float:
-    """The largest sparsity at which layers of these widths train no more than ``budget`` numbers.
+def allocate(layers: Sequence[tuple[int, int]], weights: Sequence[float], budget: float) -> list[float]:
+    """Sparsities in proportion to weights, as large as a budget allows.
 
     Parameters
     ----------
-    widths : sequence of int
-        n of every layer.
+    layers : sequence of (int, int)
+        n and the number of layers of each category.
+    weights : sequence of float
+        Of each category, not negative; all equal for one sparsity everywhere. A category whose sparsity would be
+        over 1 gets 1.
     budget : float
         Number of trainable numbers over all layers.
+
+    Returns
+    -------
+    list of float
+        min(1, κ weight) for the largest κ at which no more than ``budget`` numbers are trained.
 
     Raises
     ------
     UsageError
         The scales alone, n a layer, take more.
     """
-    if budget < sum(widths):
-        raise UsageError(f"the budget of {int(budget)} numbers is too small: the scales alone take {sum(widths)}")
-    counts = {n: widths.count(n) for n in set(widths)}
+    least = sum(n * count for n, count in layers)
+    if budget < least:
+        raise UsageError(f"the budget of {int(budget)} numbers is too small: the scales alone take {least}")
 
-    def fits(sparsity: float) -> bool:
-        return sum(count * trainable(n, sparsity) for n, count in counts.items()) <= budget
+    def at(factor: float) -> list[float]:
+        return [min(1.0, factor * weight) for weight in weights]
 
-    if fits(1.0):
-        return 1.0
-    low, high = 0.0, 1.0
+    def fits(factor: float) -> bool:
+        return sum(count * trainable(n, s) for (n, count), s in zip(layers, at(factor), strict=True)) <= budget
+
+    low, high = 0.0, max((1 / weight for weight in weights if weight > 0), default=0.0)
+    if fits(high):
+        return at(high)
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if fits(middle) else (low, middle)
     # Below one position a layer (nnz is at least 1) nothing is gained by a sparsity that is not 0.
-    return low if low > 0 and fits(low) else 0.0
+    return at(low if fits(low) else 0.0)

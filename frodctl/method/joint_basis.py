@@ -85,6 +85,11 @@ class JointBasis:
     condition: float  #: condition number of R on its range; estimated from below, to about 10 %
     precision: str  #: of the products: "float32" or "float64"
 
+    @property
+    def rms_singular_value(self) -> float:
+        """Root mean square of the n singular values of the stacked weights, √(tr G/n) = ‖V‖_F/√n (G = V Vᵀ)."""
+        return float(self.V[:, : self.rank].double().norm()) / math.sqrt(len(self.V))
+
 
 @dataclass(frozen=True)
 class _Root:

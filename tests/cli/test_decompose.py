@@ -174,6 +174,7 @@ def test_existing_output_needs_force(frodctl: Run, model: Path, tmp_path: Path) 
         (["model", "--budget", "0.001%"], 2, "the scales alone take"),
         (["model", "--budget", "lots"], 2, "expected a share"),
         (["model", "--budget", "1%", "--sparsity", "0.1"], 2, "exclude each other"),
+        (["model", "--allocate", "spectrum"], 2, "needs a budget"),
         (["model", "--alpha", "0"], 2, "positive"),
         (["model", "--device", "abacus"], 2, "not a device"),
         (["model", "--device", "meta"], 2, "float64"),
@@ -318,3 +319,14 @@ def test_shell_completion(frodctl: Run, shell: str) -> None:
     assert "_FRODCTL_COMPLETE" in script.stdout
     words = {"COMP_WORDS": "frodctl dec", "COMP_CWORD": "1"}
     assert "decompose" in frodctl(env={"_FRODCTL_COMPLETE": f"{shell}_complete", **words}).stdout
+
+
+def test_a_budget_spread_by_the_spectra(frodctl: Run, model: Path) -> None:
+    arguments = ("decompose", model, "--target-modules", "all-linear", "--budget", "20%", "--allocate", "spectrum")
+    plan = json.loads(frodctl(*arguments, "--dry-run", "--json").stdout)
+    assert {row["nnz"] for row in plan["categories"]} == {None}
+    assert "by spectrum" in frodctl(*arguments, "--dry-run", "--format", "human").stdout
+    done = json.loads(frodctl(*arguments, "--json").stdout)
+    assert 0.19 * done["parameters"] < done["trainable_parameters"] <= plan["trainable_parameters"]
+    rates = [row["sparsity"] / row["rms_singular_value"] for row in done["categories"] if row["sparsity"] < 1]
+    assert rates == pytest.approx([rates[0]] * len(rates))

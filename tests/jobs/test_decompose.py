@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ import frodctl
 from frodctl.checkpoint import codec
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.decompose import plan_decompose
+from frodctl.jobs.progress import Progress
 from tests.conftest import LLAMA_CONFIG, PEAK_MEMORY, llama_layers, save_checkpoint
 from tests.method import reference
 
@@ -214,6 +215,59 @@ def test_budget_is_kept(share: float, tmp_path: Path) -> None:
     assert share * total - 4 * 3 <= plan.trainable_parameters <= share * total
     with pytest.raises(UsageError, match="scales alone take"):
         plan_decompose(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=1e-4)
+
+
+class TestAllocate:
+    OPTIONS: ClassVar = {"target_modules": "all-linear", "budget": 0.2}
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
+
+    def test_by_spectrum(self, folder: Path, tmp_path: Path) -> None:
+        """s in proportion to the RMS singular value of each category's stack; the seed's positions for them."""
+        result = frodctl.decompose(str(folder), tmp_path / "b.st", allocate="spectrum", **self.OPTIONS)
+        uniform = frodctl.decompose(str(folder), tmp_path / "u.st", **self.OPTIONS)
+        basis, weights = frodctl.open_basis(result.output), load_file(folder / "model.safetensors")
+        factors = {}
+        for category, sparsity in basis.metadata.sparsity.items():
+            names = [record.name for record in basis.metadata.modules if record.category == category]
+            stack = torch.cat([weights[f"{name}.weight"] for name in names]).double()
+            n = stack.shape[1]
+            rms = float(torch.linalg.svdvals(stack).square().sum() / n) ** 0.5
+            factors[category] = sparsity / rms
+            assert basis.indices()[category].shape[1] == max(1, int(n * n * sparsity))
+        assert len(set(basis.metadata.sparsity.values())) == len(factors) > 3
+        assert list(factors.values()) == pytest.approx([min(factors.values())] * len(factors), rel=1e-5)
+        total, share = result.plan.checkpoint.parameters(), self.OPTIONS["budget"]
+        trained = result.plan.trainable_parameters
+        assert share * total - 4 * 3 * len(factors) <= trained <= share * total
+        assert trained == sum(category.row()["trainable_parameters"] for category in result.categories)
+        first, second = load_file(result.output), load_file(uniform.output)
+        assert all(torch.equal(first[name], second[name]) for name in second)
+
+    def test_the_plan_knows_the_total_alone(self, folder: Path, tmp_path: Path) -> None:
+        plan = plan_decompose(str(folder), tmp_path / "b.st", allocate="spectrum", **self.OPTIONS)
+        assert plan.trainable_parameters == int(self.OPTIONS["budget"] * plan.checkpoint.parameters())
+        assert {category.row()["nnz"] for category in plan.categories} == {None}
+
+    def test_it_needs_a_budget(self, folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="needs a budget"):
+            plan_decompose(str(folder), tmp_path / "b.st", allocate="spectrum")
+
+    def test_resumed(self, folder: Path, tmp_path: Path) -> None:
+        """What a run with another allocation finished serves; only the sparsities differ."""
+        one = frodctl.decompose(str(folder), tmp_path / "1.st", allocate="spectrum", **self.OPTIONS)
+
+        def stop(progress: Progress) -> None:
+            if progress.text.startswith("writing"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            frodctl.decompose(str(folder), tmp_path / "2.st", target_modules="all-linear", progress=stop)
+        two = frodctl.decompose(str(folder), tmp_path / "2.st", allocate="spectrum", **self.OPTIONS)
+        assert all(category.resumed for category in two.categories)
+        assert one.output.read_bytes() == two.output.read_bytes()
 
 
 def test_plan_tells_the_size_of_the_output(example: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ MEGABYTE = 1_000_000
 #: How a stored V may be rounded: torch's name of the dtype, and the safetensors format's.
 V_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PRECISIONS = ("auto", "float32", "float64")
+ALLOCATIONS = ("uniform", "spectrum")
 #: Resident memory of the process before any tensor: the interpreter and torch.
 _PROCESS_BYTES = 320 * MEGABYTE
 
@@ -35,6 +36,7 @@ class DecomposeOptions:
     layers: str | None = None  #: block numbers, such as "0-11"
     sparsity: float = 0.01  #: share of the n² positions of each layer that is trained
     budget: float | None = None  #: instead of sparsity: share of the checkpoint's parameters to train
+    allocate: str = "uniform"  #: how a budget is spread: one sparsity, or by the RMS singular value of each category
     alpha: float = 1e-3  #: regularisation of the joint decomposition
     seed: int = 0  #: of the sparse pattern
     device: str = "auto"
@@ -56,6 +58,8 @@ class DecomposeOptions:
 
         require(0 <= self.sparsity <= 1, f"sparsity {self.sparsity}: must lie between 0 and 1")
         require(self.budget is None or 0 < self.budget <= 1, f"budget {self.budget}: must lie between 0 and 100%")
+        require(self.allocate in ALLOCATIONS, f"allocate {self.allocate}: one of {', '.join(ALLOCATIONS)}")
+        require(self.allocate == "uniform" or self.budget is not None, f"allocate {self.allocate}: needs a budget")
         require(0 < self.alpha < float("inf"), f"alpha {self.alpha}: must be positive")
         require(self.precision in _PRECISIONS, f"precision {self.precision}: one of {', '.join(_PRECISIONS)}")
         require(self.dtype in V_DTYPES, f"dtype {self.dtype}: one of {', '.join(V_DTYPES)}")
@@ -68,7 +72,7 @@ class CategoryPlan:
 
     name: str
     targets: tuple[targets.Target, ...] = field(repr=False)
-    sparsity: float
+    sparsity: float | None  #: None until the spectra that it depends on are known
 
     @property
     def n(self) -> int:
@@ -80,8 +84,8 @@ class CategoryPlan:
         return [(target.m, target.n) for target in self.targets]
 
     @property
-    def trainable_parameters(self) -> int:
-        return len(self.targets) * budget.trainable(self.n, self.sparsity)
+    def trainable_parameters(self) -> int | None:
+        return None if self.sparsity is None else len(self.targets) * budget.trainable(self.n, self.sparsity)
 
     @property
     def flops(self) -> float:
@@ -98,7 +102,7 @@ class CategoryPlan:
             "m_max": max(m for m, _ in self.shapes),
             "parameters": sum(m * n for m, n in self.shapes),
             "sparsity": self.sparsity,
-            "nnz": budget.nnz(self.n, self.sparsity),
+            "nnz": None if self.sparsity is None else budget.nnz(self.n, self.sparsity),
             "trainable_parameters": self.trainable_parameters,
             "flops": self.flops,
         }
@@ -117,7 +121,19 @@ class DecomposePlan:
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(category.trainable_parameters for category in self.categories)
+        """Numbers that are trained; at most so many where the sparsities are not settled yet."""
+        counts = [category.trainable_parameters for category in self.categories]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else int(_numbers(self.checkpoint, self.options))
+
+    def settled(self, weights: Sequence[float]) -> DecomposePlan:
+        """The plan with every sparsity: in proportion to ``weights``, one for each category, where they decide."""
+        if self.options.allocate == "uniform":
+            return self
+        layers = [(category.n, len(category.targets)) for category in self.categories]
+        found = budget.allocate(layers, weights, _numbers(self.checkpoint, self.options))
+        categories = [replace(c, sparsity=s) for c, s in zip(self.categories, found, strict=True)]
+        return replace(self, categories=tuple(categories))
 
     @property
     def output_bytes(self) -> int:
@@ -154,7 +170,7 @@ class DecomposePlan:
             revision=self.checkpoint.revision,
             alpha=self.options.alpha,
             seed=self.options.seed,
-            sparsity={category.name: category.sparsity for category in self.categories},
+            sparsity={category.name: category.sparsity or 0.0 for category in self.categories},
             precision=self.options.precision,
             basis=bases,
             modules=[
@@ -177,6 +193,7 @@ class DecomposePlan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "flops": self.flops,
             "alpha": self.options.alpha,
+            "allocate": self.options.allocate,
             "seed": self.options.seed,
             "precision": self.options.precision,
             "dtype": self.options.dtype,
@@ -222,18 +239,26 @@ def _categories(
     selected: Sequence[targets.Target], checkpoint: Checkpoint, options: DecomposeOptions
 ) -> tuple[tuple[CategoryPlan, ...], list[str]]:
     labels, collisions = names.categories({target.module: target.n for target in selected})
-    sparsity = options.sparsity
-    if options.budget is not None:
-        numbers = options.budget * checkpoint.parameters()
-        try:
-            sparsity = budget.sparsity_for_budget([target.n for target in selected], numbers)
-        except UsageError as error:
-            least = sum(target.n for target in selected) / checkpoint.parameters()
-            raise UsageError(f"{error}, {least:.4%} of the checkpoint's parameters") from None
     groups: dict[str, list[targets.Target]] = {}
     for target in selected:
         groups.setdefault(labels[target.module], []).append(target)
+    sparsity: float | None = options.sparsity
+    if options.budget is not None:
+        layers = [(group[0].n, len(group)) for group in groups.values()]
+        try:
+            sparsity = budget.allocate(layers, [1.0] * len(layers), _numbers(checkpoint, options))[0]
+        except UsageError as error:
+            least = sum(target.n for target in selected) / checkpoint.parameters()
+            raise UsageError(f"{error}, {least:.4%} of the checkpoint's parameters") from None
+    if options.allocate != "uniform":
+        sparsity = None
     return tuple(CategoryPlan(name, tuple(groups[name]), sparsity) for name in sorted(groups)), collisions
+
+
+def _numbers(checkpoint: Checkpoint, options: DecomposeOptions) -> float:
+    """Numbers that the budget allows to train."""
+    assert options.budget is not None
+    return options.budget * checkpoint.parameters()
 
 
 def _working_bytes(category: CategoryPlan, options: DecomposeOptions) -> int:

@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class Outcome:
     condition_number: float  #: of the stacked weights, on their range
     tau_min: float
     tau_max: float
+    rms_singular_value: float  #: of the stacked weights
     seconds: float
 
 
@@ -123,6 +124,8 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
         parts = _Parts(plan, staging, device, progress)
         results = tuple(parts.finish(i) for i in range(len(plan.categories)))
         progress(Progress(f"writing {plan.output}"))
+        plan = plan.settled([result.outcome.rms_singular_value for result in results])
+        results = tuple(replace(r, plan=c) for r, c in zip(results, plan.categories, strict=True))
         metadata = plan.metadata(parts.bases, parts.modules)
         paths = [parts.path(i) for i in range(len(results))]
         staging.publish(lambda file: basis_file.write_basis(file, paths, metadata))
@@ -189,6 +192,7 @@ class _Parts:
             condition_number=basis.condition,
             tau_min=float(basis.tau[0]),
             tau_max=float(basis.tau[-1]),
+            rms_singular_value=basis.rms_singular_value,
             seconds=time.perf_counter() - started,
         )
         record = {"basis": stream.digest(basis.V), "modules": layers.digests, "outcome": asdict(outcome)}
