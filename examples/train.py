@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("adapter")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rho", type=float, default=1e-2, help="learning rate, relative to the scales")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -54,7 +55,7 @@ def main() -> None:
     print(f"training {trained:,} of {total:,} numbers ({trained / total:.2%})")
     print(f"held-out loss {before:.4f} before attach, {evaluate():.4f} after: nothing has changed")
 
-    groups = frodctl.parameter_groups(model, rho_lambda=1e-2, rho_sparse=1e-2)
+    groups = frodctl.parameter_groups(model, rho_lambda=arguments.rho, rho_sparse=arguments.rho)
     optimizer = torch.optim.Adam(groups)
     for _ in range(arguments.steps):
         batch = blocks[torch.randint(len(blocks), (arguments.batch,))]

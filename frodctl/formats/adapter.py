@@ -43,26 +43,28 @@ class Provenance:
     seed: int | None  #: of the pattern; None where the adapter or the basis file holds it
     sparsity: Mapping[str, float]  #: by category
     categories: Mapping[str, str]  #: of the modules whose category is not PEFT's name for it
+    dtype: Mapping[str, str]  #: by category, of V and V⁻ᵀ in training (the safetensors format's name), if not as stored
 
     @classmethod
     def from_config(cls, value: Any, where: str) -> Provenance:
         """Check the object's types; `InvalidInput` names the file."""
         try:
             form, seed = value["form"], value.get("seed")
-            maps = [dict(value.get(key) or {}) for key in ("basis", "base", "sparsity", "categories")]
+            maps = [dict(value.get(key) or {}) for key in ("basis", "base", "sparsity", "categories", "dtype")]
         except (TypeError, KeyError, ValueError, AttributeError):
             raise InvalidInput(f"{where}: damaged frodctl object") from None
-        basis, base, sparsity, categories = maps
+        basis, base, sparsity, categories, dtype = maps
         texts = [*basis.values(), *base.values(), *categories.values()]
         numbers = sparsity.values()
         if (
             form not in ("delta", "reconstruct")
             or not (seed is None or type(seed) is int)
             or not all(isinstance(text, str) for text in texts)
+            or not all(name in FLOAT_DTYPES for name in dtype.values())
             or not all(isinstance(number, (int, float)) for number in numbers)
         ):
             raise InvalidInput(f"{where}: damaged frodctl object")
-        return cls(form, basis, base, seed, sparsity, categories)
+        return cls(form, basis, base, seed, sparsity, categories, dtype)
 
 
 @dataclass(frozen=True)

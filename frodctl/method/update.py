@@ -45,16 +45,21 @@ class CategoryUpdate:
         Rows and columns of S. A position that is given twice counts twice.
     device : torch.device
         Where to compute.
+    held_in : torch.dtype, optional
+        What V and V⁻ᵀ are rounded to, each once, where a layer was trained with such copies of them: then that is
+        the operator which was trained.
     """
 
-    def __init__(self, V: Tensor, indices: Tensor, device: torch.device) -> None:
+    def __init__(self, V: Tensor, indices: Tensor, device: torch.device, held_in: torch.dtype | None = None) -> None:
         self.n = len(V)
         self.dtype = V.dtype
         self.scratch = Scratch(device)
         self.work = torch.float64 if V.dtype == torch.float64 else torch.float32
         exact = V.to(device, torch.float64)
-        self.Vt = exact.to(self.work).T.contiguous()
         dual, condition = dual_basis(exact)
+        if held_in is not None:
+            exact, dual = exact.to(held_in), dual.to(held_in)
+        self.Vt = exact.to(self.work).T.contiguous()
         in_float32 = V.dtype == torch.bfloat16 and self.n >= _FLOAT32_WIDTH and condition <= _FLOAT32_CONDITION
         self.D = dual.to(torch.float32 if in_float32 else torch.float64)
         self.rows, self._row_starts, self._columns, self._order = csr_pattern(indices.to(device), self.n)

@@ -59,6 +59,11 @@ class Basis(KeepsDtype):
     def n(self) -> int:
         return len(self.V)
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether V and D have fewer bits than float32."""
+        return self.V.dtype.itemsize < 4
+
     def matrices(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """V and D there, in that dtype. Copies, where it takes any, are kept."""
         if self.V.device == device and self.V.dtype == dtype:

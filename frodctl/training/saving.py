@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import frodctl
 from frodctl.checkpoint import names, sink
 from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.stream import DTYPE_NAMES
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats import adapter as adapter_format
 from frodctl.formats.adapter import Adapter, Provenance, open_adapter
@@ -109,6 +110,7 @@ def save_adapter(
         seed=attached.seed,
         sparsity=dict(attached.sparsity),
         categories={p: r.category for p, r in attached.modules.items() if r.category != names.peft_category(p)},
+        dtype={u.basis.category: DTYPE_NAMES[u.basis.V.dtype] for u in updates.values() if u.basis.is_rounded},
     )
     config = _config(model, attached)
     adapter_format.write_adapter(folder, tensors, config, provenance, _card(config, self_contained))

@@ -145,7 +145,9 @@ class WeightUpdates:
             self.updates.clear()
             dtype = stream.TORCH_DTYPES[weight.target.tensor.dtype]
             self.updates[weight.group] = [
-                CategoryUpdate(*self.projections.of(part.source, part.trained.category, dtype), self.device)
+                CategoryUpdate(
+                    *self.projections.of(part.source, part.trained.category, dtype), self.device, _held_in(part)
+                )
                 for part in weight.parts
             ]
         return self.updates[weight.group]
@@ -163,6 +165,13 @@ def _change(update: CategoryUpdate, W: Tensor, trained: Trained) -> Blocks:
     if trained.reconstructs:
         return update.reconstruct(W, trained.scales, trained.values)
     return update.delta(W, trained.scales, trained.values, trained.base_scales)
+
+
+def _held_in(part: Part) -> torch.dtype | None:
+    """The dtype of V and V⁻ᵀ in training, where the adapter says it."""
+    provenance = part.source.adapter.provenance
+    name = provenance.dtype.get(part.trained.category) if provenance else None
+    return None if name is None else stream.TORCH_DTYPES[name]
 
 
 def _recorded_digests(source: Source, module: str) -> Iterator[tuple[str, str]]:
