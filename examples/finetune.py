@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import frodctl
+from frodctl.training import merge_
 
 PACKAGES = {
     "": "_pydecimal asyncio email importlib logging multiprocessing tkinter unittest xml",
@@ -162,6 +163,7 @@ class Method:
     name: str
     prepare: Prepare
     rates: tuple[float, ...]  #: that are tried
+    merge: Callable[[Any], nn.Module] = lambda encoder: encoder  #: into plain weights, which are evaluated
 
 
 def group(module: nn.Module, rate: float) -> dict[str, Any]:
@@ -183,6 +185,11 @@ def with_peft(config: peft.PeftConfig) -> Prepare:
         return full(model, rate)
 
     return prepare
+
+
+def unloaded(encoder: Any) -> nn.Module:
+    merged: nn.Module = encoder.merge_and_unload()
+    return merged
 
 
 def with_frodctl(basis: Path) -> Prepare:
@@ -208,10 +215,10 @@ def all_methods(model: Path, folder: Path) -> dict[str, Method]:
     frod = peft.FrodConfig(target_modules=TARGETS, sparse_rate=sparsity, progressbar=False)
     return {
         "head": Method("head alone", head_alone, around(HEAD_RATE)),
-        "full": Method("full fine-tuning", full, around(2e-4)),
-        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(4e-3)),
-        "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(1e-2)),
-        "frod": Method("FRoD (frodctl)", with_frodctl(basis), around(4e-2)),
+        "full": Method("full fine-tuning", full, around(1e-4)),
+        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(2e-3), unloaded),
+        "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(1e-3), unloaded),
+        "frod": Method("FRoD (frodctl)", with_frodctl(basis), around(4e-3), merge_),
     }
 
 
@@ -273,7 +280,9 @@ class Lab:
             schedule.step()
             training += time.perf_counter() - started
             if step % every == 0:
-                curve.append(Point(step, *evaluate(model, held_out)))
+                merged = copy.deepcopy(model)
+                merged.encoder = method.merge(merged.encoder)
+                curve.append(Point(step, *evaluate(merged, held_out)))
         numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         last = f"loss {curve[-1].loss:.4f}, accuracy {curve[-1].accuracy:.1%} after {steps} steps"
         say(f"{method.name}, rate {rate:.2g}, seed {seed}: {last}, {preparing:.1f} + {training:.1f} s")
@@ -366,8 +375,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     steps, seeds = (12, 1) if arguments.short else (arguments.steps, arguments.seeds)
-    per_package, held_out, tries = (40, 100, 2) if arguments.short else (300, 600, 5)
-    warnings.filterwarnings("ignore", module="peft")
+    per_package, held_out, tries = (40, 100, 2) if arguments.short else (300, 500, 5)
+    warnings.filterwarnings("ignore", module="peft|transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -393,13 +402,14 @@ def main() -> None:
             for method in methods:
                 rate = best(searched[method.name]).rate
                 results[method.name].append(lab.run(method, rate, seed, steps, steps // 6, task.test))
+    encoder_numbers = sum(parameter.numel() for parameter in lab.encoder.parameters())
     print_search(searched)
-    print_results(results, sum(parameter.numel() for parameter in lab.encoder.parameters()), steps, methods[0].name)
+    print_results(results, encoder_numbers, steps, methods[0].name)
     if arguments.json:
-        runs = {"tries": searched, "runs": results}
-        arguments.json.write_text(
-            json.dumps({key: [asdict(run) for run in chain(*found.values())] for key, found in runs.items()}, indent=1)
-        )
+        found: dict[str, Any] = {"encoder": encoder_numbers}
+        for key, runs in (("tries", searched), ("runs", results)):
+            found[key] = [asdict(run) for run in chain(*runs.values())]
+        arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
