@@ -1,0 +1,35 @@
+"""The examples, run as a reader would run them, only shorter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *arguments: object) -> str:
+    """What the example prints."""
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized(quantization: str, example: Path, tmp_path: Path) -> None:
+    shown = run("quantized.py", example, tmp_path, "--quantization", quantization, "--steps", 10)
+    rows = {line[:36].strip(): [float(v.rstrip("%")) for v in line[36:].split()] for line in shown.splitlines()[1:]}
+    for where in ("quantized", "full precision"):
+        untrained, trained = rows[f"held-out loss, {where}"]
+        assert trained < untrained - 0.1
+    untrained, trained = rows["KL(quantized ‖ full precision)"]
+    assert 0 < trained < 2 * untrained
+    assert min(rows["same most likely token"]) > 75
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}  # as the base
