@@ -33,3 +33,12 @@ def test_quantized(quantization: str, example: Path, tmp_path: Path) -> None:
     assert min(rows["same most likely token"]) > 75
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}  # as the base
+
+
+def test_peft_bridge(example: Path, tmp_path: Path) -> None:
+    lines = run("peft_bridge.py", example, tmp_path, "--steps", 3).splitlines()
+    changed = float(lines[0].split("by up to ")[1].split(";")[0])
+    wrong, repaired, loaded = ([float(value) for value in line.split()[-2:]] for line in lines[2:5])
+    assert min(wrong) > 0.5 * changed > 0.1
+    assert max(repaired + loaded) < 1e-4 * changed
+    assert [line.endswith("repair mended 56 layers") for line in lines[5:]] == [True, True]
