@@ -1,4 +1,4 @@
-"""The examples, run as their users run them."""
+"""The examples, run as their users run them, only shorter."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run_example(name: str, *arguments: Any, timeout: float = 600) -> str:
-    """What the script prints to stdout."""
-    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
-    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=timeout, check=False)
+def run(script: str, *arguments: Any) -> str:
+    """What the example prints to stdout."""
+    command = [sys.executable, EXAMPLES / script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_finetune_compares_the_methods(tmp_path: Path) -> None:
-    shown = run_example("finetune.py", "--short", "--json", tmp_path / "numbers.json")
+    shown = run("finetune.py", "--short", "--json", tmp_path / "numbers.json")
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     methods = {run["method"] for run in numbers["runs"]}
     assert methods == {"full fine-tuning", "head alone", "LoRA, r = 8 (PEFT)", "FRoD (PEFT)", "FRoD (frodctl)"}
@@ -34,3 +38,26 @@ def test_finetune_compares_the_methods(tmp_path: Path) -> None:
         assert losses[-1] < losses[0], run
         if run["method"] != "full fine-tuning":
             assert run["trained"] <= 0.018 * numbers["encoder"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized(quantization: str, example: Path, tmp_path: Path) -> None:
+    shown = run("quantized.py", example, tmp_path, "--quantization", quantization, "--steps", 10)
+    rows = {line[:36].strip(): [float(v.rstrip("%")) for v in line[36:].split()] for line in shown.splitlines()[1:]}
+    for where in ("quantized", "full precision"):
+        untrained, trained = rows[f"held-out loss, {where}"]
+        assert trained < untrained - 0.1
+    untrained, trained = rows["KL(quantized ‖ full precision)"]
+    assert 0 < trained < 2 * untrained
+    assert min(rows["same most likely token"]) > 75
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}  # as the base
+
+
+def test_peft_bridge(example: Path, tmp_path: Path) -> None:
+    lines = run("peft_bridge.py", example, tmp_path, "--steps", 3).splitlines()
+    changed = float(lines[0].split("by up to ")[1].split(";")[0])
+    wrong, repaired, loaded = ([float(value) for value in line.split()[-2:]] for line in lines[2:5])
+    assert min(wrong) > 0.5 * changed > 0.1
+    assert max(repaired + loaded) < 1e-4 * changed
+    assert [line.endswith("repair mended 56 layers") for line in lines[5:]] == [True, True]

@@ -25,7 +25,9 @@ _NULL = 1e-12
 #: one entry of U in 4,000 is then rounded to the other neighbour, which only a small matrix would feel.
 _FLOAT32_WIDTH = 512
 _FLOAT32_CONDITION = 16
-
+#: `Factors` multiplies in float32 up to this condition number of V, and where no λ is smaller, relative to the largest.
+_FACTORS_CONDITION = 64
+_FACTORS_SHARE = 1e-2
 
 #: Rows of the result that are computed at a time.
 _BLOCK_ROWS = 1024
@@ -147,6 +149,38 @@ class CategoryUpdate:
         out = self.scratch.empty("product", (len(X), self.n), self.work)
         with full_float32():
             return torch.mm(X, K, out=out)
+
+
+class Factors:
+    """U and λ of one weight after another, with V inverted once.
+
+    The product W V⁻ᵀ is taken in float32 where that gives U to about 1e-6: where V is well conditioned and the weight
+    has a share in each of its directions. Else in float64.
+
+    Parameters
+    ----------
+    V : Tensor, (n, n), floating point
+    device : torch.device
+        Where to compute.
+    """
+
+    def __init__(self, V: Tensor, device: torch.device) -> None:
+        self.D, condition = dual_basis(V.detach().to(device, torch.float64))
+        in_float32 = V.dtype != torch.float64 and condition <= _FACTORS_CONDITION
+        self._rounded = self.D.float() if in_float32 else None
+
+    def __call__(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """U (m, n) in the dtype of W (m, n), 0 in directions where W has no share, and λ (n,) in float32."""
+        W = W.detach().to(self.D.device)
+        if self._rounded is not None:
+            with full_float32():
+                B = W.float() @ self._rounded
+            norms = torch.linalg.vector_norm(B, dim=0)
+            if norms.min() > _FACTORS_SHARE * norms.max():
+                return B.div_(norms).to(W.dtype), norms
+        B = W.double() @ self.D
+        norms = torch.linalg.vector_norm(B, dim=0)
+        return B.mul_(_reciprocal(norms, _NULL)).float().to(W.dtype), norms.float()
 
 
 def _row_blocks(m: int) -> list[slice]:

@@ -7,7 +7,7 @@ silently wrong. Here V is in place before U is derived. Written against peft 0.2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from frodctl.checkpoint.source import Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import base_scales_key, indices_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
+from frodctl.method.update import Factors
 from frodctl.training.attachment import choose, resolved
 from frodctl.training.saving import pattern_of
 
 #: The method of PEFT's that decomposes the model.
 _INIT = "_init_frod_projections"
+#: The method of its layers that derives U and λ from V and W.
+_FACTORS = "_calculate_frod_u_and_lambda"
 #: How far U may be from the one that V gives, relative, before `repair` takes it for another.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -152,11 +155,7 @@ def check(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
 
     About the rounding of the model's dtype where all is well; around 1 where PEFT loaded an adapter with another V.
     """
-    distances = {}
-    for path, layer in _layers(model, adapter_name).items():
-        U, right = layer.frod_U[adapter_name].double(), _derived(layer, adapter_name).double()
-        distances[path] = float((U - right.to(U.device)).norm() / right.norm().clamp(min=1e-30))
-    return distances
+    return {path: _distance(U, right) for path, U, right in _derived(model, adapter_name)}
 
 
 @torch.no_grad()
@@ -169,35 +168,49 @@ def repair(model: nn.Module, adapter_name: str = "default") -> list[str]:
         The layers whose U was another.
     """
     repaired = []
-    layers = _layers(model, adapter_name)
-    for path, distance in check(model, adapter_name).items():
-        U = layers[path].frod_U[adapter_name]
-        if not distance <= TOLERANCE[U.dtype]:
-            U.copy_(_derived(layers[path], adapter_name))
+    for path, U, right in _derived(model, adapter_name):
+        if not _distance(U, right) <= TOLERANCE[U.dtype]:
+            U.copy_(right)
             repaired.append(path)
     return repaired
 
 
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+def _derived(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """For each FRoD layer its path, its U, and the one that its V gives."""
     _peft()
     from peft.tuners.frod.layer import FrodLayer
 
+    factors = _LayerFactors()
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, FrodLayer)}
-    return {path: layer for path, layer in layers.items() if adapter_name in layer.frod_U}
+    for path, layer in layers.items():
+        if adapter_name in layer.frod_U:
+            U, weight = layer.frod_U[adapter_name], layer.get_base_layer().weight
+            V = layer.frod_V[adapter_name].to(weight.dtype)
+            yield path, U, factors(layer, V, weight.T if layer.fan_in_fan_out else weight)[0].to(U)
 
 
-def _derived(layer: Any, adapter_name: str) -> Tensor:
-    """U as PEFT derives it from a layer's V, in the dtype that it keeps it in."""
-    weight = layer.get_base_layer().weight
-    V = layer.frod_V[adapter_name].to(weight.dtype)
-    U: Tensor = layer._calculate_frod_u_and_lambda(V, weight.T if layer.fan_in_fan_out else weight)[0]
-    return U.to(layer.frod_U[adapter_name].dtype)
+def _distance(U: Tensor, right: Tensor) -> float:
+    return float((U.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
+
+
+class _LayerFactors:
+    """U and λ of a layer from its V, as PEFT's routine gives them, which solves with V anew for every layer."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[Any, ...], Factors] = {}
+
+    def __call__(self, layer: Any, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+        key = id(layer.frod_V), V.dtype, W.device  # layers of a category share what holds V
+        if key not in self._of:
+            self._of[key] = Factors(V, torch.device("cpu") if W.device.type == "mps" else W.device)
+        return self._of[key](W)
 
 
 @contextmanager
 def _given(projections: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Within it PEFT takes V and pattern from here instead of decomposing the model."""
+    """Within it PEFT takes V and pattern from here instead of decomposing the model, and inverts each V once."""
     from peft.tuners._buffer_dict import BufferDict
+    from peft.tuners.frod.layer import FrodLayer
     from peft.tuners.frod.model import FrodModel
 
     def init(self: Any, config: Any, adapter_name: str) -> None:
@@ -212,20 +225,32 @@ def _given(projections: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
                     held[category] = BufferDict({}, persistent=config.save_projection)
                 held[category][adapter_name] = tensor
 
-    before = getattr(FrodModel, _INIT)
-    setattr(FrodModel, _INIT, init)
+    factors = _LayerFactors()
+    with (
+        _replaced(FrodModel, _INIT, init),
+        _replaced(FrodLayer, _FACTORS, lambda layer, V, W: factors(layer, V, W)),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(kind: type, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    before = getattr(kind, name)
+    setattr(kind, name, method)
     try:
         yield
     finally:
-        setattr(FrodModel, _INIT, before)
+        setattr(kind, name, before)
 
 
 def _peft() -> Any:
     try:
         import peft
+        from peft.tuners.frod.layer import FrodLayer
         from peft.tuners.frod.model import FrodModel
 
         getattr(FrodModel, _INIT)
+        getattr(FrodLayer, _FACTORS)
     except (ImportError, AttributeError):
         raise FrodctlError("the bridge needs PEFT with its FRoD tuner: pip install 'frodctl[peft]'") from None
     return peft

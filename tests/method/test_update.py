@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frodctl.method.update import CategoryUpdate
+from frodctl.method.update import CategoryUpdate, Factors
 
 CPU = torch.device("cpu")
 
@@ -113,3 +113,32 @@ def test_weights_of_any_stride(transposed: bool) -> None:
     plain = assembled(update.reconstruct(W, scales, values))
     strided = W.T.contiguous().T if transposed else torch.stack([W, W], dim=1)[:, 1]
     assert torch.equal(assembled(update.reconstruct(strided, scales, values)), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("condition", [1, 1e4])
+@pytest.mark.parametrize("unused", [False, True])
+def test_the_factors(dtype: torch.dtype, condition: float, unused: bool) -> None:
+    """To float32 before U is rounded, whichever way it is computed; U is 0 in a direction that W does not use."""
+    W, V, *_ = problem(48, 32, 0, dtype, 4)
+    if condition > 1:
+        V = (V.double() * torch.logspace(0, -torch.tensor(condition).log10(), 32)).to(dtype)
+    if unused:
+        V, W = torch.eye(32, dtype=dtype), W.clone()
+        W[:, 3] = 0
+    B = torch.linalg.solve(V.double(), W.double().T).T
+    norms = B.norm(dim=0)
+    U, scales = Factors(V, CPU)(W)
+    assert (scales - norms).norm() <= 2e-6 * norms.norm()
+    expected = torch.where(norms > 1e-12, B / norms, 0)
+    rounding = max(torch.finfo(dtype).eps, 2e-6)
+    assert U.dtype == dtype
+    assert (U.double() - expected).norm() <= rounding * expected.norm()
+    assert not unused or not U[:, 3].any()
+
+
+def test_the_factors_of_a_singular_basis() -> None:
+    V = torch.diag(torch.tensor([2.0, 1.0, 0.0]))
+    U, scales = Factors(V, CPU)(torch.tensor([[4.0, 0.0, 0.0], [0.0, 3.0, 0.0]]))
+    assert torch.equal(U, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    assert torch.equal(scales, torch.tensor([2.0, 3.0, 0.0]))

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.frod import model as frod_model
+from peft.tuners.frod.layer import FrodLayer
 
 import frodctl
 from frodctl.errors import InvalidInput
@@ -72,6 +73,21 @@ def test_peft_s_adapter(family: str, cases: Cases, tmp_path: Path, no_decomposit
     loaded = bridge.load(case.model(), tmp_path / "adapter")
     assert error(peft_models.logits(loaded.eval()), trained) <= 1e-6
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", peft_models.FAMILIES)
+def test_u_is_the_one_that_peft_derives(family: str, dtype: torch.dtype, cases: Cases) -> None:
+    """It solves with V for every layer; here V is inverted once."""
+    case = cases(family, dtype)
+    model = bridge.get_peft_model(case.model(), case.basis)
+    layers = [module for module in model.modules() if isinstance(module, FrodLayer)]
+    assert layers
+    for layer in layers:
+        weight, V = layer.get_base_layer().weight, layer.frod_V["default"]
+        U, scales = layer._calculate_frod_u_and_lambda(V, weight.T if layer.fan_in_fan_out else weight)
+        assert error(layer.frod_lambda_l["default"].detach(), scales.to(dtype)) <= 1e-6 + torch.finfo(dtype).eps / 8
+        assert error(layer.frod_U["default"].float(), U.to(dtype).float()) <= 1e-6 + torch.finfo(dtype).eps / 8
 
 
 def options(family: str) -> dict[str, Any]:

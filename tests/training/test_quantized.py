@@ -1,4 +1,4 @@
-"""Bases that are quantized: exact at the start, trained through, refused where they are another model's."""
+"""Bases that are quantized: exact at the start, trained through, merged into what they were quantized from."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import frodctl
 from frodctl import training
 from frodctl.errors import InvalidInput, UsageError
+from frodctl.training.attachment import frod_layers
 from frodctl.training.layer import FrodLinear
 from tests.training.conftest import Case, batch, perturb
 
 
 def int8(model: Any) -> Any:
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
     return model
 
 
 def nf4(model: Any) -> Any:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit
+
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and path != "lm_head":
-            layer = bitsandbytes.nn.Linear4bit(
+            layer = Linear4bit(
                 module.in_features, module.out_features, module.bias is not None, quant_type="nf4",
                 compute_dtype=torch.float32,
             )  # fmt: skip
@@ -123,6 +126,27 @@ def test_saving_detaching_and_merging(quantize: Any, case: Case, tmp_path: Any) 
         training.merge_(model)
     assert torch.equal(logits(model), trained)
     assert torch.equal(logits(training.detach(model)), expected)
+
+
+def test_merging_into_the_full_precision_base(quantize: Any, case: Case, tmp_path: Any) -> None:
+    """W_q (I + P) was trained, W (I + P) is merged: they differ by (W_q − W) (I + P), with P = D Q Vᵀ."""
+    base, model = case.model(), frodctl.attach(quantize(case.model()), case.basis)
+    yardstick = (logits(model) - logits(base)).norm()
+    perturb(model)
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "merged", basis=case.basis)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {p.dtype for p in base.parameters()}
+    for path, layer in frod_layers(model).items():
+        update, n = layer.update(), base.get_submodule(path).in_features
+        with torch.no_grad():
+            trained, W_q = layer(torch.eye(n)).T.double(), layer.base_layer(torch.eye(n)).T.double()
+        V, D = update.basis.V.double(), update.basis.D.double()
+        I_P = torch.eye(n) + D @ update.pattern.positions.dense(update.entries().double()) @ V.T
+        W, found = (m.get_submodule(path).weight.double() for m in (base, merged))
+        assert (found - W @ I_P).norm() <= 1e-6 * found.norm()
+        assert (trained - found - (W_q - W) @ I_P).norm() <= 1e-5 * found.norm()
+    assert 0 < (logits(model) - logits(merged)).norm() < 2 * yardstick
 
 
 def test_evaluation_between_steps_keeps_the_gradient(quantize: Any, case: Case) -> None:
