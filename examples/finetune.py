@@ -51,6 +51,7 @@ BATCH = 16
 TOKENS = 48
 HEAD_RATE = 3e-2
 WARM_UP = 0.1
+SELECTION = 16  # batches whose gradients choose positions
 SEARCH_SEED = 100  # of the tries; the reported seeds are 0, 1, …
 
 
@@ -192,33 +193,48 @@ def unloaded(encoder: Any) -> nn.Module:
     return merged
 
 
-def with_frodctl(basis: Path) -> Prepare:
-    """The rate is ρ, of λ and of S."""
+def with_frodctl(basis: Path, selected_on: Sequence[dict[str, Tensor]] = ()) -> Prepare:
+    """The rate is ρ, of λ and of S; with batches the positions of S are those with the largest gradients."""
 
     def prepare(model: Classifier, rate: float) -> Groups:
         frodctl.attach(model.encoder, basis)
+        if selected_on:
+            frodctl.select_pattern(model.encoder, selected_on, loss=lambda _, batch: model(**batch).loss)
         groups = frodctl.parameter_groups(model.encoder, rho_lambda=rate, rho_sparse=rate)
         return [*groups, group(model.head, HEAD_RATE)]
 
     return prepare
 
 
-def all_methods(model: Path, folder: Path) -> dict[str, Method]:
-    """By the names that --methods takes."""
-    basis = folder / "basis.safetensors"
+def decompose(model: Path, folder: Path, allocate: str) -> tuple[Path, dict[str, float]]:
+    """The shared-basis file, and each category's sparsity."""
+    basis = folder / f"{allocate}.safetensors"
     decomposed = frodctl.decompose(
-        str(model), basis, target_modules=",".join(TARGETS), exclude_modules="pooler.dense", budget=BUDGET
-    )
-    say(f"decomposed once for all runs of frodctl, in {decomposed.seconds:.1f} s")
+        str(model), basis, target_modules=",".join(TARGETS), exclude_modules="pooler.dense", budget=BUDGET,
+        allocate=allocate,
+    )  # fmt: skip
+    sparsity = {row["category"]: row["sparsity"] for row in decomposed.as_dict()["categories"]}
+    shown = ", ".join(f"{category} {rate:.2%}" for category, rate in sparsity.items())
+    say(f"decomposed once for all runs of frodctl, in {decomposed.seconds:.1f} s; sparsity {allocate}: {shown}")
+    return basis, sparsity
+
+
+def all_methods(model: Path, folder: Path, task: Task) -> dict[str, Method]:
+    """By the names that --methods takes."""
+    (uniform, sparsity), (spectrum, _) = (decompose(model, folder, kind) for kind in ("uniform", "spectrum"))
+    few = list(islice(batches(task.train, SEARCH_SEED), SELECTION))
     lora = peft.LoraConfig(target_modules=TARGETS, r=LORA_RANK, lora_alpha=2 * LORA_RANK)
-    sparsity = decomposed.categories[0].plan.sparsity
-    frod = peft.FrodConfig(target_modules=TARGETS, sparse_rate=sparsity, progressbar=False)
+    frod = peft.FrodConfig(target_modules=TARGETS, sparse_rate=max(sparsity.values()), progressbar=False)
+    rho = around(4e-3)
     return {
         "head": Method("head alone", head_alone, around(HEAD_RATE)),
         "full": Method("full fine-tuning", full, around(1e-4)),
         "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(2e-3), unloaded),
-        "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(1e-3), unloaded),
-        "frod": Method("FRoD (frodctl)", with_frodctl(basis), around(4e-3), merge_),
+        "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(1.5e-3), unloaded),
+        "frod": Method("FRoD (frodctl)", with_frodctl(uniform), rho, merge_),
+        "gradient": Method("FRoD, gradient", with_frodctl(uniform, few), rho, merge_),
+        "spectrum": Method("FRoD, spectrum", with_frodctl(spectrum), rho, merge_),
+        "both": Method("FRoD, spectrum and gradient", with_frodctl(spectrum, few), rho, merge_),
     }
 
 
@@ -375,7 +391,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     steps, seeds = (12, 1) if arguments.short else (arguments.steps, arguments.seeds)
-    per_package, held_out, tries = (40, 100, 2) if arguments.short else (300, 500, 5)
+    per_package, held_out, tries = (40, 60, 2) if arguments.short else (300, 500, 5)
     warnings.filterwarnings("ignore", module="peft|transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -388,7 +404,7 @@ def main() -> None:
     say(f"{len(task.train)} texts to train on, {len(task.validation)} to choose rates by, {len(task.test)} to report")
     lab = Lab(transformers.AutoModel.from_pretrained(source, add_pooling_layer=False), task)
     with tempfile.TemporaryDirectory() as folder:
-        known = all_methods(source, Path(folder))
+        known = all_methods(source, Path(folder), task)
         methods = [known[name] for name in dict.fromkeys(["full", *arguments.methods])]
         searched = {
             method.name: [

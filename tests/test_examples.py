@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(script: str, *arguments: Any) -> str:
+def run_example(script: str, *arguments: Any) -> str:
     """What the example prints to stdout."""
     command = [sys.executable, EXAMPLES / script, *map(str, arguments)]
     done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=600, check=False)
@@ -25,7 +25,7 @@ def run(script: str, *arguments: Any) -> str:
 
 
 def test_finetune_compares_the_methods(tmp_path: Path) -> None:
-    shown = run("finetune.py", "--short", "--json", tmp_path / "numbers.json")
+    shown = run_example("finetune.py", "--short", "--json", tmp_path / "numbers.json")
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     methods = {run["method"] for run in numbers["runs"]}
     assert methods == {"full fine-tuning", "head alone", "LoRA, r = 8 (PEFT)", "FRoD (PEFT)", "FRoD (frodctl)"}
@@ -42,7 +42,7 @@ def test_finetune_compares_the_methods(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantized(quantization: str, example: Path, tmp_path: Path) -> None:
-    shown = run("quantized.py", example, tmp_path, "--quantization", quantization, "--steps", 10)
+    shown = run_example("quantized.py", example, tmp_path, "--quantization", quantization, "--steps", 10)
     rows = {line[:36].strip(): [float(v.rstrip("%")) for v in line[36:].split()] for line in shown.splitlines()[1:]}
     for where in ("quantized", "full precision"):
         untrained, trained = rows[f"held-out loss, {where}"]
@@ -55,7 +55,7 @@ def test_quantized(quantization: str, example: Path, tmp_path: Path) -> None:
 
 
 def test_peft_bridge(example: Path, tmp_path: Path) -> None:
-    lines = run("peft_bridge.py", example, tmp_path, "--steps", 3).splitlines()
+    lines = run_example("peft_bridge.py", example, tmp_path, "--steps", 3).splitlines()
     changed = float(lines[0].split("by up to ")[1].split(";")[0])
     wrong, repaired, loaded = ([float(value) for value in line.split()[-2:]] for line in lines[2:5])
     assert min(wrong) > 0.5 * changed > 0.1
