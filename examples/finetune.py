@@ -229,8 +229,8 @@ def all_methods(model: Path, folder: Path, task: Task) -> dict[str, Method]:
     return {
         "head": Method("head alone", head_alone, around(HEAD_RATE)),
         "full": Method("full fine-tuning", full, around(1e-4)),
-        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(2e-3), unloaded),
-        "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(1.5e-3), unloaded),
+        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(1e-3), unloaded),
+        "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(6e-4), unloaded),
         "frod": Method("FRoD (frodctl)", with_frodctl(uniform), rho, merge_),
         "gradient": Method("FRoD, gradient", with_frodctl(uniform, few), rho, merge_),
         "spectrum": Method("FRoD, spectrum", with_frodctl(spectrum), rho, merge_),
