@@ -49,6 +49,7 @@ LORA_RANK = 8
 BUDGET = 0.0146  # of the checkpoint's numbers, for FRoD: what LoRA of that rank trains
 BATCH = 16
 TOKENS = 48
+PADDING = 0  # the token [PAD]
 HEAD_RATE = 3e-2
 WARM_UP = 0.1
 SEARCH_SEED = 100  # of the tries; the reported seeds are 0, 1, …
@@ -121,9 +122,9 @@ def load_task(model: Path, per_package: int, held_out: int) -> Task:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(example.tokens) for example in examples], batch_first=True)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(example.tokens) for example in examples], True, PADDING)
     labels = torch.tensor([example.label for example in examples])
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+    return {"input_ids": ids, "attention_mask": (ids != PADDING).long(), "labels": labels}
 
 
 def batches(examples: Sequence[Example], seed: int) -> Iterator[dict[str, Tensor]]:
@@ -193,7 +194,7 @@ def unloaded(encoder: Any) -> nn.Module:
 
 
 def with_frodctl(basis: Path) -> Prepare:
-    """The rate is ρ, of λ and of S."""
+    """The rate is ρ, of λ and of S alike."""
 
     def prepare(model: Classifier, rate: float) -> Groups:
         frodctl.attach(model.encoder, basis)
@@ -204,7 +205,7 @@ def with_frodctl(basis: Path) -> Prepare:
 
 
 def all_methods(model: Path, folder: Path) -> dict[str, Method]:
-    """By the names that --methods takes."""
+    """By the names that --methods takes. A further one is a line here, with its own `prepare`."""
     basis = folder / "basis.safetensors"
     decomposed = frodctl.decompose(
         str(model), basis, target_modules=",".join(TARGETS), exclude_modules="pooler.dense", budget=BUDGET
@@ -369,13 +370,15 @@ def best(runs: Sequence[Run]) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["head", "lora", "peft-frod", "frod"], help="beside full")
-    parser.add_argument("--steps", type=int, default=120, help="of a reported run; a try takes half as many")
+    parser.add_argument("--steps", type=int, default=120, help="of a run, a multiple of 6; a try takes half as many")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--short", action="store_true", help="little of everything: does it run?")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
+    if arguments.steps < 6 or arguments.steps % 6:
+        parser.error("--steps must be a multiple of 6")
     steps, seeds = (12, 1) if arguments.short else (arguments.steps, arguments.seeds)
-    per_package, held_out, tries = (40, 100, 2) if arguments.short else (300, 500, 5)
+    per_package, held_out, tries = (40, 60, 2) if arguments.short else (300, 500, 5)
     warnings.filterwarnings("ignore", module="peft|transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
