@@ -49,6 +49,7 @@ LORA_RANK = 8
 BUDGET = 0.0146  # of the checkpoint's numbers, for FRoD: what LoRA of that rank trains
 BATCH = 16
 TOKENS = 48
+PADDING = 0  # the token [PAD]
 HEAD_RATE = 3e-2
 WARM_UP = 0.1
 SELECTION = 16  # batches whose gradients choose positions
@@ -122,9 +123,9 @@ def load_task(model: Path, per_package: int, held_out: int) -> Task:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(example.tokens) for example in examples], batch_first=True)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(example.tokens) for example in examples], True, PADDING)
     labels = torch.tensor([example.label for example in examples])
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+    return {"input_ids": ids, "attention_mask": (ids != PADDING).long(), "labels": labels}
 
 
 def batches(examples: Sequence[Example], seed: int) -> Iterator[dict[str, Tensor]]:
@@ -194,7 +195,7 @@ def unloaded(encoder: Any) -> nn.Module:
 
 
 def with_frodctl(basis: Path, selected_on: Sequence[dict[str, Tensor]] = ()) -> Prepare:
-    """The rate is ρ, of λ and of S; with batches the positions of S are those with the largest gradients."""
+    """The rate is ρ, of λ and of S alike; with batches the positions of S are those with the largest gradients."""
 
     def prepare(model: Classifier, rate: float) -> Groups:
         frodctl.attach(model.encoder, basis)
@@ -220,7 +221,7 @@ def decompose(model: Path, folder: Path, allocate: str) -> tuple[Path, dict[str,
 
 
 def all_methods(model: Path, folder: Path, task: Task) -> dict[str, Method]:
-    """By the names that --methods takes."""
+    """By the names that --methods takes. A further one is a line here, with its own `prepare`."""
     (uniform, sparsity), (spectrum, _) = (decompose(model, folder, kind) for kind in ("uniform", "spectrum"))
     few = list(islice(batches(task.train, SEARCH_SEED), SELECTION))
     lora = peft.LoraConfig(target_modules=TARGETS, r=LORA_RANK, lora_alpha=2 * LORA_RANK)
@@ -384,14 +385,20 @@ def best(runs: Sequence[Run]) -> Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["head", "lora", "peft-frod", "frod"], help="beside full")
-    parser.add_argument("--steps", type=int, default=120, help="of a reported run; a try takes half as many")
+    parser.add_argument(
+        "--methods", nargs="+", default=["full", "head", "lora", "peft-frod", "frod"],
+        help="also gradient, spectrum and both: other positions of S; the first is the one to be matched",
+    )  # fmt: skip
+    parser.add_argument("--tries", type=int, default=5, help="rates a method, an odd number")
+    parser.add_argument("--steps", type=int, default=120, help="of a run, a multiple of 6; a try takes half as many")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--short", action="store_true", help="little of everything: does it run?")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
+    if arguments.steps < 6 or arguments.steps % 6:
+        parser.error("--steps must be a multiple of 6")
     steps, seeds = (12, 1) if arguments.short else (arguments.steps, arguments.seeds)
-    per_package, held_out, tries = (40, 60, 2) if arguments.short else (300, 500, 5)
+    per_package, held_out, tries = (40, 60, 2) if arguments.short else (300, 500, arguments.tries)
     warnings.filterwarnings("ignore", module="peft|transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -405,7 +412,7 @@ def main() -> None:
     lab = Lab(transformers.AutoModel.from_pretrained(source, add_pooling_layer=False), task)
     with tempfile.TemporaryDirectory() as folder:
         known = all_methods(source, Path(folder), task)
-        methods = [known[name] for name in dict.fromkeys(["full", *arguments.methods])]
+        methods = [known[name] for name in dict.fromkeys(arguments.methods)]
         searched = {
             method.name: [
                 lab.run(method, rate, SEARCH_SEED, steps // 2, steps // 2, task.validation)
