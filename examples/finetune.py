@@ -52,6 +52,7 @@ TOKENS = 48
 PADDING = 0  # the token [PAD]
 HEAD_RATE = 3e-2
 WARM_UP = 0.1
+METHODS = ["full", "head", "lora", "peft-frod", "frod", "gradient", "spectrum", "both"]
 SELECTION = 16  # batches whose gradients choose positions
 SEARCH_SEED = 100  # of the tries; the reported seeds are 0, 1, …
 
@@ -386,7 +387,7 @@ def best(runs: Sequence[Run]) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--methods", nargs="+", default=["full", "head", "lora", "peft-frod", "frod"],
+        "--methods", nargs="+", choices=METHODS, default=METHODS[:5], metavar="METHOD",
         help="also gradient, spectrum and both: other positions of S; the first is the one to be matched",
     )  # fmt: skip
     parser.add_argument("--tries", type=int, default=5, help="rates a method, an odd number")
