@@ -144,7 +144,7 @@ class TestSaved:
         case, model = selected()
         frodctl.save_adapter(model, tmp_path / "adapter", self_contained=self_contained)
         basis = {} if self_contained else {"basis": case.basis}
-        frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "out", **basis)
+        frodctl.merge(case.base, tmp_path / "adapter", tmp_path / "out", **basis)
         merged = type(case.model()).from_pretrained(tmp_path / "out").eval()
         assert (peft_models.logits(merged) - peft_models.logits(model)).abs().max() <= 1e-5
 
@@ -164,7 +164,7 @@ class TestSaved:
         case, model = selected()
         frodctl.save_adapter(model, tmp_path / "adapter")
         document = frodctl.inspect(
-            str(tmp_path / "adapter"), base=str(case.base), basis=str(case.basis), spectrum=True
+            tmp_path / "adapter", base=str(case.base), basis=str(case.basis), spectrum=True
         ).as_dict()
         changes = [row["delta_frobenius_norm"] for row in document["targets"][0]["tensors"]]
         exact = copy.deepcopy(model)

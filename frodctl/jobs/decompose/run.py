@@ -76,13 +76,13 @@ class DecomposeResult:
 
 
 def decompose(
-    model: str, output: str | Path | None = None, *, progress: Callback = silent, **options: Any
+    model: str | Path, output: str | Path | None = None, *, progress: Callback = silent, **options: Any
 ) -> DecomposeResult:
     """Compute the joint decomposition of a checkpoint and write it to a shared-basis file.
 
     Parameters
     ----------
-    model : str
+    model : str or path
         A local folder or file, or a Hub id (``name``, ``org/name``, ``org/name@revision``).
     output : path, optional
         The shared-basis file; by default ``./<model name>.frod.safetensors``.
@@ -111,7 +111,7 @@ def decompose(
     >>> import frodctl
     >>> result = frodctl.decompose("examples/tiny-llama", "basis.safetensors", target_modules="all-linear")
     """
-    return run_decompose(plan_decompose(model, output, progress=progress, **options), progress)
+    return run_decompose(plan_decompose(str(model), output, progress=progress, **options), progress)
 
 
 def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> DecomposeResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from frodctl.checkpoint import names
@@ -45,12 +46,12 @@ class InspectResult:
         }
 
 
-def inspect(*targets: str, progress: Callback = silent, **options: Any) -> InspectResult:
+def inspect(*targets: str | Path, progress: Callback = silent, **options: Any) -> InspectResult:
     """Find out what the targets are and report on their tensors.
 
     Parameters
     ----------
-    *targets : str
+    *targets : str or path
         Checkpoints, shared-basis files or adapters: local folders or files, or Hub ids.
     progress : callable, optional
         Called with a `frodctl.jobs.progress.Progress` as the work goes on.
@@ -79,7 +80,7 @@ def inspect(*targets: str, progress: Callback = silent, **options: Any) -> Inspe
     'checkpoint'
     """
     finished = []
-    for report in reports(targets, InspectOptions(**options), progress):
+    for report in reports([str(target) for target in targets], InspectOptions(**options), progress):
         rows = tuple(report.rows)
         finished.append(TargetResult(report.target, report.kind, rows, report.summary()))
     return InspectResult(tuple(finished))

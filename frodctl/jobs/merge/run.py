@@ -51,14 +51,16 @@ class MergeResult:
         }
 
 
-def merge(base: str, adapter: str, output: str | Path, *, progress: Callback = silent, **options: Any) -> MergeResult:
+def merge(
+    base: str | Path, adapter: str | Path, output: str | Path, *, progress: Callback = silent, **options: Any
+) -> MergeResult:
     """Fold a trained adapter into its base and write an ordinary dense checkpoint.
 
     Parameters
     ----------
-    base : str
+    base : str or path
         The checkpoint that was fine-tuned: a local folder or file, or a Hub id; ``-`` for the one the adapter names.
-    adapter : str
+    adapter : str or path
         The adapter: a local folder or weights file, or a Hub id.
     output : path
         The folder to make.
@@ -87,7 +89,7 @@ def merge(base: str, adapter: str, output: str | Path, *, progress: Callback = s
     >>> import frodctl
     >>> result = frodctl.merge("my-base", "my-adapter", "merged")  # doctest: +SKIP
     """
-    return run_merge(plan_merge(base, adapter, output, progress=progress, **options), progress)
+    return run_merge(plan_merge(str(base), str(adapter), output, progress=progress, **options), progress)
 
 
 def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
