@@ -377,7 +377,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 6 or arguments.steps % 6:
         parser.error("--steps must be a multiple of 6")
-    steps, seeds = (12, 1) if arguments.short else (arguments.steps, arguments.seeds)
+    steps, seeds = (6, 1) if arguments.short else (arguments.steps, arguments.seeds)
     per_package, held_out, tries = (40, 60, 2) if arguments.short else (300, 500, 5)
     warnings.filterwarnings("ignore", module="peft|transformers")
     transformers.logging.set_verbosity_error()
