@@ -231,7 +231,7 @@ def all_methods(model: Path, folder: Path, task: Task) -> dict[str, Method]:
     return {
         "head": Method("head alone", head_alone, around(HEAD_RATE)),
         "full": Method("full fine-tuning", full, around(1e-4)),
-        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(1e-3), unloaded),
+        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(2e-3), unloaded),
         "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(6e-4), unloaded),
         "frod": Method("FRoD (frodctl)", with_frodctl(uniform), rho, merge_),
         "gradient": Method("FRoD, gradient", with_frodctl(uniform, few), rho, merge_),
@@ -398,7 +398,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 6 or arguments.steps % 6:
         parser.error("--steps must be a multiple of 6")
-    steps, seeds = (12, 1) if arguments.short else (arguments.steps, arguments.seeds)
+    steps, seeds = (6, 1) if arguments.short else (arguments.steps, arguments.seeds)
     per_package, held_out, tries = (40, 60, 2) if arguments.short else (300, 500, arguments.tries)
     warnings.filterwarnings("ignore", module="peft|transformers")
     transformers.logging.set_verbosity_error()
