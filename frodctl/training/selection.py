@@ -41,7 +41,8 @@ def select_pattern(
     The gradient with respect to all n² entries of a layer's S is Uᵀ (∂L/∂W) V. Its squares are added up over batches
     and over the layers of a category, which share their positions; as many off-diagonal ones as the active adapter
     trains are kept, those with the largest sums. Nothing is trained, and the optimizer's parameters stay the same
-    objects. Takes n² float32 numbers of memory a category.
+    objects. Takes n² float32 numbers of memory a category. In distributed training the processes' sums are added, so
+    that all choose the same positions.
 
     The positions are saved with the adapter; with ``output`` in a basis file of their own, for further runs (and for
     resuming one: attach that file, and do not select again).
@@ -111,17 +112,22 @@ def _squares(
     scores: dict[str, Tensor] = {}
     leaves = [_update(layer).delta for layer in layers.values()]
     count = 0
-    with _recording(layers, scores), torch.enable_grad():
-        for batch in batches:
-            loss(model, batch).backward(inputs=leaves)  # type: ignore[no-untyped-call]
-            count += 1
-    for leaf in leaves:
-        leaf.grad = None
+    try:
+        with _recording(layers, scores), torch.enable_grad():
+            for batch in batches:
+                loss(model, batch).backward(inputs=leaves)  # type: ignore[no-untyped-call]
+                count += 1
+    finally:
+        for leaf in leaves:
+            leaf.grad = None
     if not count:
         raise UsageError("there is no batch to take gradients of")
     for path, layer in layers.items():
         if _update(layer).basis.category not in scores:
             raise UsageError(f"{path}: the loss does not depend on it, nor on the others of its category")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for category in sorted(scores):
+            torch.distributed.all_reduce(scores[category])
     return scores
 
 

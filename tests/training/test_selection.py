@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,34 @@ def test_in_16_bit_under_autocast_and_checkpointing(cases: Cases) -> None:
     assert share(frodctl.select_pattern(cases("llama").attached(), batches("llama"), loss=autocast)) > 0.8
     half = cases("llama", torch.bfloat16).attached()
     assert share(frodctl.select_pattern(half, batches("llama"))) > 0.8
+
+
+PROCESS = """
+import sys, torch, frodctl
+from transformers import LlamaForCausalLM
+from tests.training.conftest import labelled
+base, basis, store, rank, out = sys.argv[1:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+model = frodctl.attach(LlamaForCausalLM.from_pretrained(base).eval(), basis)
+torch.save(frodctl.select_pattern(model, [labelled("llama", seed=int(rank))]), out)
+"""
+
+
+def test_processes_choose_together(cases: Cases, tmp_path: Path) -> None:
+    case = cases("llama")
+    found = [tmp_path / str(rank) for rank in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, case.base, case.basis, tmp_path / "store", str(rank), found[rank]],
+            cwd=Path(__file__).parents[2],
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    alone = frodctl.select_pattern(case.attached(), batches("llama")[:2])
+    for file in found:
+        chosen = torch.load(file)
+        assert all(torch.equal(chosen[category], alone[category]) for category in alone)
 
 
 @pytest.fixture
