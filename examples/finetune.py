@@ -227,11 +227,11 @@ def all_methods(model: Path, folder: Path, task: Task) -> dict[str, Method]:
     few = list(islice(batches(task.train, SEARCH_SEED), SELECTION))
     lora = peft.LoraConfig(target_modules=TARGETS, r=LORA_RANK, lora_alpha=2 * LORA_RANK)
     frod = peft.FrodConfig(target_modules=TARGETS, sparse_rate=max(sparsity.values()), progressbar=False)
-    rho = around(4e-3)
+    rho = around(8e-3)
     return {
         "head": Method("head alone", head_alone, around(HEAD_RATE)),
         "full": Method("full fine-tuning", full, around(1e-4)),
-        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(2e-3), unloaded),
+        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(4e-3), unloaded),
         "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(6e-4), unloaded),
         "frod": Method("FRoD (frodctl)", with_frodctl(uniform), rho, merge_),
         "gradient": Method("FRoD, gradient", with_frodctl(uniform, few), rho, merge_),
