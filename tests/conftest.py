@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,11 @@ def _environment_kept() -> Iterator[None]:
     """The command, run in this process, sets variables for itself."""
     with patch.dict(os.environ):
         yield
+
+
+def hear_interrupts() -> None:
+    """For a process about to start: it would ignore SIGINT as these tests do if they run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import frodctl as package
-from tests.conftest import LLAMA_CONFIG, Run, llama_layers, save_checkpoint
+from tests.conftest import LLAMA_CONFIG, Run, hear_interrupts, llama_layers, save_checkpoint
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_interrupted(number: int, code: int, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model", tensors)
     process = subprocess.Popen(
         [sys.executable, "-m", "frodctl", "decompose", "model", "--target-modules", "all-linear", "-o", "b.st"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("b.st.partial/*/0000.safetensors")) and time.monotonic() < deadline:

@@ -25,7 +25,7 @@ from transformers import AutoModel
 import frodctl
 from frodctl.cli.main import main
 from tests import peft_models
-from tests.conftest import Run
+from tests.conftest import Run, hear_interrupts
 from tests.hub_server import HubServer
 from tests.jobs.test_merge import write_adapter
 
@@ -306,7 +306,9 @@ def larger(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 def start(arguments: list[Any], cwd: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "frodctl", "merge", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
+    )
 
 
 def test_killed_at_random_moments_and_rerun(larger: tuple[Path, Path], frodctl: Run, tmp_path: Path) -> None:
