@@ -11,16 +11,14 @@ The processor's time is the sum over its threads, which other work on the machin
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from checkpoints import make_llama
+from process import printed_in_turns
 
 import frodctl
 
@@ -58,10 +56,8 @@ def main() -> None:
         model, basis = arguments.model or make_llama(Path(work, "model")), Path(work, "basis.safetensors")
         frodctl.decompose(str(model), basis, target_modules="all-linear")
         for dtype in arguments.dtypes:
-            found: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
-            for _ in range(arguments.repeats):
-                for method in METHODS:
-                    found[method].append(measure(method, model, basis, dtype))
+            cases = {method: [method, str(model), str(basis), dtype] for method in METHODS}
+            found = printed_in_turns(BUILD, cases, arguments.repeats)
             for method in METHODS:
                 wall, busy = ([run[i] for run in found[method]] for i in range(2))
                 ratios = [theirs[0] / ours[0] for theirs, ours in zip(found[method], found[OURS], strict=True)]
@@ -70,16 +66,6 @@ def main() -> None:
                     f"| {statistics.median(busy):.1f} s | {statistics.median(ratios):.1f}× |",
                     flush=True,
                 )
-
-
-def measure(method: str, model: Path, basis: Path, dtype: str) -> tuple[float, float]:
-    """Seconds of one build, and of the processor's threads in it."""
-    command = [sys.executable, "-W", "ignore", "-c", BUILD, method, str(model), str(basis), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{method} failed:\n{done.stderr[-2000:]}")
-    seconds, busy = json.loads(done.stdout.splitlines()[-1])
-    return seconds, busy
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -57,6 +59,25 @@ def in_turns(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, l
             measured = run(command)
             if turn:
                 results[name].append(measured)
+    return results
+
+
+def printed_in_turns(
+    program: str, cases: Mapping[str, Sequence[str]], repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Run a Python program with each case's arguments, in a process of its own and in turns.
+
+    Its last line is the pair of numbers that it measured of itself, in JSON.
+    """
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, arguments in cases.items():
+            command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
+            first, second = json.loads(done.stdout.splitlines()[-1])
+            results[name].append((first, second))
     return results
 
 

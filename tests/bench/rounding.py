@@ -27,12 +27,6 @@ import frodctl.training
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE = EXAMPLES / "tiny-llama"
-sys.path.insert(0, str(EXAMPLES))
-
-from train import CONTEXT, text_of  # noqa: E402
-
-logging.disable_progress_bar()
-logging.set_verbosity_error()
 
 
 def exact_weights(base: dict[str, Tensor], adapter: Path, basis: frodctl.BasisFile) -> dict[str, Tensor]:
@@ -61,6 +55,8 @@ def main() -> None:
     parser.add_argument("--rho", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4])
     parser.add_argument("--tokens", type=int, default=1024)
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     print("| ρ | ‖ΔW‖/‖W‖ | elements changed | ⟨ΔŴ, ΔW⟩/‖ΔW‖² | ‖ΔŴ − ΔW‖/‖ΔW‖ | KL: base | W' rounded once | merged |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
@@ -101,6 +97,9 @@ def row(work: Path, basis: Path, rho: float, tokens: int) -> list[str]:
 
 def held_out(tokens: int) -> Tensor:
     """Text that the model was not trained on, in rows."""
+    sys.path.insert(0, str(EXAMPLES))
+    from train import CONTEXT, text_of
+
     ids = AutoTokenizer.from_pretrained(BASE)(text_of("tkinter"))["input_ids"]
     return torch.tensor(ids[: tokens // CONTEXT * CONTEXT]).view(-1, CONTEXT)
 

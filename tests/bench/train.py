@@ -10,16 +10,14 @@ to warm up, then reports the median of five steps (forward, backward, Adam).
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from checkpoints import SMOLLM2_135M, make_llama
+from process import printed_in_turns
 
 import frodctl
 
@@ -72,10 +70,8 @@ def main() -> None:
         model, basis = make_llama(Path(work, "model"), config), Path(work, "basis.safetensors")
         frodctl.decompose(str(model), basis, target_modules="all-linear")
         for tokens in arguments.tokens:
-            found: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
-            for _ in range(arguments.repeats):
-                for method in METHODS:
-                    found[method].append(measure(method, model, basis, tokens))
+            cases = {method: [method, str(model), str(basis), str(tokens)] for method in METHODS}
+            found = printed_in_turns(STEP, cases, arguments.repeats)
             for method in METHODS:
                 rates = [tokens / seconds for seconds, _ in found[method]]
                 ratios = [p[0] / s[0] for s, p in zip(found[method], found["PEFT FRoD"], strict=True)]
@@ -84,16 +80,6 @@ def main() -> None:
                     f"| {tokens} | {method} | {statistics.median(rates):.0f} ({min(rates):.0f}–{max(rates):.0f}) "
                     f"| {peak:.0f} MB | {statistics.median(ratios):.2f}× |"
                 )
-
-
-def measure(method: str, model: Path, basis: Path, tokens: int) -> tuple[float, float]:
-    """Seconds of a step and peak memory in MB."""
-    command = [sys.executable, "-W", "ignore", "-c", STEP, method, str(model), str(basis), str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{method} failed:\n{done.stderr[-2000:]}")
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
 
 
 if __name__ == "__main__":
