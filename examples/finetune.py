@@ -1,4 +1,4 @@
-"""What FRoD is worth: one encoder fine-tuned for one task in four ways, each at the learning rate that suits it.
+"""What FRoD is worth: one encoder fine-tuned for one task in several ways, each at the learning rate that suits it.
 
     pip install 'frodctl[test]' && python examples/finetune.py [--json results.json]
 
@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.util import find_spec
 from itertools import chain, islice
 from math import inf, isfinite
@@ -208,36 +209,40 @@ def with_frodctl(basis: Path, selected_on: Sequence[dict[str, Tensor]] = ()) -> 
     return prepare
 
 
-def decompose(model: Path, folder: Path, allocate: str) -> tuple[Path, dict[str, float]]:
-    """The shared-basis file, and each category's sparsity."""
+@cache
+def decompose(model: Path, folder: Path, allocate: str) -> tuple[Path, float]:
+    """The shared-basis file, and the largest sparsity of a category; once for all runs."""
     basis = folder / f"{allocate}.safetensors"
     decomposed = frodctl.decompose(
-        str(model), basis, target_modules=",".join(TARGETS), exclude_modules="pooler.dense", budget=BUDGET,
+        model, basis, target_modules=",".join(TARGETS), exclude_modules="pooler.dense", budget=BUDGET,
         allocate=allocate,
     )  # fmt: skip
     sparsity = {row["category"]: row["sparsity"] for row in decomposed.as_dict()["categories"]}
     shown = ", ".join(f"{category} {rate:.2%}" for category, rate in sparsity.items())
     say(f"decomposed once for all runs of frodctl, in {decomposed.seconds:.1f} s; sparsity {allocate}: {shown}")
-    return basis, sparsity
+    return basis, max(sparsity.values())
 
 
-def all_methods(model: Path, folder: Path, task: Task) -> dict[str, Method]:
-    """By the names that --methods takes. A further one is a line here, with its own `prepare`."""
-    (uniform, sparsity), (spectrum, _) = (decompose(model, folder, kind) for kind in ("uniform", "spectrum"))
+def method_called(name: str, model: Path, folder: Path, task: Task) -> Method:
+    """The method that --methods calls by this name."""
+    if name == "head":
+        return Method("head alone", head_alone, around(HEAD_RATE))
+    if name == "full":
+        return Method("full fine-tuning", full, around(1e-4))
+    if name == "lora":
+        lora = peft.LoraConfig(target_modules=TARGETS, r=LORA_RANK, lora_alpha=2 * LORA_RANK)
+        return Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(4e-3), unloaded)
+    basis, sparsity = decompose(model, folder, "spectrum" if name in ("spectrum", "both") else "uniform")
+    if name == "peft-frod":
+        frod = peft.FrodConfig(target_modules=TARGETS, sparse_rate=sparsity, progressbar=False)
+        return Method("FRoD (PEFT)", with_peft(frod), around(6e-4), unloaded)
+    if name == "frod":
+        return Method("FRoD (frodctl)", with_frodctl(basis), around(8e-3), merge_)
+    if name == "spectrum":
+        return Method("FRoD, spectrum", with_frodctl(basis), around(8e-3), merge_)
     few = list(islice(batches(task.train, SEARCH_SEED), SELECTION))
-    lora = peft.LoraConfig(target_modules=TARGETS, r=LORA_RANK, lora_alpha=2 * LORA_RANK)
-    frod = peft.FrodConfig(target_modules=TARGETS, sparse_rate=max(sparsity.values()), progressbar=False)
-    rho = around(8e-3)
-    return {
-        "head": Method("head alone", head_alone, around(HEAD_RATE)),
-        "full": Method("full fine-tuning", full, around(1e-4)),
-        "lora": Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(4e-3), unloaded),
-        "peft-frod": Method("FRoD (PEFT)", with_peft(frod), around(6e-4), unloaded),
-        "frod": Method("FRoD (frodctl)", with_frodctl(uniform), rho, merge_),
-        "gradient": Method("FRoD, gradient", with_frodctl(uniform, few), rho, merge_),
-        "spectrum": Method("FRoD, spectrum", with_frodctl(spectrum), rho, merge_),
-        "both": Method("FRoD, spectrum and gradient", with_frodctl(spectrum, few), rho, merge_),
-    }
+    shown = {"gradient": "FRoD, gradient", "both": "FRoD, spectrum and gradient"}[name]
+    return Method(shown, with_frodctl(basis, few), around(2e-3), merge_)
 
 
 def around(centre: float) -> tuple[float, ...]:
@@ -412,8 +417,7 @@ def main() -> None:
     say(f"{len(task.train)} texts to train on, {len(task.validation)} to choose rates by, {len(task.test)} to report")
     lab = Lab(transformers.AutoModel.from_pretrained(source, add_pooling_layer=False), task)
     with tempfile.TemporaryDirectory() as folder:
-        known = all_methods(source, Path(folder), task)
-        methods = [known[name] for name in dict.fromkeys(arguments.methods)]
+        methods = [method_called(name, source, Path(folder), task) for name in dict.fromkeys(arguments.methods)]
         searched = {
             method.name: [
                 lab.run(method, rate, SEARCH_SEED, steps // 2, steps // 2, task.validation)
