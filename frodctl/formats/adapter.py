@@ -43,6 +43,7 @@ class Provenance:
     seed: int | None  #: of the pattern; None where the adapter or the basis file holds it
     sparsity: Mapping[str, float]  #: by category
     categories: Mapping[str, str]  #: of the modules whose category is not PEFT's name for it
+    pattern: Mapping[str, str]  #: by category, ``sha256:…`` of the positions' bytes, where no seed gives them
     dtype: Mapping[str, str]  #: by category, of V and V⁻ᵀ in training (the safetensors format's name), if not as stored
 
     @classmethod
@@ -50,11 +51,13 @@ class Provenance:
         """Check the object's types; `InvalidInput` names the file."""
         try:
             form, seed = value["form"], value.get("seed")
-            maps = [dict(value.get(key) or {}) for key in ("basis", "base", "sparsity", "categories", "dtype")]
+            maps = [
+                dict(value.get(key) or {}) for key in ("basis", "base", "sparsity", "categories", "pattern", "dtype")
+            ]
         except (TypeError, KeyError, ValueError, AttributeError):
             raise InvalidInput(f"{where}: damaged frodctl object") from None
-        basis, base, sparsity, categories, dtype = maps
-        texts = [*basis.values(), *base.values(), *categories.values()]
+        basis, base, sparsity, categories, pattern, dtype = maps
+        texts = [*basis.values(), *base.values(), *categories.values(), *pattern.values()]
         numbers = sparsity.values()
         if (
             form not in ("delta", "reconstruct")
@@ -64,7 +67,7 @@ class Provenance:
             or not all(isinstance(number, (int, float)) for number in numbers)
         ):
             raise InvalidInput(f"{where}: damaged frodctl object")
-        return cls(form, basis, base, seed, sparsity, categories, dtype)
+        return cls(form, basis, base, seed, sparsity, categories, pattern, dtype)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,17 @@ class Adapter:
 
         assert self.root is not None
         return read_tensor(self.root, info)
+
+    def check_positions(self, category: str, positions: Any, where: object) -> None:
+        """`InvalidInput` where these positions (2, nnz), found in ``where``, are not those it was trained at."""
+        from frodctl.checkpoint.stream import digest
+
+        recorded = self.provenance.pattern.get(category) if self.provenance else None
+        if recorded is not None and digest(positions.contiguous()) != recorded:
+            raise InvalidInput(
+                f"{where}: the positions of {category} are not those that {self.name} was trained at (digests differ); "
+                "give the basis file that has them"
+            )
 
     def is_saved_module(self, tensor: str) -> bool:
         """Whether the tensor (its name in the live model) is of a module that was trained as a whole."""

@@ -173,6 +173,12 @@ def frod_layers(model: nn.Module) -> dict[str, FrodLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, FrodLinear)}
 
 
+def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Update]:
+    """What the adapter trains of each layer, by the layer's path."""
+    found = {path: layer.update(adapter_name) for path, layer in frod_layers(model).items()}
+    return {path: update for path, update in found.items() if update is not None}
+
+
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The modules that adapters train as a whole, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, SavedModule)}
@@ -198,10 +204,8 @@ def set_adapter(model: nn.Module, name: str) -> None:
 def set_scale(model: nn.Module, scale: float) -> None:
     """Apply s times what the active adapter changes: W + s (W' − W). Modules trained as a whole are not scaled."""
     attachment = require_attachment(model)
-    for layer in frod_layers(model).values():
-        update = layer.update(attachment.active)
-        if update is not None:
-            update.scale = float(scale)
+    for update in updates_of(model, attachment.active).values():
+        update.scale = float(scale)
 
 
 @contextmanager
@@ -246,7 +250,7 @@ def merge_(model: Model) -> Model:
         instead (`frodctl.merge`). Nothing is changed then.
     """
     attachment = require_attachment(model)
-    layers = {p: u for p, layer in frod_layers(model).items() if (u := layer.update(attachment.active)) is not None}
+    layers = updates_of(model, attachment.active)
     for path in layers:
         if not is_dense(_base_layer(model, path)):
             raise UsageError(f"{path}: not a floating-point weight; merge the saved adapter instead (frodctl merge)")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from frodctl.training.attachment import frod_layers, require_attachment
+from frodctl.training.attachment import require_attachment, updates_of
 
 
 def parameter_groups(
@@ -51,10 +51,7 @@ def parameter_groups(
         group = groups.setdefault(name, {"params": [], "lr": rate, "weight_decay": decay, "name": name})
         group["params"].append(parameter)
 
-    for layer in frod_layers(model).values():
-        update = layer.update(attachment.active)
-        if update is None:
-            continue
+    for update in updates_of(model, attachment.active).values():
         basis, nnz = update.basis, update.pattern.nnz
         add(f"lambda.{basis.category}", rho_lambda / basis.layers**0.5, frod_weight_decay, update.delta)
         if nnz:

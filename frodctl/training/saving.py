@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import frodctl
 from frodctl.checkpoint import names, sink
 from frodctl.checkpoint.source import Location
-from frodctl.checkpoint.stream import DTYPE_NAMES
+from frodctl.checkpoint.stream import DTYPE_NAMES, digest
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats import adapter as adapter_format
 from frodctl.formats.adapter import Adapter, Provenance, open_adapter
@@ -28,6 +28,7 @@ from frodctl.training.attachment import (
     require_attachment,
     resolved,
     saved_modules,
+    updates_of,
 )
 from frodctl.training.layer import Update
 
@@ -96,12 +97,12 @@ def save_adapter(
         raise UsageError(f"no adapter called {name} is attached; there are: {', '.join(attachment.adapters)}")
     attached = attachment.adapters[name]
     folder = Path(folder) if name == "default" else Path(folder) / name
-    updates = {path: u for path, layer in frod_layers(model).items() if (u := layer.update(name)) is not None}
+    updates = updates_of(model, name)
+    patterns = {update.basis.category: update.pattern for update in updates.values()}
     tensors = _trained(model, name, updates)
     if self_contained:
         tensors |= _shared(attached, updates)
     elif attached.selected:
-        patterns = {update.basis.category: update.pattern for update in updates.values()}
         tensors |= {adapter_format.indices_key(c): pattern.indices() for c, pattern in patterns.items()}
     provenance = Provenance(
         form="delta",
@@ -110,6 +111,7 @@ def save_adapter(
         seed=attached.seed,
         sparsity=dict(attached.sparsity),
         categories={p: r.category for p, r in attached.modules.items() if r.category != names.peft_category(p)},
+        pattern={} if attached.seed is not None else {c: digest(p.indices().cpu()) for c, p in patterns.items()},
         dtype={u.basis.category: DTYPE_NAMES[u.basis.V.dtype] for u in updates.values() if u.basis.is_rounded},
     )
     config = _config(model, attached)
@@ -170,13 +172,11 @@ def load_adapter(
     values = _values(adapter, opened, modules, indices)
     replaced = _replaced(model, adapter)
     install(model, attached, indices, adapter_name)
-    layers = frod_layers(model)
+    updates = updates_of(model, adapter_name)
     with torch.no_grad():
         for path, (delta, sparse) in values.items():
-            update = layers[path].update(adapter_name)
-            assert update is not None
-            update.delta.copy_(delta)
-            update.values.copy_(sparse)
+            updates[path].delta.copy_(delta)
+            updates[path].values.copy_(sparse)
         for path, module in saved_modules(model).items():
             if adapter_name in module.modules_to_save:
                 for name, parameter in module.modules_to_save[adapter_name].state_dict().items():
@@ -317,7 +317,10 @@ def pattern_of(adapter: Adapter, opened: BasisFile | None) -> dict[str, Tensor]:
     if provenance is None or opened is None:
         raise InvalidInput(f"{adapter.name}: holds no pattern, and no basis file is given")
     if provenance.seed is None:
-        return {c: indices for c, indices in opened.indices().items() if c in adapter.categories}
+        found = {c: indices for c, indices in opened.indices().items() if c in adapter.categories}
+        for category, indices in found.items():
+            adapter.check_positions(category, indices, opened.path)
+        return found
     missing = set(adapter.categories) - set(provenance.sparsity)
     if missing:
         raise InvalidInput(f"{adapter.name}: its config gives no sparsity for {min(missing)}")

@@ -57,6 +57,8 @@ class Projections:
             if id(source) not in self._drawn:
                 self._drawn[id(source)] = _drawn(source)
             positions = self._drawn[id(source)][category]
+        holder = source.basis.path if source.basis and category not in adapter.indices else adapter.name
+        adapter.check_positions(category, positions, holder)
         n = adapter.categories[category]
         if positions.numel() and not (positions.min() >= 0 and positions.max() < n):
             raise InvalidInput(f"{adapter.name}: positions of {category} lie outside the {n} x {n} matrix")
