@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from frodctl.checkpoint import sink
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import write_patterns
-from frodctl.training.attachment import frod_layers, require_attachment, resolved
-from frodctl.training.layer import FrodLinear, Pattern, Update
+from frodctl.training.attachment import frod_layers, require_attachment, resolved, updates_of
+from frodctl.training.layer import Pattern, Update
 
 _ROWS = 1 << 12  # tokens whose gradients are multiplied at a time
 
@@ -68,7 +68,7 @@ def select_pattern(
     Raises
     ------
     UsageError
-        Nothing is attached, S or λ' have moved already, there is no batch, or the output exists.
+        Nothing is attached, S or λ' have moved already, there is no batch, a batch has no loss, or the output exists.
     InvalidInput
         A gradient is NaN or Inf.
 
@@ -78,13 +78,18 @@ def select_pattern(
     >>> frodctl.select_pattern(model, itertools.islice(loader, 16))  # doctest: +SKIP
     """
     attachment = require_attachment(model)
+    if isinstance(batches, Mapping | Tensor):
+        raise UsageError("batches is one batch; give a list of them")
     attached = attachment.adapters[attachment.active]
-    layers = {path: layer for path, layer in frod_layers(model).items() if layer.update(attachment.active)}
-    _check_untrained(layers)
+    updates = updates_of(model, attachment.active)
+    for path, update in updates.items():
+        if update.delta.any() or update.values.any():
+            raise UsageError(f"{path}: trained already; select the pattern right after attach")
     if output is not None:
         sink.check_output_file(Path(output), force=force)
-    indices = _steepest(_squares(model, layers, batches, loss), layers)
-    _exchange(layers, indices)
+    counts = {update.basis.category: update.pattern.nnz for update in updates.values()}
+    indices = _steepest(_squares(model, updates, batches, loss), counts)
+    _exchange(updates.values(), indices)
     attached = replace(attached, seed=None, selected=True)
     if output is not None:
         write_patterns(attached.basis, Path(output), indices, attached.sparsity)
@@ -93,37 +98,25 @@ def select_pattern(
     return indices
 
 
-def _update(layer: FrodLinear) -> Update:
-    found = layer.update()
-    assert found is not None
-    return found
-
-
-def _check_untrained(layers: Mapping[str, FrodLinear]) -> None:
-    for path, layer in layers.items():
-        if _update(layer).delta.any() or _update(layer).values.any():
-            raise UsageError(f"{path}: trained already; select the pattern right after attach")
-
-
 def _squares(
-    model: nn.Module, layers: Mapping[str, FrodLinear], batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]
+    model: nn.Module, updates: Mapping[str, Update], batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]
 ) -> dict[str, Tensor]:
     """By category the squares of the gradients of S (n, n), summed over batches and layers; float32."""
     scores: dict[str, Tensor] = {}
-    leaves = [_update(layer).delta for layer in layers.values()]
+    leaves = [update.delta for update in updates.values()]
     count = 0
     try:
-        with _recording(layers, scores), torch.enable_grad():
+        with _recording(model, updates, scores), torch.enable_grad():
             for batch in batches:
-                loss(model, batch).backward(inputs=leaves)  # type: ignore[no-untyped-call]
+                _scalar(loss(model, batch)).backward(inputs=leaves)  # type: ignore[no-untyped-call]
                 count += 1
     finally:
         for leaf in leaves:
             leaf.grad = None
     if not count:
         raise UsageError("there is no batch to take gradients of")
-    for path, layer in layers.items():
-        if _update(layer).basis.category not in scores:
+    for path, update in updates.items():
+        if update.basis.category not in scores:
             raise UsageError(f"{path}: the loss does not depend on it, nor on the others of its category")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for category in sorted(scores):
@@ -131,15 +124,27 @@ def _squares(
     return scores
 
 
+def _scalar(value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.requires_grad and value.numel() == 1:
+        return value
+    found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise UsageError(
+        f"the loss of a batch is {found}, not a scalar with a gradient; give batches with labels, or loss="
+    )
+
+
 @contextmanager
-def _recording(layers: Mapping[str, FrodLinear], scores: dict[str, Tensor]) -> Iterator[None]:
+def _recording(model: nn.Module, updates: Mapping[str, Update], scores: dict[str, Tensor]) -> Iterator[None]:
     """Within it, backward passes add to the scores."""
 
     def observe(update: Update, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = inputs
         return (_Observed.apply(x, update, scores), *others)  # type: ignore[no-untyped-call]
 
-    hooks = [layer.base_layer.register_forward_pre_hook(partial(observe, _update(layer))) for layer in layers.values()]
+    layers = frod_layers(model)
+    hooks = [
+        layers[path].base_layer.register_forward_pre_hook(partial(observe, update)) for path, update in updates.items()
+    ]
     try:
         yield
     finally:
@@ -179,9 +184,8 @@ def _split(x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(x.reshape(-1, x.shape[-1]), _ROWS)
 
 
-def _steepest(scores: Mapping[str, Tensor], layers: Mapping[str, FrodLinear]) -> dict[str, Tensor]:
-    """The off-diagonal positions with the largest scores, as many as are trained, by rows."""
-    counts = {_update(layer).basis.category: _update(layer).pattern.nnz for layer in layers.values()}
+def _steepest(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """So many off-diagonal positions with the largest scores, by rows."""
     indices = {}
     for category, score in scores.items():
         if not torch.isfinite(score).all():
@@ -192,11 +196,10 @@ def _steepest(scores: Mapping[str, Tensor], layers: Mapping[str, FrodLinear]) ->
     return indices
 
 
-def _exchange(layers: Mapping[str, FrodLinear], indices: Mapping[str, Tensor]) -> None:
-    """Give the layers these positions; layers that shared a pattern share the new one."""
+def _exchange(updates: Iterable[Update], indices: Mapping[str, Tensor]) -> None:
+    """Give the updates these positions; those that shared a pattern share the new one."""
     made: dict[int, Pattern] = {}
-    for layer in layers.values():
-        update = _update(layer)
+    for update in updates:
         old = update.pattern
         if id(old) not in made:
             made[id(old)] = Pattern(indices[update.basis.category], update.basis.n, old.rows.device)

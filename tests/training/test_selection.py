@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import frodctl
-import frodctl.training.peft
+import frodctl.training.peft as bridge
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.training.attachment import frod_layers
 from tests import peft_models
@@ -187,7 +187,7 @@ class TestSaved:
     def test_the_bridge_loads_it(self, selected: Any, tmp_path: Path) -> None:
         case, model = selected()
         frodctl.save_adapter(model, tmp_path / "adapter")
-        loaded = frodctl.training.peft.load(case.model(), tmp_path / "adapter", case.basis)
+        loaded = bridge.load(case.model(), tmp_path / "adapter", case.basis)
         assert (peft_models.logits(loaded) - peft_models.logits(model)).abs().max() <= 1e-4
 
     def test_inspected(self, selected: Any, tmp_path: Path) -> None:
@@ -233,6 +233,20 @@ class TestBasisFile:
         merged = type(case.model()).from_pretrained(tmp_path / "out").eval()
         assert (peft_models.logits(merged) - peft_models.logits(model)).abs().max() <= 1e-5
 
+    def test_adapters_refuse_another_file_of_the_same_basis(self, selected: Any, tmp_path: Path) -> None:
+        case, model = selected(output=tmp_path / "selected.safetensors")
+        adapter, unselected = tmp_path / "adapter", case.basis
+        frodctl.save_adapter(model, adapter)
+        for use in (
+            lambda: frodctl.load_adapter(case.model(), adapter, unselected),
+            lambda: bridge.load(case.model(), adapter, unselected),
+            lambda: frodctl.merge(case.base, adapter, tmp_path / "out", basis=unselected),
+            lambda: frodctl.inspect(adapter, base=case.base, basis=unselected),
+        ):
+            with pytest.raises(InvalidInput, match=r"positions of \w+ are not those .* trained at"):
+                use()
+        assert not (tmp_path / "out").exists()
+
     def test_an_existing_file_is_kept_unless_forced(self, cases: Cases, tmp_path: Path) -> None:
         case = cases("llama")
         own = tmp_path / "basis.safetensors"
@@ -263,6 +277,22 @@ class TestRefused:
     def test_without_batches(self, cases: Cases) -> None:
         with pytest.raises(UsageError, match="no batch"):
             frodctl.select_pattern(cases("llama").attached(), [])
+
+    def test_one_batch_instead_of_several(self, cases: Cases) -> None:
+        with pytest.raises(UsageError, match="list"):
+            frodctl.select_pattern(cases("llama").attached(), labelled("llama"))
+
+    def test_a_batch_without_labels(self, cases: Cases) -> None:
+        batch = labelled("llama")
+        del batch["labels"]
+        model = cases("llama").attached()
+        with pytest.raises(UsageError, match=r"NoneType, not a scalar .* labels"):
+            frodctl.select_pattern(model, [batch])
+        with pytest.raises(UsageError, match=r"shape \[.*loss="):
+            frodctl.select_pattern(model, [batch], loss=lambda m, b: m(**b).logits)
+        with pytest.raises(UsageError, match=r"shape \[\], not a scalar with a gradient"):
+            frodctl.select_pattern(model, [batch], loss=lambda m, b: m(**b).logits.detach().sum())
+        frodctl.select_pattern(model, [batch], loss=lambda m, b: m(**b).logits.square().mean())
 
     def test_a_loss_that_is_not_finite(self, cases: Cases) -> None:
         model = cases("llama").attached()
