@@ -59,13 +59,20 @@ folds it into dense weights; `frodctl.load_adapter` goes on training. PEFT canno
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, *, adapter_name: str | None = None, self_contained: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str | None = None,
+    self_contained: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Save one adapter of a model, in PEFT's layout.
 
     Small by default: without V and, unless it was selected (`select_pattern`), without the pattern; the basis file has
-    them. PEFT refuses such an adapter, which says
-    that it holds them, rather than load it with a V of its own.
+    them. PEFT refuses such an adapter, which says that it holds them, rather than load it with a V of its own.
+
+    In distributed training one process saves. Only where parameters are sharded (``fully_shard``) and no gathered
+    ``state_dict`` is given, all must call this, to gather them; the first of them writes.
 
     Parameters
     ----------
@@ -78,6 +85,8 @@ def save_adapter(
         By default the active one.
     self_contained : bool
         Save V, the pattern and λ too, so that `frodctl.merge` needs no basis file.
+    state_dict : mapping of str to Tensor, optional
+        The model's, with whole tensors, to take the trained numbers from.
 
     Returns
     -------
@@ -87,7 +96,7 @@ def save_adapter(
     Raises
     ------
     UsageError
-        No such adapter is attached.
+        No such adapter is attached, or ``state_dict`` does not have it.
     InvalidInput
         A trained number is NaN or Inf, or the basis file has changed.
     """
@@ -99,7 +108,9 @@ def save_adapter(
     folder = Path(folder) if name == "default" else Path(folder) / name
     updates = updates_of(model, name)
     patterns = {update.basis.category: update.pattern for update in updates.values()}
-    tensors = _trained(model, name, updates)
+    sharded = any(hasattr(update.delta, "full_tensor") for update in updates.values())
+    state = trained_state(model) if state_dict is None else state_dict
+    tensors = _trained(model, name, updates, state)
     if self_contained:
         tensors |= _shared(attached, updates)
     elif attached.selected:
@@ -115,7 +126,8 @@ def save_adapter(
         dtype={u.basis.category: DTYPE_NAMES[u.basis.V.dtype] for u in updates.values() if u.basis.is_rounded},
     )
     config = _config(model, attached)
-    adapter_format.write_adapter(folder, tensors, config, provenance, _card(config, self_contained))
+    if state_dict is not None or not sharded or torch.distributed.get_rank() == 0:
+        adapter_format.write_adapter(folder, tensors, config, provenance, _card(config, self_contained))
     return folder
 
 
@@ -184,15 +196,26 @@ def load_adapter(
     return model
 
 
-def save_trained_state(model: nn.Module, file: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Save the trained numbers of all adapters under their names in the model's state, exactly as they are."""
-    if state is None:  # the adapters' alone: quantized layers may repack their weights for theirs
-        parts: list[tuple[str, nn.Module]] = [(f"{p}.adapters", m.adapters) for p, m in frod_layers(model).items()]
-        parts += [(f"{path}.modules_to_save", m.modules_to_save) for path, m in saved_modules(model).items()]
-        state = {f"{path}.{name}": tensor for path, part in parts for name, tensor in part.state_dict().items()}
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trained numbers of all adapters by their names in the model's state: those alone, as quantized layers may
+    repack their weights for the rest. Sharded ones are gathered, for which every process must call this.
+    """
+    parts: list[tuple[str, nn.Module]] = [(f"{p}.adapters", m.adapters) for p, m in frod_layers(model).items()]
+    parts += [(f"{path}.modules_to_save", m.modules_to_save) for path, m in saved_modules(model).items()]
+    return {f"{path}.{name}": _whole(tensor) for path, part in parts for name, tensor in part.state_dict().items()}
+
+
+def save_trained_state(model: nn.Module, file: Path, state: Mapping[str, Tensor]) -> None:
+    """Save what ``state`` has of the trained numbers of all adapters under their names there, exactly as they are."""
     added = added_prefixes(model)
     kept = {name: tensor for name, tensor in state.items() if name.startswith(added)}
     sink.replace_files(file.parent, {file.name: lambda out: adapter_format.write_tensors(out, kept)})
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gathered from all processes where it is a shard of a DTensor."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _sub_folder(folder: str | Path, name: str) -> str | None:
@@ -200,23 +223,34 @@ def _sub_folder(folder: str | Path, name: str) -> str | None:
     return name if (Path(folder) / name).is_dir() else None
 
 
-def _trained(model: nn.Module, name: str, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+def _trained(
+    model: nn.Module, name: str, updates: Mapping[str, Update], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """λ' and S of an adapter, and the modules that it trained as a whole, by their names in the file."""
     tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
-        scales = update.base_scales.double() + update.delta.detach().double()
+        delta, values = (_number(state, f"{path}.adapters.{name}.{kind}") for kind in ("delta", "values"))
+        scales = update.base_scales.double() + delta.to(update.base_scales.device, torch.float64)
         # rows with λ = 0 drop out here, but PEFT would give them some U
         alive = update.base_scales > 0
         rows = update.pattern.indices()[0]
         tensors[adapter_format.lambda_key(path)] = torch.where(alive, scales, 0).float()
-        tensors[adapter_format.values_key(path)] = torch.where(alive[rows], update.values.detach(), 0)
+        tensors[adapter_format.values_key(path)] = torch.where(alive[rows], values.to(alive.device), 0)
     for path, module in saved_modules(model).items():
         if name in module.modules_to_save:
-            state = module.modules_to_save[name].state_dict()
-            tensors |= {adapter_format.replaced_key(f"{path}.{key}"): tensor for key, tensor in state.items()}
+            for key in module.modules_to_save[name].state_dict():
+                tensor = _number(state, f"{path}.modules_to_save.{name}.{key}")
+                tensors[adapter_format.replaced_key(f"{path}.{key}")] = tensor
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InvalidInput(f"{key}: holds NaN or Inf; training has diverged")
     return tensors
+
+
+def _number(state: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise UsageError(f"the state_dict has no {name}, which is trained; give the whole model's")
+    return state[name].detach()
 
 
 def _shared(attached: Attached, updates: Mapping[str, Update]) -> dict[str, Tensor]:

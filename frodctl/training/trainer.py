@@ -57,8 +57,9 @@ class SavePretrained:
         state_dict: dict[str, Tensor] | None = None,
         **_: Any,
     ) -> None:
-        from frodctl.training.saving import save_adapter, save_trained_state
+        from frodctl.training.saving import save_adapter, save_trained_state, trained_state
 
+        state = trained_state(self.model) if state_dict is None else state_dict
         if is_main_process:
-            save_adapter(self.model, save_directory)
-            save_trained_state(self.model, Path(save_directory) / TRAINER_FILE, state_dict)
+            save_adapter(self.model, save_directory, state_dict=state)
+            save_trained_state(self.model, Path(save_directory) / TRAINER_FILE, state)
