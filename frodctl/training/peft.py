@@ -194,15 +194,19 @@ def _distance(U: Tensor, right: Tensor) -> float:
 
 
 class _LayerFactors:
-    """U and λ of a layer from its V, as PEFT's routine gives them, which solves with V anew for every layer."""
+    """U and λ of a layer from its V, as PEFT's routine gives them, which solves with V anew for every layer.
+
+    On the GPU where there is one, wherever the model is; not on mps, which has no float64.
+    """
 
     def __init__(self) -> None:
         self._of: dict[tuple[Any, ...], Factors] = {}
 
     def __call__(self, layer: Any, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-        key = id(layer.frod_V), V.dtype, W.device  # layers of a category share what holds V
+        device = W.device if W.is_cuda else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        key = id(layer.frod_V), V.dtype, device  # layers of a category share what holds V
         if key not in self._of:
-            self._of[key] = Factors(V, torch.device("cpu") if W.device.type == "mps" else W.device)
+            self._of[key] = Factors(V, device)
         return self._of[key](W)
 
 
