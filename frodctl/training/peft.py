@@ -7,8 +7,7 @@ silently wrong. Here V is in place before U is derived. Written against peft 0.2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,9 @@ from frodctl.checkpoint.source import Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import base_scales_key, indices_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
-from frodctl.method.update import Factors
 from frodctl.training.attachment import choose, resolved
 from frodctl.training.saving import pattern_of
 
-#: The method of PEFT's that decomposes the model.
-_INIT = "_init_frod_projections"
-#: The method of its layers that derives U and λ from V and W.
-_FACTORS = "_calculate_frod_u_and_lambda"
 #: How far U may be from the one that V gives, relative, before `repair` takes it for another.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -36,6 +30,9 @@ def get_peft_model(
     model: nn.Module, basis: str | Path | BasisFile, *, adapter_name: str = "default", **options: Any
 ) -> Any:
     """PEFT's FRoD model over the basis file's V and pattern, without a decomposition.
+
+    For layers on the CPU U, of the weight's size, is derived in the first forward pass, or as the model moves to a
+    GPU. With a 16-bit model λ' may change in its last bit then: it becomes the norms of W V⁻ᵀ for the rounded V.
 
     Parameters
     ----------
@@ -59,6 +56,8 @@ def get_peft_model(
         peft is not installed, or does not work as this version of frodctl knows it.
     """
     peft = _peft()
+    from frodctl.training.peft_layers import build
+
     opened = resolved(basis)
     chosen = choose(model, opened, options.pop("target_modules", None))
     for path, record in chosen.items():
@@ -78,8 +77,8 @@ def get_peft_model(
         }
     )
     projections = {c: (opened.tensor(f"V.{c}"), indices[c]) for c in categories}
-    with _given(projections):
-        return peft.get_peft_model(model, config, adapter_name=adapter_name)
+    scales = {model.get_submodule(path): opened.tensor(f"lambda.{r.name}") for path, r in chosen.items()}
+    return build(model, config, adapter_name, projections, scales, fresh=True)
 
 
 def load(
@@ -113,6 +112,8 @@ def load(
         The adapter holds no V and there is no basis file, or not the one it was trained with.
     """
     peft = _peft()
+    from frodctl.training.peft_layers import build
+
     adapter = open_adapter(Location(str(folder)))
     missing = sorted(set(adapter.categories) - set(adapter.bases))
     opened = resolved(basis) if basis is not None and missing else None
@@ -141,8 +142,9 @@ def load(
     state = {key: tensor for key, tensor in stored.items() if key not in ours}
     for category, (V, positions) in projections.items():
         state |= dict(zip(shared_keys(category), (V, positions, torch.tensor([len(V)] * 2)), strict=True))
-    with _given(projections):
-        result = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    live = dict(model.named_modules())
+    scales = {live[m.module]: adapter.tensor(m.scales) for m in adapter.modules if m.module in live}
+    result = build(model, config, adapter_name, projections, scales, fresh=False)
     found = peft.set_peft_model_state_dict(result, state, adapter_name=adapter_name)
     unmatched = [key for key in found.unexpected_keys if "frod_" in key]  # of others PEFT saves some twice
     if unmatched:
@@ -178,83 +180,24 @@ def repair(model: nn.Module, adapter_name: str = "default") -> list[str]:
 def _derived(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """For each FRoD layer its path, its U, and the one that its V gives."""
     _peft()
-    from peft.tuners.frod.layer import FrodLayer
+    from frodctl.training.peft_layers import Derivation, frod_layers
 
-    factors = _LayerFactors()
-    layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, FrodLayer)}
-    for path, layer in layers.items():
+    derive = Derivation()
+    for path, layer in frod_layers(model).items():
         if adapter_name in layer.frod_U:
-            U, weight = layer.frod_U[adapter_name], layer.get_base_layer().weight
-            V = layer.frod_V[adapter_name].to(weight.dtype)
-            yield path, U, factors(layer, V, weight.T if layer.fan_in_fan_out else weight)[0].to(U)
+            U = layer.frod_U[adapter_name]
+            yield path, U, derive(layer, adapter_name)[0].to(U)
 
 
 def _distance(U: Tensor, right: Tensor) -> float:
     return float((U.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
 
 
-class _LayerFactors:
-    """U and λ of a layer from its V, as PEFT's routine gives them, which solves with V anew for every layer.
-
-    On the GPU where there is one, wherever the model is; not on mps, which has no float64.
-    """
-
-    def __init__(self) -> None:
-        self._of: dict[tuple[Any, ...], Factors] = {}
-
-    def __call__(self, layer: Any, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-        device = W.device if W.is_cuda else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        key = id(layer.frod_V), V.dtype, device  # layers of a category share what holds V
-        if key not in self._of:
-            self._of[key] = Factors(V, device)
-        return self._of[key](W)
-
-
-@contextmanager
-def _given(projections: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Within it PEFT takes V and pattern from here instead of decomposing the model, and inverts each V once."""
-    from peft.tuners._buffer_dict import BufferDict
-    from peft.tuners.frod.layer import FrodLayer
-    from peft.tuners.frod.model import FrodModel
-
-    def init(self: Any, config: Any, adapter_name: str) -> None:
-        if not hasattr(self, "frod_V"):
-            self.frod_V, self.frod_s_indices, self.frod_s_size = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        for category, (V, indices) in projections.items():
-            size = torch.tensor([len(V)] * 2)
-            values = (self.frod_V, V.to(dtype)), (self.frod_s_indices, indices), (self.frod_s_size, size)
-            for held, tensor in values:
-                if category not in held:
-                    held[category] = BufferDict({}, persistent=config.save_projection)
-                held[category][adapter_name] = tensor
-
-    factors = _LayerFactors()
-    with (
-        _replaced(FrodModel, _INIT, init),
-        _replaced(FrodLayer, _FACTORS, lambda layer, V, W: factors(layer, V, W)),
-    ):
-        yield
-
-
-@contextmanager
-def _replaced(kind: type, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    before = getattr(kind, name)
-    setattr(kind, name, method)
-    try:
-        yield
-    finally:
-        setattr(kind, name, before)
-
-
 def _peft() -> Any:
     try:
         import peft
-        from peft.tuners.frod.layer import FrodLayer
-        from peft.tuners.frod.model import FrodModel
 
-        getattr(FrodModel, _INIT)
-        getattr(FrodLayer, _FACTORS)
+        import frodctl.training.peft_layers  # noqa: F401
     except (ImportError, AttributeError):
         raise FrodctlError("the bridge needs PEFT with its FRoD tuner: pip install 'frodctl[peft]'") from None
     return peft

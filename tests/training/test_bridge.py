@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import frodctl
 from frodctl.errors import InvalidInput
 from frodctl.training import peft as bridge
 from tests import peft_models
-from tests.training.conftest import Cases
+from tests.training.conftest import Cases, batch
 
 #: PEFT's routine as it is on this machine.
 ROUTINE = frod_model._projection_from_weights
@@ -81,13 +82,115 @@ def test_u_is_the_one_that_peft_derives(family: str, dtype: torch.dtype, cases: 
     """It solves with V for every layer; here V is inverted once."""
     case = cases(family, dtype)
     model = bridge.get_peft_model(case.model(), case.basis)
+    peft_models.logits(model)  # U is derived
     layers = [module for module in model.modules() if isinstance(module, FrodLayer)]
     assert layers
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
     for layer in layers:
         weight, V = layer.get_base_layer().weight, layer.frod_V["default"]
         U, scales = layer._calculate_frod_u_and_lambda(V, weight.T if layer.fan_in_fan_out else weight)
-        assert error(layer.frod_lambda_l["default"].detach(), scales.to(dtype)) <= 1e-6 + torch.finfo(dtype).eps / 8
-        assert error(layer.frod_U["default"].float(), U.to(dtype).float()) <= 1e-6 + torch.finfo(dtype).eps / 8
+        assert error(layer.frod_lambda_l["default"].detach(), scales.to(dtype)) <= 1e-6 + rounding / 8
+        assert error(layer.frod_U["default"].float(), U.to(dtype).float()) <= 1e-6 + rounding / 8
+
+
+def u_in_memory(model: torch.nn.Module) -> int:
+    """In how many layers of a hundred there is a U."""
+    layers = [module for module in model.modules() if isinstance(module, FrodLayer)]
+    assert layers
+    return sum(len(list(layer.frod_U.buffers())) for layer in layers) * 100 // len(layers)
+
+
+class TestWhenUIsDerived:
+    """At the first forward pass, whatever that is; before it the model is as any other."""
+
+    def model(self, cases: Cases, dtype: torch.dtype = torch.float32) -> Any:
+        case = cases("llama", dtype)
+        found = bridge.get_peft_model(case.model(), case.basis)
+        assert u_in_memory(found) == 0
+        return found
+
+    def test_first_use(self, cases: Cases) -> None:
+        model = self.model(cases).eval()
+        expected = peft_models.logits(cases("llama").model())
+        assert error(peft_models.logits(model), expected) <= 1e-4
+        assert u_in_memory(model) == 100
+        assert torch.equal(peft_models.logits(model), peft_models.logits(model))
+
+    def test_inference_before_training(self, cases: Cases) -> None:
+        model = self.model(cases)
+        with torch.inference_mode():
+            model(**batch("llama"))
+        model(**batch("llama")).loss.backward()
+        assert max(bridge.check(model).values()) <= 1e-6
+
+    def test_autocast_does_not_round_it(self, cases: Cases) -> None:
+        model = self.model(cases)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch("llama"))
+        assert u_in_memory(model) == 100
+        assert max(bridge.check(model).values()) <= 1e-6
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_compiled(self, cases: Cases) -> None:
+        model = self.model(cases)
+        expected = peft_models.logits(cases("llama").model())
+        compiled = torch.compile(model, backend="aot_eager").eval()
+        assert error(peft_models.logits(compiled), expected) <= 1e-4
+        assert error(peft_models.logits(compiled), expected) <= 1e-4
+
+    def test_a_copy_derives_its_own(self, cases: Cases) -> None:
+        model = self.model(cases).eval()
+        copied = copy.deepcopy(model)
+        expected = peft_models.logits(model)
+        assert u_in_memory(copied) == 0
+        del model
+        assert torch.equal(peft_models.logits(copied), expected)
+
+    def test_another_dtype(self, cases: Cases) -> None:
+        model = self.model(cases).double().eval()
+        assert error(peft_models.logits(model), peft_models.logits(cases("llama").model().double())) <= 1e-4
+        assert max(bridge.check(model).values()) <= 1e-6
+
+    def test_it_belongs_to_the_base_though_another_adapter_is_merged(self, cases: Cases) -> None:
+        model = self.model(cases)
+        model.add_adapter("second", model.peft_config["default"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lambda_l.second"):
+                    parameter.mul_(1.5)
+        expected = bridge.check(copy.deepcopy(model))
+        model.merge_adapter(["second"])
+        assert u_in_memory(model) == 100  # of the second alone
+        assert all(layer.frod_U["default"].numel() for layer in model.modules() if isinstance(layer, FrodLayer))
+        model.unmerge_adapter()
+        assert bridge.check(model) == pytest.approx(expected, abs=1e-6)
+
+    def test_scales_set_before_it_stay(self, cases: Cases) -> None:
+        model = self.model(cases, dtype=torch.bfloat16)
+        scales = {name: p for name, p in model.named_parameters() if name.endswith("lambda_l.default")}
+        with torch.no_grad():
+            for parameter in scales.values():
+                parameter.mul_(1.5)
+        expected = {name: parameter.clone() for name, parameter in scales.items()}
+        peft_models.logits(model)
+        assert expected
+        assert all(torch.equal(scales[name], before) for name, before in expected.items())
+
+    def test_unloading_and_deleting(self, cases: Cases) -> None:
+        expected = peft_models.logits(cases("llama").model())
+        merged = self.model(cases).merge_and_unload().eval()
+        assert error(peft_models.logits(merged), expected) <= 1e-4
+        model = self.model(cases)
+        model.delete_adapter("default")
+        assert not any("default" in layer.frod_U for layer in model.modules() if isinstance(layer, FrodLayer))
+
+    def test_loaded(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        trained = case.trained()
+        frodctl.save_adapter(trained, tmp_path / "adapter")
+        model = bridge.load(case.model(), tmp_path / "adapter", case.basis).eval()
+        assert u_in_memory(model) == 0
+        assert error(peft_models.logits(model), peft_models.logits(trained.eval())) <= 1e-5
 
 
 def options(family: str) -> dict[str, Any]:
