@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ulp
 
 from frodctl.errors import UsageError
 
@@ -50,7 +51,8 @@ def allocate(layers: Sequence[tuple[int, int]], weights: Sequence[float], budget
         raise UsageError(f"the budget of {int(budget)} numbers is too small: the scales alone take {least}")
 
     def at(factor: float) -> list[float]:
-        return [min(1.0, factor * weight) for weight in weights]
+        # a product that underflows is a sparsity all the same: one position
+        return [min(1.0, max(factor * weight, ulp(0.0))) if factor and weight else 0.0 for weight in weights]
 
     def fits(factor: float) -> bool:
         return sum(count * trainable(n, s) for (n, count), s in zip(layers, at(factor), strict=True)) <= budget

@@ -53,6 +53,14 @@ def test_less_than_the_scales_is_refused_with_the_minimum(layers: list[tuple[int
         allocate(layers, [1.0] * len(layers), least - 1)
 
 
+def test_one_position_each_does_not_fit() -> None:
+    """Then nobody gets one, not those whose weights are large either."""
+    layers, weights = [(2, 1)] * 5 + [(133, 5), (277, 1)], [1.0] * 6 + [0.5]
+    least = sum(n * count for n, count in layers)
+    assert allocate(layers, weights, least + 10.02) == [0] * 7
+    assert total(layers, allocate(layers, weights, least + 11)) == least + 11
+
+
 def test_all_positions_fit() -> None:
     assert allocate([(10, 2)], [1.0], 1000) == [1.0]
 
