@@ -10,6 +10,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+#: Of torch.compile, torch's checkpoint_wrapper and FullyShardedDataParallel.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
 
 def peft_category(module: str) -> str:
     """The category that PEFT gives the module at this path.
@@ -114,6 +117,11 @@ def _qualify(base: str, kinds: Sequence[tuple[str, int]], taken: Iterable[str]) 
         if len(set(labels.values())) == len(kinds) and not set(labels.values()) & set(taken):
             return labels
     return full
+
+
+def unwrapped(name: str) -> str:
+    """The name without the modules that torch.compile, activation checkpointing and FSDP put around others."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def match(paths: Iterable[str], known: Collection[str]) -> dict[str, str | None]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from frodctl.checkpoint import names
 from frodctl.checkpoint.source import Location
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.formats.adapter import base_scales_key, indices_key, open_adapter, shared_keys
+from frodctl.formats.adapter import base_scales_key, indices_key, lambda_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
 from frodctl.training.attachment import choose, resolved
 from frodctl.training.saving import pattern_of
@@ -32,7 +32,7 @@ def get_peft_model(
     """PEFT's FRoD model over the basis file's V and pattern, without a decomposition.
 
     For layers on the CPU U, of the weight's size, is derived in the first forward pass, or as the model moves to a
-    GPU. With a 16-bit model λ' may change in its last bit then: it becomes the norms of W V⁻ᵀ for the rounded V.
+    GPU. With a 16-bit model λ' may change in its last bits then: it becomes the norms of W V⁻ᵀ for the rounded V.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def load(
     for category, (V, positions) in projections.items():
         state |= dict(zip(shared_keys(category), (V, positions, torch.tensor([len(V)] * 2)), strict=True))
     live = dict(model.named_modules())
-    scales = {live[m.module]: adapter.tensor(m.scales) for m in adapter.modules if m.module in live}
+    scales = {live[m.module]: state[lambda_key(m.module)] for m in adapter.modules if m.module in live}
     result = build(model, config, adapter_name, projections, scales, fresh=False)
     found = peft.set_peft_model_state_dict(result, state, adapter_name=adapter_name)
     unmatched = [key for key in found.unexpected_keys if "frod_" in key]  # of others PEFT saves some twice
@@ -155,7 +155,8 @@ def load(
 def check(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
     """For each FRoD layer of a PEFT model the distance ‖U − U(V)‖/‖U(V)‖ of its U from the one that its V gives.
 
-    About the rounding of the model's dtype where all is well; around 1 where PEFT loaded an adapter with another V.
+    About the rounding of the model's dtype where all is well; around 1 where PEFT loaded an adapter with another V. A
+    U that was not derived yet is derived first.
     """
     return {path: _distance(U, right) for path, U, right in _derived(model, adapter_name)}
 

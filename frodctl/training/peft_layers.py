@@ -2,6 +2,7 @@
 
 PEFT derives every U as it builds its model, which holds as many numbers as the weights do. Here a layer on the CPU
 waits for its first forward pass, or for its move to a GPU: then U is computed there, and the host never holds it.
+Until the last layer has its U, each V⁻ᵀ is kept.
 """
 
 from __future__ import annotations
@@ -94,15 +95,17 @@ class AwaitedU(BufferDict):
 
     def __init__(self, layer: nn.Module, adapter_name: str, derive: Derivation, start: Tensor | None) -> None:
         super().__init__({}, persistent=False)
-        self.awaited: tuple[Any, str, Derivation, Tensor | None] | None = (layer, adapter_name, derive, start)
+        self._awaited: tuple[Any, str, Derivation, Tensor | None] | None = (layer, adapter_name, derive, start)
 
     def _awaits(self, key: str) -> bool:
-        return self.awaited is not None and self.awaited[1] == key
+        awaited = self._awaited
+        return awaited is not None and awaited[1] == key
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _derive(self) -> None:
-        assert self.awaited is not None
-        layer, name, derive, start = self.awaited
+        if (awaited := self._awaited) is None:  # another thread was first
+            return
+        layer, name, derive, start = awaited
         with torch.inference_mode(False), torch.no_grad():  # a tensor of that mode could not be trained with later
             U, scales = derive(layer, name)
             dtype, trained = U.dtype, layer.frod_lambda_l[name]
@@ -120,19 +123,19 @@ class AwaitedU(BufferDict):
         return found
 
     def __setitem__(self, key: str, U: Tensor) -> None:
-        if self._awaits(key):
-            self.awaited = None
         super().__setitem__(key, U)  # type: ignore[no-untyped-call]
+        if self._awaits(key):
+            self._awaited = None
 
     def __delitem__(self, key: str) -> None:
         if self._awaits(key):
-            self.awaited = None
+            self._awaited = None
         else:
             super().__delitem__(key)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # W has moved already: the base layer is the first of its layer's modules
-        if self.awaited is not None and self.awaited[0].get_base_layer().weight.is_cuda:
+        if self._awaited is not None and self._awaited[0].get_base_layer().weight.is_cuda:
             self._derive()
         result: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return result

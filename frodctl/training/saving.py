@@ -106,11 +106,9 @@ def save_adapter(
         raise UsageError(f"no adapter called {name} is attached; there are: {', '.join(attachment.adapters)}")
     attached = attachment.adapters[name]
     folder = Path(folder) if name == "default" else Path(folder) / name
-    updates = updates_of(model, name)
+    updates = {names.unwrapped(path): update for path, update in updates_of(model, name).items()}
     patterns = {update.basis.category: update.pattern for update in updates.values()}
-    sharded = any(hasattr(update.delta, "full_tensor") for update in updates.values())
-    state = trained_state(model) if state_dict is None else state_dict
-    tensors = _trained(model, name, updates, state)
+    tensors = _trained(model, name, updates, trained_state(model) if state_dict is None else state_dict)
     if self_contained:
         tensors |= _shared(attached, updates)
     elif attached.selected:
@@ -126,7 +124,7 @@ def save_adapter(
         dtype={u.basis.category: DTYPE_NAMES[u.basis.V.dtype] for u in updates.values() if u.basis.is_rounded},
     )
     config = _config(model, attached)
-    if state_dict is not None or not sharded or torch.distributed.get_rank() == 0:
+    if state_dict is not None or writes(model):
         adapter_format.write_adapter(folder, tensors, config, provenance, _card(config, self_contained))
     return folder
 
@@ -202,20 +200,27 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """
     parts: list[tuple[str, nn.Module]] = [(f"{p}.adapters", m.adapters) for p, m in frod_layers(model).items()]
     parts += [(f"{path}.modules_to_save", m.modules_to_save) for path, m in saved_modules(model).items()]
-    return {f"{path}.{name}": _whole(tensor) for path, part in parts for name, tensor in part.state_dict().items()}
+    state = {f"{path}.{name}": tensor for path, part in parts for name, tensor in part.state_dict().items()}
+    return {names.unwrapped(name): _whole(tensor) for name, tensor in state.items()}
 
 
 def save_trained_state(model: nn.Module, file: Path, state: Mapping[str, Tensor]) -> None:
     """Save what ``state`` has of the trained numbers of all adapters under their names there, exactly as they are."""
-    added = added_prefixes(model)
-    kept = {name: tensor for name, tensor in state.items() if name.startswith(added)}
+    added = tuple(map(names.unwrapped, added_prefixes(model)))
+    unwrapped = {names.unwrapped(name): tensor for name, tensor in state.items()}
+    kept = {name: tensor for name, tensor in unwrapped.items() if name.startswith(added)}
     sink.replace_files(file.parent, {file.name: lambda out: adapter_format.write_tensors(out, kept)})
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """Gathered from all processes where it is a shard of a DTensor."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+def writes(model: nn.Module) -> bool:
+    """Whether this process is to write: of those that hold shards of the model (DTensors) the first alone."""
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters() if parameter.requires_grad)
+    return not sharded or torch.distributed.get_rank() == 0
+
+
+def _whole(tensor: Any) -> Any:
+    """Gathered from all processes where it is a DTensor; its shard may be on the CPU, which NCCL cannot gather."""
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _sub_folder(folder: str | Path, name: str) -> str | None:
@@ -227,6 +232,7 @@ def _trained(
     model: nn.Module, name: str, updates: Mapping[str, Update], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """λ' and S of an adapter, and the modules that it trained as a whole, by their names in the file."""
+    state = {names.unwrapped(key): tensor for key, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
         delta, values = (_number(state, f"{path}.adapters.{name}.{kind}") for kind in ("delta", "values"))
@@ -236,7 +242,8 @@ def _trained(
         rows = update.pattern.indices()[0]
         tensors[adapter_format.lambda_key(path)] = torch.where(alive, scales, 0).float()
         tensors[adapter_format.values_key(path)] = torch.where(alive[rows], values.to(alive.device), 0)
-    for path, module in saved_modules(model).items():
+    for wrapped, module in saved_modules(model).items():
+        path = names.unwrapped(wrapped)
         if name in module.modules_to_save:
             for key in module.modules_to_save[name].state_dict():
                 tensor = _number(state, f"{path}.modules_to_save.{name}.{key}")

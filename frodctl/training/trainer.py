@@ -45,6 +45,7 @@ class SavePretrained:
 
     It saves the active adapter (`frodctl.save_adapter`), and beside it, in ``model.safetensors``, the trained numbers
     exactly as they are: that file transformers' Trainer reads as it resumes. The base model's weights are in neither.
+    Where parameters are sharded and no gathered ``state_dict`` is given, all processes must call it, as `save_adapter`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,9 +58,9 @@ class SavePretrained:
         state_dict: dict[str, Tensor] | None = None,
         **_: Any,
     ) -> None:
-        from frodctl.training.saving import save_adapter, save_trained_state, trained_state
+        from frodctl.training.saving import save_adapter, save_trained_state, trained_state, writes
 
         state = trained_state(self.model) if state_dict is None else state_dict
-        if is_main_process:
+        if is_main_process and (state_dict is not None or writes(self.model)):
             save_adapter(self.model, save_directory, state_dict=state)
             save_trained_state(self.model, Path(save_directory) / TRAINER_FILE, state)

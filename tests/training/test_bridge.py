@@ -141,10 +141,22 @@ class TestWhenUIsDerived:
     def test_a_copy_derives_its_own(self, cases: Cases) -> None:
         model = self.model(cases).eval()
         copied = copy.deepcopy(model)
-        expected = peft_models.logits(model)
+        with torch.no_grad():
+            for layer in copied.modules():
+                if isinstance(layer, FrodLayer):
+                    layer.get_base_layer().weight.mul_(-1)
+        peft_models.logits(model)
         assert u_in_memory(copied) == 0
-        del model
-        assert torch.equal(peft_models.logits(copied), expected)
+        peft_models.logits(copied)
+        pairs = [(a, b) for a, b in zip(model.modules(), copied.modules(), strict=True) if isinstance(a, FrodLayer)]
+        assert all(torch.equal(a.frod_U["default"], -b.frod_U["default"]) for a, b in pairs)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    def test_moving_to_a_gpu(self, cases: Cases) -> None:
+        model = self.model(cases).eval().cuda()
+        assert u_in_memory(model) == 100
+        assert all(layer.frod_U["default"].is_cuda for layer in model.modules() if isinstance(layer, FrodLayer))
+        assert error(peft_models.logits(model.cpu()), peft_models.logits(cases("llama").model())) <= 1e-4
 
     def test_another_dtype(self, cases: Cases) -> None:
         model = self.model(cases).double().eval()

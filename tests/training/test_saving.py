@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import frodctl
@@ -202,6 +203,27 @@ class TestTheFiles:
             frodctl.merge(str(case.base), str(tmp_path), out, basis=case.basis, adapter_name=name)
             merged = AutoModelForCausalLM.from_pretrained(out)
             assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_names_without_what_is_wrapped_around_modules(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        model = case.trained()
+        frodctl.save_adapter(model, tmp_path / "plain")
+        compiled = torch.compile(model, backend="aot_eager").state_dict()
+        assert all(name.startswith("_orig_mod.") for name in compiled)
+        model.save_pretrained(tmp_path / "compiled", state_dict=compiled)
+        blocks = model.bert.encoder.layer
+        for number, block in enumerate(blocks):
+            blocks[number] = checkpoint_wrapper(block)
+        assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
+        frodctl.save_adapter(model, tmp_path / "wrapped")
+        model.save_pretrained(tmp_path / "state", state_dict=model.state_dict())
+        expected = (tmp_path / "plain" / WEIGHTS).read_bytes()
+        for way in ("compiled", "wrapped", "state"):
+            assert (tmp_path / way / WEIGHTS).read_bytes() == expected
+        states = [load_file(tmp_path / way / "model.safetensors") for way in ("compiled", "state")]
+        assert states[0]
+        assert states[0].keys() == states[1].keys()
 
     def test_saving_again_keeps_other_files(self, cases: Cases, tmp_path: Path) -> None:
         case = cases("llama")
