@@ -404,7 +404,7 @@ def main() -> None:
     if arguments.steps < 6 or arguments.steps % 6:
         parser.error("--steps must be a multiple of 6")
     steps, seeds = (6, 1) if arguments.short else (arguments.steps, arguments.seeds)
-    per_package, held_out, tries = (40, 60, 2) if arguments.short else (300, 500, arguments.tries)
+    per_package, held_out, tries = (24, 40, 2) if arguments.short else (300, 500, arguments.tries)
     warnings.filterwarnings("ignore", module="peft|transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
