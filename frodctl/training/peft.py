@@ -55,9 +55,7 @@ def get_peft_model(
     FrodctlError
         peft is not installed, or does not work as this version of frodctl knows it.
     """
-    peft = _peft()
-    from frodctl.training.peft_layers import build
-
+    peft, layers = _modules()
     opened = resolved(basis)
     chosen = choose(model, opened, options.pop("target_modules", None))
     for path, record in chosen.items():
@@ -78,7 +76,7 @@ def get_peft_model(
     )
     projections = {c: (opened.tensor(f"V.{c}"), indices[c]) for c in categories}
     scales = {model.get_submodule(path): opened.tensor(f"lambda.{r.name}") for path, r in chosen.items()}
-    return build(model, config, adapter_name, projections, scales, fresh=True)
+    return layers.build(model, config, adapter_name, projections, scales, fresh=True)
 
 
 def load(
@@ -111,9 +109,7 @@ def load(
     InvalidInput
         The adapter holds no V and there is no basis file, or not the one it was trained with.
     """
-    peft = _peft()
-    from frodctl.training.peft_layers import build
-
+    peft, layers = _modules()
     adapter = open_adapter(Location(str(folder)))
     missing = sorted(set(adapter.categories) - set(adapter.bases))
     opened = resolved(basis) if basis is not None and missing else None
@@ -144,7 +140,7 @@ def load(
         state |= dict(zip(shared_keys(category), (V, positions, torch.tensor([len(V)] * 2)), strict=True))
     live = dict(model.named_modules())
     scales = {live[m.module]: state[lambda_key(m.module)] for m in adapter.modules if m.module in live}
-    result = build(model, config, adapter_name, projections, scales, fresh=False)
+    result = layers.build(model, config, adapter_name, projections, scales, fresh=False)
     found = peft.set_peft_model_state_dict(result, state, adapter_name=adapter_name)
     unmatched = [key for key in found.unexpected_keys if "frod_" in key]  # of others PEFT saves some twice
     if unmatched:
@@ -180,11 +176,9 @@ def repair(model: nn.Module, adapter_name: str = "default") -> list[str]:
 
 def _derived(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """For each FRoD layer its path, its U, and the one that its V gives."""
-    _peft()
-    from frodctl.training.peft_layers import Derivation, frod_layers
-
-    derive = Derivation()
-    for path, layer in frod_layers(model).items():
+    _, layers = _modules()
+    derive = layers.Derivation()
+    for path, layer in layers.frod_layers(model).items():
         if adapter_name in layer.frod_U:
             U = layer.frod_U[adapter_name]
             yield path, U, derive(layer, adapter_name)[0].to(U)
@@ -194,11 +188,14 @@ def _distance(U: Tensor, right: Tensor) -> float:
     return float((U.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
 
 
-def _peft() -> Any:
+def _modules() -> tuple[Any, Any]:
+    """peft, and what needs it."""
     try:
         import peft
 
-        import frodctl.training.peft_layers  # noqa: F401
+        from frodctl.training import peft_layers
     except (ImportError, AttributeError):
-        raise FrodctlError("the bridge needs PEFT with its FRoD tuner: pip install 'frodctl[peft]'") from None
-    return peft
+        raise FrodctlError(
+            "the bridge needs PEFT with its FRoD tuner, as in 0.21: pip install 'frodctl[peft]'"
+        ) from None
+    return peft, peft_layers

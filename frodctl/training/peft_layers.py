@@ -18,6 +18,7 @@ from peft.tuners.frod.layer import FrodLayer
 from peft.tuners.frod.model import FrodModel
 from torch import Tensor, nn
 
+from frodctl.errors import FrodctlError
 from frodctl.method.update import Factors
 
 #: PEFT's methods that are replaced as it builds a model; where one is not there, importing this says so.
@@ -51,15 +52,31 @@ def build(
     Returns
     -------
     peft.PeftModel
+
+    Raises
+    ------
+    FrodctlError
+        This PEFT does not take V from where 0.21 does.
     """
     derive = Derivation()
     with _given(projections, scales, derive):
         result = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    if not _has(result, adapter_name, projections):
+        raise FrodctlError(f"peft {peft.__version__} builds its FRoD model in another way than 0.21: install that one")
     for layer in frod_layers(result).values():
         if adapter_name in layer.frod_U and not layer.frod_U[adapter_name].numel():
             start = scales[layer.get_base_layer()] if fresh else None
             layer.frod_U = AwaitedU(layer, adapter_name, derive, start)
     return result
+
+
+def _has(model: Any, adapter_name: str, projections: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    """Whether these V are the model's."""
+    try:
+        held = {category: model.base_model.frod_V[category][adapter_name] for category in projections}
+    except (AttributeError, KeyError):
+        return False
+    return all(torch.equal(held[category], V.to(held[category])) for category, (V, _) in projections.items())
 
 
 def frod_layers(model: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from peft.tuners.frod import model as frod_model
 from peft.tuners.frod.layer import FrodLayer
 
 import frodctl
-from frodctl.errors import InvalidInput
+import frodctl.training
+from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.training import peft as bridge
 from tests import peft_models
 from tests.training.conftest import Cases, batch
@@ -250,3 +252,22 @@ def test_refusals(cases: Cases, tmp_path: Path) -> None:
         bridge.load(case.model(), tmp_path / "adapter", other)
     with pytest.raises(InvalidInput, match="has no such module"):
         bridge.get_peft_model(cases("gpt2").model(), case.basis)
+
+
+class TestAnotherPeft:
+    """One whose internals moved is refused, not worked with."""
+
+    def test_without_the_methods(self, cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(frod_model.FrodModel, "_init_frod_projections")
+        monkeypatch.delitem(sys.modules, "frodctl.training.peft_layers", raising=False)
+        monkeypatch.delattr(frodctl.training, "peft_layers", raising=False)
+        with pytest.raises(FrodctlError, match=r"as in 0\.21: pip install 'frodctl\[peft\]'"):
+            bridge.get_peft_model(cases("llama").model(), cases("llama").basis)
+
+    def test_that_decomposes_elsewhere(self, cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+        theirs = frod_model.FrodModel._init_frod_projections
+        monkeypatch.setattr(
+            frod_model.FrodModel, "_pre_injection_hook", lambda self, _, config, name: theirs(self, config, name)
+        )
+        with pytest.raises(FrodctlError, match="in another way"):
+            bridge.get_peft_model(cases("llama").model(), cases("llama").basis)
