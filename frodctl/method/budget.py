@@ -59,7 +59,7 @@ def allocate(layers: Sequence[tuple[int, int]], weights: Sequence[float], budget
 
     low, high = 0.0, max((1 / weight for weight in weights if weight > 0), default=0.0)
     if fits(high):
-        return at(high)
+        return [1.0 if weight > 0 else 0.0 for weight in weights]
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if fits(middle) else (low, middle)
     # Below one position a layer (nnz is at least 1) nothing is gained by a sparsity that is not 0.

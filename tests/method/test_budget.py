@@ -63,6 +63,7 @@ def test_one_position_each_does_not_fit() -> None:
 
 def test_all_positions_fit() -> None:
     assert allocate([(10, 2)], [1.0], 1000) == [1.0]
+    assert allocate([(2, 1)], [1.9], 4) == [1.0]  # though 1.9 (1 / 1.9) < 1
 
 
 def test_a_category_without_weight_has_its_scales_alone() -> None:
