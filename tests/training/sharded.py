@@ -44,7 +44,7 @@ def main() -> None:
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     model.save_pretrained(folder / "pretrained", is_main_process=rank == 0)
     if rank == 0:
-        frodctl.save_adapter(model, folder / "given", state_dict=state)  # type: ignore[arg-type]
+        frodctl.save_adapter(model, folder / "given", state_dict=state)
         (folder / "losses.json").write_text(json.dumps(losses))
     torch.distributed.destroy_process_group()
 
