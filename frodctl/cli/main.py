@@ -18,7 +18,7 @@ import click
 from click.shell_completion import shell_complete
 
 import frodctl
-from frodctl.cli.output import NO_CONTROL
+from frodctl.cli.output import printable
 from frodctl.errors import FrodctlError, OutOfResources
 
 _COMMANDS = {
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
+        error.message = printable(error.message)
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
@@ -87,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _closed_pipe(error):
             return 0
         if "--debug" in arguments:
-            traceback.print_exc()
+            for line in traceback.format_exc().split("\n"):  # set in, as messages with names may have many lines
+                click.echo(f"  {printable(line)}", err=True)
         message, code = _explain(error)
         with suppress(BrokenPipeError):
-            click.echo(f"Error: {message.translate(NO_CONTROL)}", err=True)
+            click.echo(f"Error: {printable(message)}", err=True)
         return code
 
 
