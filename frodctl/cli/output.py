@@ -74,7 +74,10 @@ class Output:
 
         Those are exact in a pipe; on a terminal they are made printable.
         """
-        cell = (lambda value: printable(_cell(value))) if self.terminal else _cell
+
+        def cell(value: Any) -> str:
+            return printable(_cell(value)) if self.terminal else _cell(value)
+
         if self.format == "jsonl":
             for row in rows:
                 self._write(_json(row) + "\n")

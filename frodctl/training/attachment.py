@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from frodctl.checkpoint import names
+from frodctl.checkpoint.requests import module_matcher
 from frodctl.checkpoint.stream import digest
-from frodctl.checkpoint.targets import module_matcher
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
 from frodctl.method.pattern import patterns
