@@ -16,11 +16,6 @@ from frodctl.jobs import inspect as job
 EXIT_DIFFERENT = 5
 
 _FIRST = ("name", "shape", "dtype", "parameters")
-_FIGURES = (
-    "spectral_norm", "frobenius_norm", "nuclear_norm", "stable_rank", "effective_rank", "numerical_rank",
-    "condition_number", "energy_rank_90", "energy_rank_95", "energy_rank_99", "marchenko_pastur_edge", "above_edge",
-    "power_law_alpha", "power_law_distance", "power_law_xmin",
-)  # fmt: skip
 _ESTIMATED = (
     "spectral_norm", "nuclear_norm", "stable_rank", "effective_rank", "energy_rank_90", "energy_rank_95",
     "energy_rank_99",
@@ -244,7 +239,7 @@ def _emit(
 
 def _keys(found: Sequence[job.Report], options: job.InspectOptions) -> list[str]:
     """The columns of separated values."""
-    figures = _FIGURES if options.spectrum or options.estimate else ()
+    figures = job.FIGURES if options.spectrum or options.estimate else ()
     keys = list(_FIRST)
     for item in found:
         if item.kind == "checkpoint":
@@ -261,7 +256,7 @@ def _keys(found: Sequence[job.Report], options: job.InspectOptions) -> list[str]
                 "base_digest",
             ]
         elif item.kind == "adapter":
-            changes = () if options.headers_only else (*_CHANGES, "relative_change", *(f"delta_{k}" for k in _FIGURES))
+            changes = () if options.headers_only else (*_CHANGES, "relative_change", *(f"delta_{k}" for k in job.FIGURES))
             keys += ["category", "layer", "nnz", *changes]
         else:
             keys += ["other_name", "other_dtype", "status", "relative_difference", "cosine", "max_difference"]

@@ -1,6 +1,6 @@
 """``frodctl.inspect``: what is in a checkpoint, a basis or an adapter, and how two checkpoints differ."""
 
-from frodctl.jobs.inspect.report import SCHEMA_VERSION, InspectOptions, Report, Row
+from frodctl.jobs.inspect.report import FIGURES, SCHEMA_VERSION, InspectOptions, Report, Row
 from frodctl.jobs.inspect.run import InspectResult, inspect, reports
 
-__all__ = ["SCHEMA_VERSION", "InspectOptions", "InspectResult", "Report", "Row", "inspect", "reports"]
+__all__ = ["FIGURES", "SCHEMA_VERSION", "InspectOptions", "InspectResult", "Report", "Row", "inspect", "reports"]

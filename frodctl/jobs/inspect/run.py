@@ -66,7 +66,7 @@ def inspect(*targets: str | Path, progress: Callback = silent, **options: Any) -
     Raises
     ------
     UsageError
-        Options that do not go together, or a sort key that no row has.
+        No target; options that do not go together; a sort key that no row has, or a pattern that no name matches.
     InvalidInput
         A target is damaged, or a matrix holds NaN or Inf.
     FrodctlError
@@ -80,20 +80,45 @@ def inspect(*targets: str | Path, progress: Callback = silent, **options: Any) -
     'checkpoint'
     """
     finished = []
-    for report in reports([str(target) for target in targets], InspectOptions(**options), progress):
+    for report in list(reports(named(targets), InspectOptions(**options), progress)):
         rows = tuple(report.rows)
         finished.append(TargetResult(report.target, report.kind, rows, report.summary()))
     return InspectResult(tuple(finished))
+
+
+def named(targets: Iterable[Any]) -> list[str]:
+    """The targets as strings; one list of them stands for its items.
+
+    Raises
+    ------
+    UsageError
+        There is none, or one is neither a string nor a path.
+    """
+    given = list(targets)
+    if len(given) == 1 and isinstance(given[0], (list, tuple)):
+        given = list(given[0])
+    if not given:
+        raise UsageError("`targets`: none given; give checkpoints, shared-basis files or adapters")
+    for target in given:
+        if not isinstance(target, (str, os.PathLike)):
+            raise UsageError(f"`targets`: expected a string or a path, not {type(target).__name__}")
+    return [os.fsdecode(target) for target in given]
 
 
 def reports(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> Iterator[Report]:
     """The targets' reports, whose rows come as they are computed. Errors are those of `inspect`."""
     if not options.headers_only:
         choose_device(options.device)
+    unmatched, there = list(options.include), []
     for name in targets:
         report = _report(open_target(name, options, progress), options, progress)
+        unmatched = [glob for glob in unmatched if not any(fnmatchcase(name, glob) for name in report.names)]
+        there += [name for name in report.names if name not in there[:_FEW]]
         rows = _counted(report, progress) if not options.headers_only else report.rows
         yield replace(report, rows=arranged(rows, options.sort, options.top))
+    if unmatched:
+        few = ", ".join(there[:_FEW]) + (", …" if len(there) > _FEW else "")
+        raise UsageError(f"`include` {', '.join(unmatched)}: no tensor of {', '.join(targets)} is called so; {few}")
 
 
 def _counted(report: Report, progress: Callback) -> Iterator[Row]:
