@@ -148,14 +148,14 @@ _DRAWN = {
 @click.option("--include", multiple=True, metavar="GLOB", help="Only tensors with such names; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="No tensors with such names; may be repeated.")
 @click.option("--sort", metavar="KEY", help="By a column of --format tsv, largest first; -KEY smallest first.")
-@click.option("--top", type=int, metavar="N", help="The first N rows.")
+@click.option("--top", metavar="N", help="The first N rows.")
 @click.option(
     "--plot",
     metavar="FILE",
     help="Draw the spectra (--spectrum): .png, .svg, or .html, one page that needs nothing else.",
 )
 @click.option("--force", is_flag=True, help="Replace a picture that exists.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --estimate.")
+@click.option("--seed", default="0", show_default=True, metavar="N", help="Of --estimate.")
 @device_option
 @source_options
 @output_options
@@ -190,7 +190,7 @@ def command(
 
         pictures.check_request(plot, estimate=options["estimate"], force=force)
         options["spectrum"] = True
-    chosen = job.InspectOptions(**options)
+    chosen = job.InspectOptions.of(**options)
     shown: list[job.Row] = []
     with Reporter(quiet) as report:
         found = list(job.reports(targets, chosen, report))
@@ -256,7 +256,9 @@ def _keys(found: Sequence[job.Report], options: job.InspectOptions) -> list[str]
                 "base_digest",
             ]
         elif item.kind == "adapter":
-            changes = () if options.headers_only else (*_CHANGES, "relative_change", *(f"delta_{k}" for k in job.FIGURES))
+            changes = (
+                () if options.headers_only else (*_CHANGES, "relative_change", *(f"delta_{k}" for k in job.FIGURES))
+            )
             keys += ["category", "layer", "nnz", *changes]
         else:
             keys += ["other_name", "other_dtype", "status", "relative_difference", "cosine", "max_difference"]

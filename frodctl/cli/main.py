@@ -18,6 +18,7 @@ import click
 from click.shell_completion import shell_complete
 
 import frodctl
+from frodctl.cli.options import as_flags
 from frodctl.cli.output import printable
 from frodctl.errors import FrodctlError, OutOfResources
 
@@ -100,7 +101,12 @@ def _run(arguments: list[str]) -> int:
     if completion:
         return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
     with cli.make_context("frodctl", arguments) as context:
-        code = cli.invoke(context)
+        try:
+            code = cli.invoke(context)
+        except FrodctlError as error:
+            command = cli.get_command(context, context.invoked_subcommand or "")
+            error.args = (as_flags(str(error), command),)
+            raise
     return code if isinstance(code, int) else 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from frodctl.cli.options import ScaledAdapter, Size, device_option, output_options, run_options, source_options
+from frodctl.cli.options import device_option, output_options, run_options, source_options
 from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import merge as job
@@ -42,10 +42,8 @@ _COLUMNS = (
     show_default=True,
     help="W + ΔW, or U (diag(λ') + S) Vᵀ as PEFT trains it. auto: as it was trained.",
 )
-@click.option("--scale", type=float, default=1.0, show_default=True, metavar="S", help="W + S (W' − W).")
-@click.option(
-    "--also", type=ScaledAdapter(), multiple=True, metavar="ADAPTER[:S]", help="A further adapter; may be repeated."
-)
+@click.option("--scale", default="1", show_default=True, metavar="S", help="W + S (W' − W).")
+@click.option("--also", multiple=True, metavar="ADAPTER[:S]", help="A further adapter; may be repeated.")
 @click.option("--adapter-name", metavar="NAME", help="Which of several adapters in the folder.")
 @click.option(
     "--dtype",
@@ -54,7 +52,7 @@ _COLUMNS = (
     show_default=True,
     help="Of the result; auto keeps each tensor's.",
 )
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Tensors in one file.")
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Tensors in one file.")
 @device_option
 @source_options
 @run_options
@@ -84,7 +82,8 @@ def command(
     """
     output = Output(format_, json_)
     with Reporter(quiet) as report:
-        plan = job.plan_merge(base, adapter, out, dry_run=dry_run, progress=report, **options)
+        chosen = job.MergeOptions.of(**options)
+        plan = job.plan_merge(base, adapter, out, chosen, dry_run=dry_run, progress=report)
         for warning in plan.warnings:
             report.note(f"Warning: {warning}.")
         if dry_run:

@@ -238,5 +238,7 @@ def test_tables_on_terminals_too_narrow_for_them(width: int) -> None:
 def test_where_names_are_broken(width: int, shown: list[str]) -> None:
     os.environ["COLUMNS"] = str(width)
     with captured(False) as (out, _):
-        Output("human", False).table([{"a": "model.layers.0.post_attention_layernorm.weight"}], [Column("a", "a", left=True)])
+        Output("human", False).table(
+            [{"a": "model.layers.0.post_attention_layernorm.weight"}], [Column("a", "a", left=True)]
+        )
     assert [line.rstrip() for line in out.getvalue().splitlines()[2:]] == shown

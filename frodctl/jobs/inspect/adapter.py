@@ -14,8 +14,10 @@ from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile, open_basis
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
-from frodctl.jobs.inspect.report import InspectOptions, Report, Row
-from frodctl.jobs.merge.plan import Match, MergeOptions, Weight, match
+from frodctl.jobs.inspect.options import InspectOptions
+from frodctl.jobs.inspect.report import Report, Row
+from frodctl.jobs.merge.options import MergeOptions
+from frodctl.jobs.merge.plan import Match, Weight, match
 from frodctl.jobs.merge.updates import WeightUpdates
 from frodctl.jobs.progress import Callback
 from frodctl.jobs.resources import choose_device
@@ -35,8 +37,9 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
     else:
         basis = open_basis(options.basis) if options.basis is not None else None
         rows = _alone(adapter, basis, options)
-    count = sum(options.selects(module.module) for module in adapter.modules)
-    return Report(name, "adapter", rows, lambda: headers.adapter_summary(adapter), count)
+    there = [module.module for module in adapter.modules]
+    count = sum(map(options.selects, there))
+    return Report(name, "adapter", rows, lambda: headers.adapter_summary(adapter), count, there)
 
 
 def _alone(adapter: Adapter, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:

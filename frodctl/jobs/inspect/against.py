@@ -14,7 +14,8 @@ from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.source import Checkpoint, TensorInfo, open_checkpoint
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
-from frodctl.jobs.inspect.report import InspectOptions, Report, Row
+from frodctl.jobs.inspect.options import InspectOptions
+from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
@@ -32,6 +33,7 @@ def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progr
     ]
     taken = set(matched.values())
     pairs += [(None, info) for tensor, info in other.tensors.items() if tensor not in taken]
+    there = [_either(pair).name for pair in pairs]
     pairs = [pair for pair in pairs if options.selects(_either(pair).name)]
     pairs.sort(key=lambda pair: names.natural_key(_either(pair).name))
     counts = Counter[str]()
@@ -47,7 +49,7 @@ def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progr
         different = sum(count for status, count in counts.items() if status != "equal")
         return {"against": other.model, "equal": counts["equal"], "different": different, "statuses": dict(counts)}
 
-    return Report(name, "comparison", rows(), summary, len(pairs))
+    return Report(name, "comparison", rows(), summary, len(pairs), there)
 
 
 def _either(pair: tuple[TensorInfo | None, TensorInfo | None]) -> TensorInfo:

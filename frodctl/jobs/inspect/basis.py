@@ -14,7 +14,8 @@ from frodctl.errors import InvalidInput
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
-from frodctl.jobs.inspect.report import InspectOptions, Report, Row
+from frodctl.jobs.inspect.options import InspectOptions
+from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
@@ -28,7 +29,8 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
         location = options.location_of_other(options.base)
         checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
     figures = _BasisFigures(basis, checkpoint, options)
-    rows = [row for row in headers.basis_rows(basis) if options.selects(row["name"])]
+    there = headers.basis_rows(basis)
+    rows = [row for row in there if options.selects(row["name"])]
 
     def summary() -> dict[str, Any]:
         result = headers.basis_summary(basis, checkpoint.parameters() if checkpoint else None)
@@ -36,7 +38,7 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
             category.update(figures.of_category(category["category"]))
         return result
 
-    return Report(name, "basis", figures.rows(rows), summary, len(rows))
+    return Report(name, "basis", figures.rows(rows), summary, len(rows), [row["name"] for row in there])
 
 
 class _BasisFigures:
