@@ -177,7 +177,11 @@ def path(value: Any, parameter: str) -> Path:
         raise _wrong(value, parameter, "a path")
     given = os.fspath(value)
     require(bool(given.strip()), parameter, given, "must not be empty")
-    require("\0" not in given, parameter, given, "holds a character that no path has")
+    try:
+        valid = b"\0" not in os.fsencode(given)
+    except UnicodeEncodeError:
+        valid = False
+    require(valid, parameter, given, "holds a character that no path has")
     try:
         return Path(given).expanduser()
     except RuntimeError:  # nobody of that name

@@ -31,7 +31,7 @@ _COLUMNS = (
 @click.command("merge")
 @click.argument("base")
 @click.argument("adapter")
-@click.argument("out")
+@click.argument("output", metavar="OUT")
 @click.option("--basis", metavar="FILE", help="Shared-basis file, for an adapter that does not hold V.")
 @click.option("--trust-basis", is_flag=True, help="Take it although the adapter does not say that it is the one.")
 @click.option("--recompute-projection", is_flag=True, help="Run PEFT's routine for the V of an adapter without one.")
@@ -61,7 +61,7 @@ _COLUMNS = (
 def command(
     base: str,
     adapter: str,
-    out: str,
+    output: str,
     dry_run: bool,
     format_: str | None,
     json_: bool,
@@ -80,16 +80,16 @@ def command(
     BASE and ADAPTER are local folders or files, or Hub ids (name, org/name, org/name@revision). BASE - is the model
     that the adapter names. --revision and --subfolder are BASE's.
     """
-    output = Output(format_, json_)
+    out = Output(format_, json_)
     with Reporter(quiet) as report:
         chosen = job.MergeOptions.of(**options)
-        plan = job.plan_merge(base, adapter, out, chosen, dry_run=dry_run, progress=report)
+        plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report)
         for warning in plan.warnings:
             report.note(f"Warning: {warning}.")
         if dry_run:
             _describe(plan, report)
             document = plan.as_dict() | {"dry_run": True}
-            output.emit(document, document["categories"], _COLUMNS)
+            out.emit(document, document["categories"], _COLUMNS)
             return
         result = job.run_merge(plan, report)
     document = result.as_dict()
@@ -98,7 +98,7 @@ def command(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)} in {files} {'file' if files == 1 else 'files'}): "
         f"{_summary(document)}, in {result.seconds:.1f} s on {result.device}"
     )
-    output.emit(document, document["categories"], _COLUMNS)
+    out.emit(document, document["categories"], _COLUMNS)
 
 
 def _describe(plan: job.MergePlan, report: Reporter) -> None:

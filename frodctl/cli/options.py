@@ -64,14 +64,17 @@ def as_flags(text: str, command: click.Command | None) -> str:
     >>> as_flags("exists; `force=True` replaces it", None)
     'exists; --force replaces it'
     """
-    known = {param.name: param for param in command.params} if command is not None else {}
+    owner = command or click.Command(None)
+    known = {str(param.name): param for param in owner.params}
 
     def shown(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
         param = known.get(name)
         if isinstance(param, click.Argument):
-            return param.make_metavar(click.Context(command)) if command else name.upper()
+            return param.make_metavar(click.Context(owner))
         flag = max(param.opts, key=len) if param is not None else "--" + name.replace("_", "-")
+        if value == "False":  # of a pair such as --resume/--no-resume
+            return flag.replace("--", "--no-", 1)
         return flag if value in (None, "True") else f"{flag} {value}"
 
     return re.sub(r"`(?P<name>[a-z]+(_[a-z]+)*)(=(?P<value>[^`\n]*))?`", shown, text)
