@@ -68,7 +68,7 @@ def frodctl(tmp_path: Path) -> Run:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=options.pop("timeout", 120),
+            timeout=options.pop("timeout", 600),
             check=False,
             **options,
         )

@@ -302,17 +302,16 @@ def test_debug_shows_the_traceback(frodctl: Run) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(number: int, code: int, tmp_path: Path) -> None:
     """The finished categories stay for the next run; nothing is under the final name."""
-    tensors = {f"layers.{i}.{role}.weight": torch.randn(512, 512) for i in range(40) for role in ("a", "b", "c")}
+    tensors = {f"layers.{i}.{role}.weight": torch.randn(512, 512) for i in range(10) for role in "abcdefghijkl"}
     save_checkpoint(tmp_path / "model", tensors)
     process = subprocess.Popen(
         [sys.executable, "-m", "frodctl", "decompose", "model", "--target-modules", "all-linear", "-o", "b.st"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("b.st.partial/*/0000.safetensors")) and time.monotonic() < deadline:
+    while process.poll() is None and not list(tmp_path.glob("b.st.partial/*/0000.safetensors")):
         time.sleep(0.01)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert (process.returncode, out) == (code, "")
     assert "Traceback" not in err
     assert not (tmp_path / "b.st").exists()

@@ -26,7 +26,7 @@ def pipeline(command: str, example: Path, **env: str) -> str:
     python = f'frodctl() {{ "{sys.executable}" -m frodctl "$@"; }}; set -o pipefail; {command}'
     done = subprocess.run(
         ["bash", "-c", python], env={**os.environ, "MODEL": str(example), **env}, capture_output=True, text=True,
-        timeout=60, check=True,
+        timeout=600, check=True,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     return done.stdout

@@ -13,28 +13,43 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from safetensors.torch import save_file
 
+import frodctl
 from frodctl.cli.main import main
 from frodctl.cli.output import Column, Output, human_bytes, human_count, printable
 from frodctl.cli.progress import Reporter
 from frodctl.jobs.progress import Progress
 from tests.conftest import on_a_terminal
+from tests.jobs.test_merge import write_adapter
 
 CELL = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
 COLUMNS = (Column("a", "a"), Column("b"))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@contextmanager
+def captured(terminal: bool) -> Iterator[tuple[io.StringIO, io.StringIO]]:
+    """What is written to stdout and to stderr, which are a terminal or none."""
+    out, err = (_Terminal(), _Terminal()) if terminal else (io.StringIO(), io.StringIO())
+    with redirect_stdout(out), redirect_stderr(err):
+        yield out, err
+
+
 @example(rows=[{"a": None, "b": "\r0"}])
 @given(rows=st.lists(st.fixed_dictionaries({"a": CELL, "b": CELL}), max_size=4))
-def test_any_values_in_any_format(rows: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_values_in_any_format(rows: list[dict[str, object]]) -> None:
     def emitted(format_: str) -> str:
-        Output(format_, False).emit({"rows": rows}, rows, COLUMNS)
-        return capsys.readouterr().out
+        with captured(False) as (out, _):
+            Output(format_, False).emit({"rows": rows}, rows, COLUMNS)
+        return out.getvalue()
 
     def strict(text: str) -> object:
         return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -83,19 +98,6 @@ HOSTILE = (
     "l\u2028Error: forged\u2029m", "n\u202etxt.exe", "o\u2066p\u2069", "q\u200bq", "qq", "r\x00s", "t\x7fu", "\ufeffv",
 )  # fmt: skip
 ANY_NAME = st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
-
-
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@contextmanager
-def captured(terminal: bool) -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """What is written to stdout and to stderr, which are a terminal or none."""
-    out, err = (_Terminal(), _Terminal()) if terminal else (io.StringIO(), io.StringIO())
-    with redirect_stdout(out), redirect_stderr(err):
-        yield out, err
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
@@ -180,6 +182,21 @@ def test_names_in_whole_commands(format_: str, tmp_path: Path) -> None:
             assert main([arguments[0], str(tmp_path / "m.safetensors"), *arguments[1:], "--format", format_]) == 0
         text = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()) + err.getvalue()
         assert re.sub(r"[\t\n]", "", text).isprintable()
+        assert "Error: forged" not in text.split("\n")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_in_an_adapters_config(name: str, example: Path, tmp_path: Path) -> None:
+    frodctl.decompose(example, tmp_path / "basis.safetensors", layers="0,1")
+    adapter = write_adapter(tmp_path / "adapter", tmp_path / name.replace("\x00", ""), tmp_path / "basis.safetensors")
+    merge = ["merge", str(example), str(adapter), str(tmp_path / "out"), "--basis", str(tmp_path / "basis.safetensors")]
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for arguments in (["inspect", str(adapter)], [*merge, "--dry-run"]):
+        with captured(True) as (out, err):
+            assert main(arguments) == 0
+        text = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()) + err.getvalue()
+        assert printable(name.replace("\x00", "")) in text
+        assert text.replace("\n", "").isprintable()
         assert "Error: forged" not in text.split("\n")
 
 
