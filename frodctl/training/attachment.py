@@ -132,7 +132,7 @@ def attach(
     chosen = choose(model, opened, target_modules, exclude_modules)
     drawn, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
     saved = values.names(modules_to_save, "modules_to_save")
-    attached = Attached(opened, chosen, rates, drawn, saved, values.number(dropout, "dropout"))
+    attached = Attached(opened, chosen, rates, drawn, saved, checked_dropout(dropout))
     return install(model, attached, indices, adapter_name)
 
 
@@ -145,11 +145,12 @@ def resolved(basis: values.PathLike | BasisFile) -> BasisFile:
 
 def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], adapter_name: str) -> Model:
     """Put an adapter's layers into the model and make it the active one; nothing is changed where that fails."""
-    _check_options(model, attached, adapter_name)
+    attachment = attachment_of(model)
+    if checked_name(adapter_name) in (attachment.adapters if attachment else ()):
+        raise UsageError(f"an adapter called {adapter_name} is attached already; give another `adapter_name`")
     gives_weight = _check_uses(model, attached.modules)
     layers = _layers(model, attached, indices)
     saved = _saved_modules(model, attached)
-    attachment = attachment_of(model)
     if attachment is None:
         attachment = Attachment(frozenset(n for n, p in model.named_parameters() if p.requires_grad))
         setattr(model, _ATTRIBUTE, attachment)
@@ -422,20 +423,19 @@ def draw(opened: BasisFile, rates: Mapping[str, float], seed: int) -> dict[str, 
     return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
 
 
-def _check_options(model: nn.Module, attached: Attached, adapter_name: str) -> None:
-    attachment = attachment_of(model)
-    if attachment is not None and checked_name(adapter_name) in attachment.adapters:
-        raise UsageError(f"an adapter called {adapter_name} is attached already; give another `adapter_name`")
-    checked_name(adapter_name)
-    values.require(0 <= attached.dropout < 1, "dropout", attached.dropout, "must be at least 0 and below 1")
-
-
 def checked_name(adapter_name: Any) -> str:
     """The name of an adapter: of a module and of a folder, too."""
     name = values.text(adapter_name, "adapter_name")
     values.require(not set(name) & set("./\\"), "adapter_name", name, "must be a name without dots and slashes")
-    values.require(not hasattr(nn.ModuleDict, name), "adapter_name", name, "torch.nn.ModuleDict takes no such name")
+    values.require(not hasattr(nn.ModuleDict(), name), "adapter_name", name, "torch.nn.ModuleDict takes no such name")
     return name
+
+
+def checked_dropout(dropout: Any) -> float:
+    """A probability below 1."""
+    found = values.number(dropout, "dropout", at_least=0)
+    values.require(found < 1, "dropout", dropout, "must be below 1")
+    return found
 
 
 def _check_uses(model: nn.Module, modules: Mapping[str, Any]) -> dict[str, bool]:

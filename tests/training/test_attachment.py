@@ -254,6 +254,8 @@ class TestTheModule:
             assert not torch.equal(logits(copied), expected)
             assert torch.equal(logits(model), expected)
             training.detach(copied)
+            assert not copied._load_state_dict_post_hooks
+            assert model._load_state_dict_post_hooks
 
     def test_the_state_can_be_loaded(self, cases: Cases) -> None:
         case = cases("bert")
@@ -599,12 +601,14 @@ class TestOptions:
             ({"target_modules": []}, "`target_modules`.*names no module"),
             ({"exclude_modules": "nothing"}, "`exclude_modules` nothing: matches no module"),
             ({"target_modules": "q_proj", "exclude_modules": ["q_proj"]}, "no module is left"),
-            ({"sparsity": 2.0}, "`sparsity` 2.0: must be at least 0 and at most 1"),
+            ({"sparsity": 2.0}, "`sparsity` 2.0: must "),
             ({"sparsity": {"elsewhere": 0.1}}, "`sparsity` elsewhere: the categories are mlp_down_proj, "),
             ({"sparsity": {"mlp_up_proj": "much"}}, "`sparsity` much: expected"),
             ({"dropout": 1.0}, "`dropout` 1.0: .*below 1"),
             ({"adapter_name": "a.b"}, "`adapter_name` a.b: .*without dots"),
             ({"adapter_name": "keys"}, "`adapter_name` keys: torch.nn.ModuleDict takes no such name"),
+            ({"adapter_name": "training"}, "`adapter_name` training: torch.nn.ModuleDict takes no such name"),
+            ({"dropout": "-0.1"}, "`dropout` -0.1: must be at least 0"),
             ({"modules_to_save": ["head"]}, "`modules_to_save` head: no such module"),
             ({"modules_to_save": "lm_head"}, "`modules_to_save` lm_head: .*tied"),
             ({"modules_to_save": ["mlp"]}, "is a target"),
