@@ -85,8 +85,9 @@ def _check_rates(optimizer: torch.optim.Optimizer, updates: dict[str, Update]) -
     for group in optimizer.param_groups:
         taken = {id(parameter) for parameter in group["params"]}
         if taken & scales and taken & sparse:
+            rate = float(group.get("initial_lr", group["lr"]))  # before a schedule's warm-up
             warnings.warn(
-                f"one learning rate ({float(group['lr']):g}) for λ' and S, whose sizes differ: train with "
+                f"one learning rate ({rate:g}) for λ' and S, whose sizes differ: train with "
                 "torch.optim.AdamW(frodctl.parameter_groups(model)), which transformers' Trainer takes as "
                 "optimizers=(optimizer, None)",
                 UserWarning,
@@ -97,12 +98,12 @@ def _check_rates(optimizer: torch.optim.Optimizer, updates: dict[str, Update]) -
 
 def _check_gradients(optimizer: torch.optim.Optimizer, updates: dict[str, Update]) -> None:
     taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    paths = {path.rpartition(".adapters.")[0]: u.delta for path, u in updates.items() if id(u.delta) in taken}
-    without = [path for path, delta in paths.items() if delta.grad is None]
-    if without and len(without) < len(paths):
-        others = f" and {len(without) - 1} other layers" if len(without) > 1 else ""
+    trained = {path: u.delta for path, u in updates.items() if id(u.delta) in taken and u.delta.requires_grad}
+    without = [path.rpartition(".adapters.")[0] for path, delta in trained.items() if delta.grad is None]
+    if without and len(without) < len(trained):
+        others = f" and {len(without) - 1} more" if len(without) > 1 else ""
         warnings.warn(
-            f"{without[0]}{others}: no gradient in the first step; the loss does not depend on what is trained there "
+            f"{without[0]}{others}: no gradient in the first step: the loss does not depend on what is trained there "
             "(of experts: no token came to them)",
             UserWarning,
             stacklevel=2,

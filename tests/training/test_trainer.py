@@ -88,9 +88,13 @@ class TestWithoutAGradient:
         model.model.layers[2].forward = lambda x, **_: x
         messages = step(model, torch.optim.AdamW(frodctl.parameter_groups(model)))
         assert len(messages) == 1
-        assert messages[0].startswith(
-            "model.layers.2.self_attn.q_proj and 6 other layers: no gradient in the first step"
-        )
+        assert messages[0].startswith("model.layers.2.self_attn.q_proj and 6 more: no gradient in the first step")
+
+    def test_adapters_that_are_not_active_are_none_of_these(self, cases: Cases) -> None:
+        case = cases("llama")
+        model = frodctl.attach(case.attached(), case.basis, adapter_name="second")
+        (message,) = step(model, torch.optim.AdamW(model.parameters()))
+        assert "one learning rate" in message
 
 
 class TestStatesWithoutTheBase:
