@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from frodctl.checkpoint import codec, sink
 from frodctl.errors import InvalidInput
+from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
 
 VERSION = 1
 _V_DTYPES = ("F32", "BF16", "F16")
@@ -51,6 +52,7 @@ class BasisMetadata:
     precision: str  #: as asked for: auto, float32 or float64
     basis: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
     modules: Sequence[ModuleRecord]
+    digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
     peft_collisions: Sequence[str] = field(default=())  #: PEFT's names that stand for several categories here
     version: int = VERSION
 
@@ -64,24 +66,25 @@ class BasisMetadata:
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     def _check_types(self) -> None:
-        _require(type(self.seed) is int, "seed")
-        _require(isinstance(self.alpha, (int, float)), "alpha")
-        _require(isinstance(self.basis, dict), "basis")
+        _require(is_seed(self.seed), "seed")
+        _require(is_alpha(self.alpha), "alpha")
+        _require(is_text_map(self.basis), "basis")
+        _require(is_text_map(self.digests), "digests")
         _require(isinstance(self.sparsity, dict) and self.sparsity.keys() == self.basis.keys(), "sparsity")
-        _require(all(isinstance(rate, (int, float)) for rate in self.sparsity.values()), "sparsity")
-        _require(all(isinstance(m.category, str) and isinstance(m.name, str) for m in self.modules), "modules")
+        _require(all(is_rate(rate) for rate in self.sparsity.values()), "sparsity")
+        texts = [text for m in self.modules for text in (m.name, m.category, m.digest)]
+        _require(all(isinstance(text, str) for text in [self.model, self.tool, self.precision, *texts]), "modules")
+        _require(len({m.name for m in self.modules}) == len(self.modules), "modules")
+        _require(self.revision is None or isinstance(self.revision, str), "revision")
         _require(all(type(size) is int for m in self.modules for size in m.shape), "shape")
+        _require(all(type(m.transposed) is bool for m in self.modules), "transposed")
 
     @classmethod
     def from_json(cls, text: str, where: str) -> BasisMetadata:
         """Parse and check; `InvalidInput` names the file."""
         try:
             value = json.loads(text)
-            version = value["version"]
-            if version != VERSION:
-                raise InvalidInput(
-                    f"{where}: shared-basis format {version}; this frodctl reads {VERSION}: upgrade frodctl"
-                )
+            check_version(value["version"], VERSION, f"{where}: shared-basis")
             known = {f.name for f in fields(cls)}
             kept = {key: item for key, item in value.items() if key in known}
             modules = [_module_record(record) for record in kept.pop("modules")]
@@ -90,6 +93,13 @@ class BasisMetadata:
             return metadata
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidInput(f"{where}: damaged shared-basis metadata ({error!r})") from None
+
+
+def check_version(found: Any, known: int, what: str) -> None:
+    """Raise `InvalidInput` if a file is of a format that came later than ``known``, ValueError if of none."""
+    if type(found) is int and found > known:
+        raise InvalidInput(f"{what} format {found}, and this frodctl reads up to {known}: update frodctl")
+    _require(type(found) is int and found >= 1, f"version {found!r}")
 
 
 def _require(holds: bool, what: str) -> None:
@@ -105,46 +115,72 @@ def _module_record(value: Mapping[str, Any]) -> ModuleRecord:
 
 @dataclass(frozen=True)
 class BasisFile:
-    """A validated shared-basis file; tensors are read when asked for."""
+    """A validated shared basis; tensors are read when asked for, and compared with their digests then."""
 
     path: Path
     metadata: BasisMetadata
     header: codec.Header = field(repr=False)
+    #: in an adapter that holds its basis itself: what the tensors are called there
+    aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of that name."""
+        return self.aliases.get(name, name) in self.header.tensors
 
     def width(self, category: str) -> int:
         """n of the category."""
-        return self.header.tensors[f"V.{category}"][0].shape[0]
+        return self._place(f"V.{category}")[0].shape[0]
 
     def tensor(self, name: str) -> Any:
-        """The torch.Tensor of that name, in its stored dtype."""
+        """The torch.Tensor of that name, in its stored dtype; `InvalidInput` where it is not the recorded one."""
         from frodctl.checkpoint.source import TensorInfo
         from frodctl.checkpoint.stream import read_tensor
 
-        spec, offset = self.header.tensors[name]
-        return read_tensor(self.path.parent, TensorInfo(name, spec.dtype, spec.shape, self.path.name, offset))
+        spec, offset = self._place(name)
+        info = TensorInfo(spec.name, spec.dtype, spec.shape, self.path.name, offset)
+        tensor = read_tensor(self.path.parent, info)
+        kind, _, category = name.partition(".")
+        recorded = self.metadata.basis.get(category) if kind == "V" else self.metadata.digests.get(name)
+        check_digest(tensor, recorded, f"{self.path}: {spec.name}")
+        return tensor
+
+    def _place(self, name: str) -> tuple[codec.TensorSpec, int]:
+        return self.header.tensors[self.aliases.get(name, name)]
 
     def indices(self) -> dict[str, Any]:
-        """The sparse pattern of every category, (2, nnz) int64: stored, or drawn from the seed."""
+        """The sparse pattern of every category, (2, nnz) int64: stored, or drawn from the seed.
+
+        Raises
+        ------
+        InvalidInput
+            A stored position lies outside the matrix or on its diagonal, or is there twice.
+        """
         import torch
 
-        from frodctl.method.pattern import patterns
+        from frodctl.method.pattern import fault, patterns
 
         widths = {category: self.width(category) for category in self.metadata.basis}
-        stored = {c: f"indices.{c}" for c in widths if f"indices.{c}" in self.header.tensors}
+        stored = {c: f"indices.{c}" for c in widths if f"indices.{c}" in self}
         drawn = patterns(widths, self.metadata.sparsity, self.metadata.seed) if len(stored) < len(widths) else {}
         found = {c: self.tensor(stored[c]) if c in stored else torch.from_numpy(drawn[c]) for c in widths}
         for c in stored:
-            if found[c].numel() and not (found[c].min() >= 0 and found[c].max() < widths[c]):
-                raise InvalidInput(f"{self.path}: {stored[c]} points outside the {widths[c]} x {widths[c]} matrix")
+            if wrong := fault(found[c].numpy(), widths[c]):
+                raise InvalidInput(f"{self.path}: {stored[c]} {wrong}")
         return found
 
     def verify(self) -> None:
-        """Compare the digest of every V with the one recorded; `InvalidInput` where they differ."""
-        from frodctl.checkpoint.stream import digest
+        """Read every tensor; `InvalidInput` names one whose digest is not the recorded one."""
+        categories = self.metadata.basis
+        for name in [f"V.{category}" for category in categories] + list(self.metadata.digests):
+            self.tensor(name)
 
-        for category, recorded in self.metadata.basis.items():
-            if digest(self.tensor(f"V.{category}")) != recorded:
-                raise InvalidInput(f"{self.path}: V.{category} is damaged: its digest is not the recorded one")
+
+def check_digest(tensor: Any, recorded: str | None, what: str) -> None:
+    """`InvalidInput` if a tensor's bytes are not those of the recorded digest; None says that there is none."""
+    from frodctl.checkpoint.stream import digest
+
+    if recorded is not None and digest(tensor) != recorded:
+        raise InvalidInput(f"{what} is damaged: its digest is not the recorded one")
 
 
 def open_basis(path: str | Path) -> BasisFile:
@@ -184,6 +220,8 @@ def _check_tensors(path: Path, header: codec.Header, metadata: BasisMetadata) ->
     for name, (shape, dtypes) in expected.items():
         if name not in header.tensors:
             raise InvalidInput(f"{path}: tensor {name} is missing")
+        if metadata.digests and not name.startswith("V.") and name not in metadata.digests:
+            raise InvalidInput(f"{path}: damaged shared-basis metadata: no digest of {name}")
         found, _ = header.tensors[name]
         if found.shape != shape or found.dtype not in dtypes:
             raise InvalidInput(f"{path}: tensor {name} is {found.dtype} {list(found.shape)}, expected {list(shape)}")
@@ -218,10 +256,18 @@ def write_patterns(basis: BasisFile, path: Path, indices: Mapping[str, Any], spa
         Positions by category, (2, nnz) int64.
     sparsity : mapping of str to float
         By category.
-    """
-    from frodctl.checkpoint.stream import tensor_bytes
 
-    metadata = replace(basis.metadata, sparsity={**basis.metadata.sparsity, **sparsity})
+    Raises
+    ------
+    UsageError
+        The basis is in an adapter.
+    """
+    from frodctl.checkpoint.stream import digest, tensor_bytes
+
+    digests = dict(basis.metadata.digests)
+    if digests:  # else the others' are not known
+        digests |= {f"indices.{category}": digest(tensor) for category, tensor in indices.items()}
+    metadata = replace(basis.metadata, sparsity={**basis.metadata.sparsity, **sparsity}, digests=digests)
     names = {f"indices.{category}": tensor for category, tensor in indices.items()}
     specs = codec.layout(codec.TensorSpec(name, "I64", tuple(tensor.shape)) for name, tensor in names.items())
     with tempfile.TemporaryDirectory() as folder:

@@ -48,6 +48,20 @@ def patterns(widths: Mapping[str, int], sparsity: Mapping[str, float], seed: int
     return result
 
 
+def fault(positions: npt.NDArray[np.int64], n: int) -> str | None:
+    """What is wrong with positions (2, nnz) of an (n, n) matrix, as a predicate; None where nothing is."""
+    rows, columns = positions
+    if not len(rows):
+        return None
+    if positions.min() < 0 or positions.max() >= n:
+        return f"points outside the {n} x {n} matrix"
+    if (rows == columns).any():
+        return "has positions on the diagonal"
+    if len(np.unique(rows * n + columns)) < len(rows):
+        return "has a position twice"
+    return None
+
+
 class _Twister:
     """The stream of 32-bit draws of ``torch.Generator(device="cpu").manual_seed(seed)``."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import frodctl
 from frodctl.checkpoint import codec, stream
 from frodctl.errors import InvalidInput
 from frodctl.formats.basis_file import (
@@ -41,6 +43,7 @@ METADATA = BasisMetadata(
     sparsity={"q_proj": 0.1},
     precision="auto",
     basis={"q_proj": stream.digest(TENSORS["V.q_proj"])},
+    digests={name: stream.digest(tensor) for name, tensor in TENSORS.items() if name != "V.q_proj"},
     modules=[ModuleRecord(name, "q_proj", i, (4, N), False, "sha256:0") for i, name in enumerate(MODULES)],
 )
 
@@ -48,6 +51,12 @@ METADATA = BasisMetadata(
 def save(path: Path, tensors: dict[str, torch.Tensor], metadata: str | None = None) -> Path:
     save_file(tensors, path, {"format": "pt", "frodctl": METADATA.to_json() if metadata is None else metadata})
     return path
+
+
+def save_indices(folder: Path, indices: torch.Tensor) -> Path:
+    """With positions, and their digest."""
+    metadata = edited(lambda value: value["digests"].update({"indices.q_proj": stream.digest(indices)}))
+    return save(folder / "x.safetensors", {**TENSORS, "indices.q_proj": indices}, metadata)
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> str:
@@ -111,7 +120,7 @@ def test_an_opened_file_gives_its_tensors(tmp_path: Path) -> None:
 
 def test_stored_indices_stand_in_for_the_seeded_ones(tmp_path: Path) -> None:
     indices = torch.tensor([[0, 1], [1, 0]])
-    basis = open_basis(save(tmp_path / "x.safetensors", {**TENSORS, "indices.q_proj": indices}))
+    basis = open_basis(save_indices(tmp_path, indices))
     assert torch.equal(basis.indices()["q_proj"], indices)
 
 
@@ -143,10 +152,19 @@ def test_a_missing_tensor_is_refused(tmp_path: Path, name: str) -> None:
         open_basis(save(tmp_path / "x.safetensors", rest))
 
 
-@pytest.mark.parametrize("indices", [[[0, 1], [1, N]], [[0, -1], [1, 0]]])
-def test_a_pattern_outside_the_matrix_is_refused(tmp_path: Path, indices: list[list[int]]) -> None:
-    path = save(tmp_path / "x.safetensors", {**TENSORS, "indices.q_proj": torch.tensor(indices)})
-    with pytest.raises(InvalidInput, match="q_proj"):
+@pytest.mark.parametrize(
+    ("indices", "wrong"),
+    [
+        ([[0, 1], [1, N]], "outside the 6 x 6"),
+        ([[0, -1], [1, 0]], "outside the 6 x 6"),
+        ([[0, 2**62], [1, 0]], "outside the 6 x 6"),
+        ([[0, 1], [1, 1]], "on the diagonal"),
+        ([[0, 2, 0], [1, 1, 1]], "twice"),
+    ],
+)
+def test_a_pattern_that_is_none_is_refused(tmp_path: Path, indices: list[list[int]], wrong: str) -> None:
+    path = save_indices(tmp_path, torch.tensor(indices))
+    with pytest.raises(InvalidInput, match=rf"indices\.q_proj .*{wrong}"):
         open_basis(path).indices()
 
 
@@ -160,6 +178,21 @@ METADATA_DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sparsity of no category": lambda v: v.update(sparsity={}),
     "seed is a string": lambda v: v.update(seed="x"),
     "alpha is null": lambda v: v.update(alpha=None),
+    **{f"alpha {a}": lambda v, a=a: v.update(alpha=a) for a in (True, 0, -1, float("nan"), float("inf"), "1")},
+    **{f"seed {s}": lambda v, s=s: v.update(seed=s) for s in (True, 2**64, -(2**63) - 1, 1.0, None)},
+    **{
+        f"sparsity {s}": lambda v, s=s: v["sparsity"].update(q_proj=s)
+        for s in (True, -0.1, 2, 1e308, float("nan"), float("inf"), "0.1", None)
+    },
+    "basis of numbers": lambda v: v.update(basis={"q_proj": 1}),
+    "digests is a list": lambda v: v.update(digests=["x"]),
+    "digests is null": lambda v: v.update(digests=None),
+    "a digest is a number": lambda v: v["digests"].update({"tau.q_proj": 1}),
+    "a digest is missing": lambda v: v["digests"].pop("tau.q_proj"),
+    "model is a number": lambda v: v.update(model=1),
+    "revision is a number": lambda v: v.update(revision=1),
+    "transposed is text": lambda v: v["modules"][0].update(transposed="no"),
+    "digest is a list": lambda v: v["modules"][0].update(digest=[]),
     "unknown category": lambda v: v["modules"][0].update(category="k_proj"),
     "category is a list": lambda v: v["modules"][0].update(category=[]),
     "shape of text": lambda v: v["modules"][0].update(shape="ab"),
@@ -182,9 +215,11 @@ def test_metadata_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
         open_basis(save(tmp_path / "x.safetensors", TENSORS, text))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_another_version_is_refused(tmp_path: Path, version: object) -> None:
-    with pytest.raises(InvalidInput, match=r"upgrade|version"):
+@pytest.mark.parametrize(("version", "text"), [(2, "format 2.* update frodctl"), (10**9, "update frodctl"),
+                                               (0, "damaged"), ("2", "damaged"), (None, "damaged"), (True, "damaged"),
+                                               (1.5, "damaged")])  # fmt: skip
+def test_another_version_is_refused(tmp_path: Path, version: object, text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
         open_basis(save(tmp_path / "x.safetensors", TENSORS, edited(lambda v: v.update(version=version))))
 
 
@@ -197,11 +232,30 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         open_basis(tmp_path / "x.safetensors")
 
 
-def test_a_flipped_bit_of_v_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_flipped_bit_is_found_wherever_it_is_read(tmp_path: Path, name: str) -> None:
     path = save(tmp_path / "x.safetensors", TENSORS)
-    basis = open_basis(path)
     raw = bytearray(path.read_bytes())
-    raw[basis.header.tensors["V.q_proj"][1] + 17] ^= 1
+    raw[open_basis(path).header.tensors[name][1] + 17] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(InvalidInput, match=r"V\.q_proj is damaged"):
-        open_basis(path).verify()
+    damaged = open_basis(path)
+    for read in (damaged.verify, lambda: damaged.tensor(name)):
+        with pytest.raises(InvalidInput, match=rf"x\.safetensors: {re.escape(name)} is damaged"):
+            read()
+    for other in TENSORS.keys() - {name}:
+        damaged.tensor(other)
+
+
+def test_tensors_that_later_versions_add_are_ignored(tmp_path: Path) -> None:
+    more = {"V.new": torch.ones(2, 2), "lambda.new": torch.ones(2), "x": torch.ones(1)}
+    path = save(tmp_path / "x.safetensors", {**TENSORS, **more})
+    open_basis(path).verify()
+    assert {row.values["name"] for row in frodctl.inspect(path, spectrum=True).targets[0].rows} == {*TENSORS, *more}
+
+
+def test_files_without_digests_are_read(tmp_path: Path) -> None:
+    """Those that earlier versions wrote: V alone has one."""
+    path = save(tmp_path / "x.safetensors", TENSORS, edited(lambda v: v.pop("digests")))
+    basis = open_basis(path)
+    basis.verify()
+    assert all(torch.equal(basis.tensor(name), tensor) for name, tensor in TENSORS.items())

@@ -105,7 +105,8 @@ class DecomposePlan:
         """For `metadata`, before there are digests: placeholders as long as they will be."""
         blank = "sha256:" + "0" * 64
         modules = [target.module for category in self.categories for target in category.targets]
-        return {category.name: blank for category in self.categories}, dict.fromkeys(modules, blank)
+        tensors = [spec.name for category in self.categories for spec in self.specs(category)]
+        return dict.fromkeys(tensors, blank), dict.fromkeys(modules, blank)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -121,8 +122,10 @@ class DecomposePlan:
         modules = [target.module for target in category.targets]
         return basis_file.specs_of(category.name, category.n, V_DTYPES[self.options.dtype], modules)
 
-    def metadata(self, bases: Mapping[str, str], modules: Mapping[str, str]) -> basis_file.BasisMetadata:
-        """The file's metadata, given the digests of each category's V and of each module's weight."""
+    def metadata(self, digests: Mapping[str, str], modules: Mapping[str, str]) -> basis_file.BasisMetadata:
+        """The file's metadata, given the digests of each of its tensors and of each module's weight."""
+        bases = {category.name: digests[f"V.{category.name}"] for category in self.categories}
+        others = {name: digest for name, digest in digests.items() if not name.startswith("V.")}
         return basis_file.BasisMetadata(
             tool=f"frodctl {frodctl.__version__}",
             model=self.checkpoint.model,
@@ -137,6 +140,7 @@ class DecomposePlan:
                 for c in self.categories
                 for t in c.targets
             ],
+            digests=others,
             peft_collisions=self.peft_collisions,
         )
 

@@ -88,7 +88,7 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
         progress(Progress(f"writing {plan.output}"))
         plan = plan.settled([result.outcome.rms_singular_value for result in results])
         results = tuple(replace(r, plan=c) for r, c in zip(results, plan.categories, strict=True))
-        metadata = plan.metadata(parts.bases, parts.modules)
+        metadata = plan.metadata(parts.tensors, parts.modules)
         paths = [parts.path(i) for i in range(len(results))]
         staging.publish(lambda file: basis_file.write_basis(file, paths, metadata))
     size = plan.output.stat().st_size
@@ -105,7 +105,7 @@ class _Parts:
         self.progress = progress
         self.done = 0.0
         self.total = plan.flops
-        self.bases: dict[str, str] = {}  #: digest of each category's V
+        self.tensors: dict[str, str] = {}  #: digest of each tensor of the file
         self.modules: dict[str, str] = {}  #: digest of each module's weight
 
     def path(self, number: int) -> Path:
@@ -120,7 +120,7 @@ class _Parts:
             record = self._compute(number, category)
         else:
             self._advance(category, category.flops)
-        self.bases[category.name] = record["basis"]
+        self.tensors.update(record["tensors"])
         self.modules.update(record["modules"])
         return CategoryResult(category, Outcome(**record["outcome"]), resumed)
 
@@ -157,9 +157,10 @@ class _Parts:
             rms_singular_value=basis.rms_singular_value,
             seconds=time.perf_counter() - started,
         )
-        record = {"basis": stream.digest(basis.V), "modules": layers.digests, "outcome": asdict(outcome)}
-        specs = codec.layout(self.plan.specs(category))
         tensors = _tensors(category, basis)
+        digests = {name: stream.digest(tensor) for name, tensor in tensors.items()}
+        record = {"tensors": digests, "modules": layers.digests, "outcome": asdict(outcome)}
+        specs = codec.layout(self.plan.specs(category))
         chunks = (stream.tensor_bytes(tensors[spec.name]) for spec in specs)
         metadata = {"category": category.name, "record": json.dumps(record)}
         self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
@@ -175,7 +176,8 @@ def _read_part(path: Path, category: CategoryPlan) -> dict[str, Any] | None:
     """The record of a finished category; None where there is none, or a damaged one."""
     try:
         metadata = codec.read_header(path).metadata
-        return json.loads(metadata["record"]) if metadata["category"] == category.name else None
+        record: dict[str, Any] = json.loads(metadata["record"])
+        return record if metadata["category"] == category.name and record["tensors"] else None
     except (FileNotFoundError, InvalidInput, KeyError, ValueError):
         return None
 
