@@ -36,6 +36,13 @@ _COLUMNS = (
 @click.option("--trust-basis", is_flag=True, help="Take it although the adapter does not say that it is the one.")
 @click.option("--recompute-projection", is_flag=True, help="Run PEFT's routine for the V of an adapter without one.")
 @click.option(
+    "--projection-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the base as a PEFT adapter without V was trained over it.",
+)
+@click.option(
     "--form",
     type=click.Choice(["auto", "delta", "reconstruct"]),
     default="auto",

@@ -10,8 +10,9 @@
     base_model.model.{module}.weight, .bias            trained modules, trained biases
 
 The first three may be missing; then the basis is elsewhere. A pattern that is neither a seed's nor the basis file's
-is then in ``base_model.indices.{category}``: under PEFT's name PEFT would load the adapter, with a V of its own.
-What frodctl writes has a ``frodctl`` object in its config, see `Provenance`.
+is then in ``base_model.indices.{category}``. What frodctl writes has a ``frodctl`` object in its config, see
+`Provenance`, and a ``peft_type`` that PEFT does not know: whatever else the config said, PEFT would load the adapter
+with a U, and mostly with a V, of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -27,8 +29,14 @@ from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header, read_json
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
+from frodctl.formats.basis_file import check_digest, check_version
+from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
+from frodctl.method.budget import nnz
 
+VERSION = 1
 CONFIG_FILE = ADAPTER_FILES[0]
+#: What PEFT says as it refuses the adapter: KeyError: 'frodctl: …'.
+PEFT_TYPE = "frodctl: PEFT cannot load this adapter; load it with frodctl.load_adapter or frodctl.training.peft.load"
 _SHARED = {"frod_V": "bases", "frod_s_indices": "indices", "frod_s_size": "sizes", "indices": "indices"}
 _MODULE = re.compile(r"(?P<module>.+)\.frod_(?P<what>lambda_l|lambda_s_values|lambda_0)")
 
@@ -43,31 +51,53 @@ class Provenance:
     seed: int | None  #: of the pattern; None where the adapter or the basis file holds it
     sparsity: Mapping[str, float]  #: by category
     categories: Mapping[str, str]  #: of the modules whose category is not PEFT's name for it
-    pattern: Mapping[str, str]  #: by category, ``sha256:…`` of the positions' bytes, where no seed gives them
+    pattern: Mapping[str, str]  #: by category, ``sha256:…`` of the positions' bytes
     dtype: Mapping[str, str]  #: by category, of V and V⁻ᵀ in training (the safetensors format's name), if not as stored
+    head: Mapping[str, Any] = field(default_factory=dict)  #: the class that has it, and its labels, as a config.json
+    basis_file: str | None = None  #: where it was, seen from the adapter's folder, or its name alone
+    digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
+    version: int = VERSION
 
     @classmethod
     def from_config(cls, value: Any, where: str) -> Provenance:
         """Check the object's types; `InvalidInput` names the file."""
         try:
-            form, seed = value["form"], value.get("seed")
-            maps = [
-                dict(value.get(key) or {}) for key in ("basis", "base", "sparsity", "categories", "pattern", "dtype")
-            ]
+            check_version(value.get("version", 1), VERSION, f"{where}: adapter")
+            maps: dict[str, Any] = {key: dict(value.get(key) or {}) for key in _MAPPINGS}
+            found = cls(form=value["form"], seed=value.get("seed"), basis_file=value.get("basis_file"), **maps)
         except (TypeError, KeyError, ValueError, AttributeError):
             raise InvalidInput(f"{where}: damaged frodctl object") from None
-        basis, base, sparsity, categories, pattern, dtype = maps
-        texts = [*basis.values(), *base.values(), *categories.values(), *pattern.values()]
-        numbers = sparsity.values()
-        if (
-            form not in ("delta", "reconstruct")
-            or not (seed is None or type(seed) is int)
-            or not all(isinstance(text, str) for text in texts)
-            or not all(name in FLOAT_DTYPES for name in dtype.values())
-            or not all(isinstance(number, (int, float)) for number in numbers)
-        ):
-            raise InvalidInput(f"{where}: damaged frodctl object")
-        return cls(form, basis, base, seed, sparsity, categories, pattern, dtype)
+        for key, holds in found._fields_hold():
+            if not holds:
+                raise InvalidInput(f"{where}: damaged frodctl object: {key}")
+        return found
+
+    def _fields_hold(self) -> Iterator[tuple[str, bool]]:
+        yield "form", self.form in ("delta", "reconstruct")
+        yield "seed", self.seed is None or is_seed(self.seed)
+        yield "basis_file", self.basis_file is None or isinstance(self.basis_file, str)
+        for key in ("basis", "base", "categories", "pattern", "digests"):
+            yield key, is_text_map(getattr(self, key))
+        yield "dtype", all(name in FLOAT_DTYPES for name in self.dtype.values())
+        yield "sparsity", all(is_rate(rate) for rate in self.sparsity.values())
+        yield "head", _is_head(self.head)
+
+
+#: What a config.json, and so `Provenance.head`, says of a head's labels.
+LABEL_KEYS = ("id2label", "label2id", "problem_type")
+#: Those fields of `Provenance` that are JSON objects.
+_MAPPINGS = ("basis", "base", "sparsity", "categories", "pattern", "dtype", "head", "digests")
+
+
+def _is_head(head: Mapping[str, Any]) -> bool:
+    texts = [head[key] for key in ("architecture", "problem_type") if key in head]
+    labels, numbers = head.get("id2label", {}), head.get("label2id", {})
+    return (
+        all(isinstance(text, str) for text in texts)
+        and is_text_map(labels)
+        and isinstance(numbers, dict)
+        and all(type(number) is int for number in numbers.values())
+    )
 
 
 @dataclass(frozen=True)
@@ -77,12 +107,19 @@ class TrainedModule:
     module: str  #: its path in the live model
     category: str
     scales: TensorInfo  #: λ'
-    values: TensorInfo | None  #: of S; None where nothing of it was trained
+    values: TensorInfo | None  #: of S; None where it has no positions
     base_scales: TensorInfo | None  #: λ, where training began; None where the basis file says it
+    base: str | None  #: its path in the checkpoint; None in PEFT's own adapters, as is the next
+    digest: str | None  #: ``sha256:…`` of its weight's bytes there
 
     @property
     def n(self) -> int:
         return self.scales.shape[0]
+
+    @property
+    def nnz(self) -> int:
+        """Number of values of S."""
+        return self.values.shape[0] if self.values is not None else 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +133,9 @@ class Adapter:
     modules: tuple[TrainedModule, ...]
     bases: Mapping[str, TensorInfo]  #: V by category
     indices: Mapping[str, TensorInfo]  #: the pattern by category
+    sizes: Mapping[str, TensorInfo]  #: of S by category
     replaced: Mapping[str, TensorInfo] = field(repr=False)  #: trained tensors by their names in the live model
+    tensors: Mapping[str, TensorInfo] = field(repr=False)  #: all of them, by their names in the file
 
     @property
     def categories(self) -> dict[str, int]:
@@ -104,28 +143,51 @@ class Adapter:
         return {module.category: module.n for module in self.modules}
 
     @property
+    def lacking(self) -> list[str]:
+        """The categories whose V it does not hold."""
+        return sorted(set(self.categories) - set(self.bases))
+
+    @property
     def base(self) -> str | None:
         """The base model that the config names."""
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
+    @property
+    def task(self) -> str | None:
+        """PEFT's task type."""
+        task = self.config.get("task_type")
+        return task if isinstance(task, str) else None
+
     def tensor(self, info: TensorInfo) -> Any:
-        """The torch.Tensor, in its stored dtype."""
+        """The torch.Tensor, in its stored dtype; `InvalidInput` where it is not the recorded one, or not finite."""
+        import torch
+
         from frodctl.checkpoint.stream import read_tensor
 
         assert self.root is not None
-        return read_tensor(self.root, info)
+        found = read_tensor(self.root, info)
+        check_digest(found, self._digest(info.name), f"{self.name}: tensor {info.name}")
+        if info.dtype in FLOAT_DTYPES and found.numel() and not torch.isfinite(torch.stack(found.aminmax())).all():
+            raise InvalidInput(f"{self.name}: tensor {info.name} holds NaN or Inf")
+        return found
 
-    def check_positions(self, category: str, positions: Any, where: object) -> None:
-        """`InvalidInput` where these positions (2, nnz), found in ``where``, are not those it was trained at."""
-        from frodctl.checkpoint.stream import digest
+    def _digest(self, tensor: str) -> str | None:
+        """What is recorded of a tensor; nothing in PEFT's own adapters."""
+        if self.provenance is None:
+            return None
+        category = tensor.removeprefix("base_model.frod_V.")
+        return self.provenance.basis[category] if category != tensor else self.provenance.digests.get(tensor)
 
-        recorded = self.provenance.pattern.get(category) if self.provenance else None
-        if recorded is not None and digest(positions.contiguous()) != recorded:
-            raise InvalidInput(
-                f"{where}: the positions of {category} are not those that {self.name} was trained at (digests differ); "
-                "give the basis file that has them"
-            )
+    def positions_count(self, category: str) -> int | None:
+        """How many positions S has there, as headers and config say; None where they do not."""
+        own, n = self.provenance, self.categories[category]
+        if category in self.indices:
+            return self.indices[category].shape[1]
+        if own is not None and own.seed is None:
+            return None
+        rate = self.config.get("sparse_rate") if own is None else own.sparsity.get(category)
+        return nnz(n, rate) if rate is not None and is_rate(rate) else None
 
     def is_saved_module(self, tensor: str) -> bool:
         """Whether the tensor (its name in the live model) is of a module that was trained as a whole."""
@@ -190,7 +252,7 @@ def _choose(where: str, configs: Sequence[str], name: str | None) -> str:
     if not by_name:
         raise InvalidInput(f"{where}: no adapter here ({CONFIG_FILE} is missing)")
     if name is None and len(by_name) > 1 and "default" not in by_name:
-        raise UsageError(f"{where}: several adapters here; choose with --adapter-name: {', '.join(by_name)}")
+        raise UsageError(f"{where}: several adapters here; choose one (`adapter_name`): {', '.join(by_name)}")
     chosen = name or ("default" if "default" in by_name else next(iter(by_name)))
     if chosen not in by_name:
         raise UsageError(f"{where}: no adapter called {chosen}; there are: {', '.join(by_name)}")
@@ -205,10 +267,15 @@ def _weights(folder: Path) -> Path:
 
 
 def _adapter(name: str, root: Path | None, config: dict[str, Any], infos: Sequence[TensorInfo]) -> Adapter:
-    if config.get("peft_type") != "FROD":
-        raise InvalidInput(f"{name}: an adapter of type {config.get('peft_type')}, not FROD")
-    provenance = Provenance.from_config(config["frodctl"], name) if "frodctl" in config else None
-    shared: dict[str, dict[str, TensorInfo]] = {kind: {} for kind in _SHARED.values()}
+    kind, own = config.get("peft_type"), config.get("frodctl")
+    ours = own is not None and isinstance(kind, str) and kind.startswith("frodctl")
+    if kind != "FROD" and not ours:
+        raise InvalidInput(f"{name}: an adapter of type {kind}, not FROD")
+    provenance = Provenance.from_config(own, name) if own is not None else None
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(entry, str) and entry for entry in saved)):
+        raise InvalidInput(f"{name}: modules_to_save in its config is {saved!r}, not a list of names")
+    shared: dict[str, dict[str, TensorInfo]] = {kind: {} for kind in ("bases", "indices", "sizes")}
     trained: dict[str, dict[str, TensorInfo]] = {}
     replaced: dict[str, TensorInfo] = {}
     for info in infos:
@@ -216,52 +283,113 @@ def _adapter(name: str, root: Path | None, config: dict[str, Any], infos: Sequen
         kind, _, category = inner.partition(".")
         if inner == info.name or (kind not in _SHARED and kind != "model") or not category:
             raise InvalidInput(f"{name}: tensor {info.name} is of no FRoD adapter")
+        if kind in _SHARED and category in shared[_SHARED[kind]]:
+            raise InvalidInput(f"{name}: tensor {info.name} is there under another name too")
         if kind in _SHARED:
             shared[_SHARED[kind]][category] = info
         elif match := _MODULE.fullmatch(category):
             trained.setdefault(match["module"], {})[match["what"]] = info
         elif ".original_module." not in info.name:  # PEFT's copy of the base's, which the trained module replaces
             replaced[re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", f".{category}")[1:]] = info
-    labels = provenance.categories if provenance else {}
-    modules = [_module(name, module, parts, labels) for module, parts in trained.items()]
-    if not modules:
-        raise InvalidInput(f"{name}: no trained scales (frod_lambda_l) in this adapter")
-    modules.sort(key=lambda module: names.natural_key(module.module))
-    adapter = Adapter(name, root, config, provenance, tuple(modules), shared["bases"], shared["indices"], replaced)
-    _check_shapes(adapter, shared["sizes"])
+    modules = _modules(name, trained, provenance)
+    tensors = {info.name: info for info in infos}
+    adapter = Adapter(name, root, config, provenance, modules, **shared, replaced=replaced, tensors=tensors)
+    _check_shapes(adapter)
+    _check_counts(adapter)
+    if provenance is not None:
+        _check_records(adapter, provenance)
     return adapter
 
 
-def _module(name: str, module: str, parts: Mapping[str, TensorInfo], labels: Mapping[str, str]) -> TrainedModule:
-    if "lambda_l" not in parts:
-        raise InvalidInput(f"{name}: module {module} has no frod_lambda_l")
-    for info in parts.values():
-        if len(info.shape) != 1 or info.dtype not in FLOAT_DTYPES:
-            raise InvalidInput(f"{name}: tensor {info.name} is {info.dtype} {list(info.shape)}, expected a vector")
-    category = labels.get(module) or names.peft_category(module)
-    return TrainedModule(module, category, parts["lambda_l"], parts.get("lambda_s_values"), parts.get("lambda_0"))
+def _modules(
+    name: str, trained: Mapping[str, Mapping[str, TensorInfo]], own: Provenance | None
+) -> tuple[TrainedModule, ...]:
+    if not trained:
+        raise InvalidInput(f"{name}: no trained scales (frod_lambda_l) in this adapter")
+    labels = own.categories if own else {}
+    bases = names.match(trained, own.base) if own else {}
+    taken: set[str | None] = set()
+    modules = []
+    for module, parts in trained.items():
+        if "lambda_l" not in parts:
+            raise InvalidInput(f"{name}: module {module} has no frod_lambda_l")
+        for info in parts.values():
+            if len(info.shape) != 1 or info.dtype not in FLOAT_DTYPES:
+                raise InvalidInput(f"{name}: tensor {info.name} is {info.dtype} {list(info.shape)}, expected a vector")
+        category = labels.get(module) or names.peft_category(module)
+        base = bases.get(module)
+        if own and (base is None or base in taken):
+            raise InvalidInput(f"{name}: its config has no digest of the base's weight of {module}")
+        taken.add(base)
+        digest = own.base[base] if own and base else None
+        scales, values, start = (parts.get(what) for what in ("lambda_l", "lambda_s_values", "lambda_0"))
+        assert scales is not None
+        modules.append(TrainedModule(module, category, scales, values, start, base, digest))
+    return tuple(sorted(modules, key=lambda module: names.natural_key(module.module)))
 
 
-def _check_shapes(adapter: Adapter, sizes: Mapping[str, TensorInfo]) -> None:
+def _check_shapes(adapter: Adapter) -> None:
     widths = adapter.categories
     if 0 in widths.values():
         raise InvalidInput(f"{adapter.name}: a module without scales")
-    for shared in (adapter.bases, adapter.indices, sizes):
+    for shared in (adapter.bases, adapter.indices, adapter.sizes):
         for category in set(shared) - set(widths):
             raise InvalidInput(f"{adapter.name}: tensor {shared[category].name} belongs to no trained module")
     expected: list[tuple[TensorInfo, tuple[int, ...], Sequence[str]]] = []
-    expected += [(info, (2,), ("I64",)) for info in sizes.values()]
+    expected += [(info, (2,), ("I64",)) for info in adapter.sizes.values()]
     expected += [(info, (widths[c], widths[c]), FLOAT_DTYPES) for c, info in adapter.bases.items()]
-    expected += [(info, (2, *info.shape[1:2]), ("I64",)) for info in adapter.indices.values()]
+    expected += [(info, (2, info.shape[-1] if info.shape else 0), ("I64",)) for info in adapter.indices.values()]
     for module in adapter.modules:
         n = (widths[module.category],)
         expected += [(info, n, FLOAT_DTYPES) for info in (module.scales, module.base_scales) if info is not None]
-        if module.values is not None and module.category in adapter.indices:
-            expected.append((module.values, adapter.indices[module.category].shape[1:], FLOAT_DTYPES))
     for info, shape, dtypes in expected:
         if info.shape != shape or info.dtype not in dtypes:
             found = f"{info.dtype} {list(info.shape)}"
             raise InvalidInput(f"{adapter.name}: tensor {info.name} is {found}, expected {list(shape)}")
+
+
+def _check_counts(adapter: Adapter) -> None:
+    """S has a value of every module for every position."""
+    for category in adapter.categories:
+        modules = [module for module in adapter.modules if module.category == category]
+        count = adapter.positions_count(category)
+        if count is None:
+            count = max(module.nnz for module in modules)
+        for module in modules:
+            if module.nnz != count:
+                raise InvalidInput(
+                    f"{adapter.name}: {module.module} has {module.nnz or 'no'} sparse values for the {count} positions "
+                    f"of {category}"
+                )
+
+
+def _check_records(adapter: Adapter, own: Provenance) -> None:
+    """What frodctl writes is complete, and says what it is."""
+
+    def require(holds: bool, text: str) -> None:
+        if not holds:
+            raise InvalidInput(f"{adapter.name}: {text}")
+
+    for key, holds in (("regularization_alpha", is_alpha), ("projection_prng_key", is_seed)):
+        value = adapter.config.get(key)
+        require(value is None or holds(value), f"{key} in its config is {value!r}")
+    for category in adapter.categories:
+        require(own.seed is None or category in own.sparsity, f"its config gives no sparsity for {category}")
+        require(category not in adapter.bases or category in own.basis, f"its config has no digest of V of {category}")
+        known = own.seed is not None or category in adapter.indices or category in own.pattern
+        require(known, f"its config has no digest of the positions of {category}")
+    for module in adapter.modules:
+        began = module.base_scales is not None or module.category not in adapter.bases
+        require(own.form != "delta" or began, f"{module.module} has no frod_lambda_0, where its training began")
+    if own.digests or adapter.config["peft_type"] != "FROD":  # the first adapters were of that type and had none
+        others = set(adapter.tensors) - {info.name for info in adapter.bases.values()}
+        for tensor in sorted(others - set(own.digests)):
+            require(False, f"its config has no digest of tensor {tensor}")
+        for tensor in sorted(set(own.digests) - others):
+            require(False, f"tensor {tensor}, of which its config has a digest, is missing")
+    for entry in adapter.config.get("modules_to_save") or ():
+        there = any(f".{entry}." in f".{tensor}" for tensor in adapter.replaced)
+        require(there, f"{entry} was trained as a whole (modules_to_save), but none of its tensors is there")
 
 
 def lambda_key(module: str) -> str:
@@ -310,18 +438,31 @@ def write_adapter(
     tensors : mapping of str to torch.Tensor
         By the names that the ``…_key`` functions give.
     config : mapping
-        PEFT's fields.
+        PEFT's fields; ``peft_type`` is this format's own.
     provenance : Provenance
+        Without ``digests``, which are the tensors'.
     card : str
         README.md; one that is there already is kept.
     """
-    text = json.dumps({**config, "frodctl": asdict(provenance)}, indent=2, sort_keys=True) + "\n"
+    from frodctl.checkpoint.stream import digest
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digests = {name: digest(t) for name, t in plain.items() if not name.startswith("base_model.frod_V.")}
+    own = asdict(replace(provenance, digests=digests))
+    text = json.dumps({**config, "peft_type": PEFT_TYPE, "frodctl": own}, indent=2, sort_keys=True) + "\n"
     writers: dict[str, Callable[[IO[bytes]], None]] = {}
     if not (folder / "README.md").exists():
         writers["README.md"] = lambda file: _write_text(file, card)
-    writers[ADAPTER_FILES[1]] = lambda file: write_tensors(file, tensors)
+    writers[ADAPTER_FILES[1]] = lambda file: write_tensors(file, plain)
     writers[CONFIG_FILE] = lambda file: _write_text(file, text)
-    sink.replace_files(folder, writers)
+    is_new = not folder.exists()
+    try:
+        sink.replace_files(folder, writers)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ silently wrong. Here V is in place before U is derived. Written against peft 0.2
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from frodctl.checkpoint import names
 from frodctl.checkpoint.source import Location
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.formats.adapter import base_scales_key, indices_key, lambda_key, open_adapter, shared_keys
+from frodctl.formats import adapted
+from frodctl.formats.adapter import base_scales_key, lambda_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
 from frodctl.training.attachment import choose, resolved
-from frodctl.training.saving import pattern_of
 
 #: How far U may be from the one that V gives, relative, before `repair` takes it for another.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -57,12 +58,13 @@ def get_peft_model(
     """
     peft, layers = _modules()
     opened = resolved(basis)
+    if note := adapted.without_digests(opened):
+        warnings.warn(note, stacklevel=2)
     chosen = choose(model, opened, options.pop("target_modules", None))
     for path, record in chosen.items():
         if names.peft_category(path) != record.category:
             raise InvalidInput(f"{path}: its category is {record.category} in {opened.path}, which PEFT cannot have")
     categories = sorted({record.category for record in chosen.values()})
-    opened.verify()
     metadata, indices = opened.metadata, opened.indices()
     config = peft.FrodConfig(
         **{
@@ -96,7 +98,7 @@ def load(
     folder : path
         The adapter, or a Hub id.
     basis : path or BasisFile, optional
-        For an adapter that does not hold V.
+        For an adapter that does not hold V; by default as for `frodctl.load_adapter`.
     adapter_name : str
     is_trainable : bool
 
@@ -107,40 +109,38 @@ def load(
     Raises
     ------
     InvalidInput
-        The adapter holds no V and there is no basis file, or not the one it was trained with.
+        The adapter holds no V and no basis file is given or near it, or not the one it was trained with; or one of
+        them is damaged.
     """
     peft, layers = _modules()
     adapter = open_adapter(Location(str(folder)))
-    missing = sorted(set(adapter.categories) - set(adapter.bases))
-    opened = resolved(basis) if basis is not None and missing else None
-    if missing and opened is None:
-        raise InvalidInput(f"{adapter.name}: does not hold V of {missing[0]}; give the basis file it was trained with")
-    recorded = adapter.provenance.basis if adapter.provenance else {}
-    for category in missing:
-        if opened is None or recorded.get(category) != opened.metadata.basis.get(category, ""):
-            raise InvalidInput(f"{basis}: V.{category} is not known to be the one that {adapter.name} was trained with")
+    given = None if basis is None else resolved(basis)
+    opened = adapted.basis_of(adapter, given) if adapter.lacking else None
+    if adapter.lacking and opened is None:
+        raise adapted.no_basis(adapter)
+    if note := adapted.without_digests(adapter, opened):
+        warnings.warn(note, stacklevel=2)
     for module in adapter.modules:
         if names.peft_category(module.module) != module.category:
             raise InvalidInput(f"{module.module}: its category is {module.category}, which PEFT cannot have")
-    indices = pattern_of(adapter, opened)
-    projections: dict[str, tuple[Tensor, Tensor]] = {}
-    for category in adapter.categories:
-        if category in adapter.bases:
-            projections[category] = adapter.tensor(adapter.bases[category]), indices[category]
-        else:
-            assert opened is not None
-            projections[category] = opened.tensor(f"V.{category}"), indices[category]
+    indices = adapted.positions_of(adapter, opened)
+    projections = {c: (adapted.V_of(adapter, opened, c), indices[c]) for c in adapter.categories}
     known = peft.FrodConfig.__dataclass_fields__
-    config = peft.FrodConfig(**{key: value for key, value in adapter.config.items() if key in known})
-    config.inference_mode, config.save_projection, config.progressbar = not is_trainable, True, False
-    stored = peft.load_peft_weights(str(adapter.root), device="cpu")
-    ours = (*map(indices_key, projections), *(base_scales_key(module.module) for module in adapter.modules))
-    state = {key: tensor for key, tensor in stored.items() if key not in ours}
+    settings = {key: value for key, value in adapter.config.items() if key in known and key != "peft_type"}
+    ours = {base_scales_key(module.module) for module in adapter.modules}
+    ours |= {info.name for shared in (adapter.bases, adapter.indices, adapter.sizes) for info in shared.values()}
+    state = {key: adapter.tensor(info) for key, info in adapter.tensors.items() if key not in ours}
     for category, (V, positions) in projections.items():
         state |= dict(zip(shared_keys(category), (V, positions, torch.tensor([len(V)] * 2)), strict=True))
     live = dict(model.named_modules())
     scales = {live[m.module]: state[lambda_key(m.module)] for m in adapter.modules if m.module in live}
-    result = layers.build(model, config, adapter_name, projections, scales, fresh=False)
+    try:
+        config = peft.FrodConfig(**settings)
+        config.inference_mode, config.save_projection, config.progressbar = not is_trainable, True, False
+        result = layers.build(model, config, adapter_name, projections, scales, fresh=False)
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidInput(f"{adapter.name}: PEFT cannot make it of {type(model).__name__}: {reason}") from None
     found = peft.set_peft_model_state_dict(result, state, adapter_name=adapter_name)
     unmatched = [key for key in found.unexpected_keys if "frod_" in key]  # of others PEFT saves some twice
     if unmatched:

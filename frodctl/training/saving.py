@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 import frodctl
-from frodctl.checkpoint import names, sink
+from frodctl import values
+from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.source import Location
 from frodctl.checkpoint.stream import DTYPE_NAMES, digest
 from frodctl.errors import InvalidInput, UsageError
+from frodctl.formats import adapted
 from frodctl.formats import adapter as adapter_format
-from frodctl.formats.adapter import Adapter, Provenance, open_adapter
-from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
+from frodctl.formats.adapter import Adapter, Provenance, TrainedModule, open_adapter
+from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.training.attachment import (
     Attached,
     added_prefixes,
-    draw,
+    checked_dropout,
+    checked_name,
     frod_layers,
     install,
     live_paths,
@@ -30,7 +36,7 @@ from frodctl.training.attachment import (
     saved_modules,
     updates_of,
 )
-from frodctl.training.layer import Update
+from frodctl.training.layer import SavedModule, Update
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,6 +48,8 @@ _TASKS = {
     r"(ForCausalLM|LMHeadModel)$": "CAUSAL_LM",
     r"(?<!LMHead)(?<!DoubleHeads)Model$": "FEATURE_EXTRACTION",
 }
+#: How many folders up, and down again, the way to a basis file may lead to be recorded.
+_NEAR = 2
 _CARD = """---
 library_name: frodctl
 base_model: {base}
@@ -54,7 +62,8 @@ Trained by frodctl {version} on `{base}`. {holds}
 
     frodctl merge {base} ADAPTER OUT{basis}
 
-folds it into dense weights; `frodctl.load_adapter` goes on training. PEFT cannot load it{peft}.
+folds it into dense weights; `frodctl.load_adapter` goes on training. PEFT refuses it: it would compute other columns U
+than those that were trained{peft}; `frodctl.training.peft.load` makes PEFT's model of it.
 """
 
 
@@ -69,7 +78,7 @@ def save_adapter(
     """Save one adapter of a model, in PEFT's layout.
 
     Small by default: without V and, unless it was selected (`select_pattern`), without the pattern; the basis file has
-    them. PEFT refuses such an adapter, which says that it holds them, rather than load it with a V of its own.
+    them. PEFT refuses either kind, by its type, rather than load it with a U or V of its own.
 
     In distributed training one process saves. Only where parameters are sharded (``fully_shard``) and no gathered
     ``state_dict`` is given, all must call this, to gather them; the first of them writes.
@@ -84,7 +93,8 @@ def save_adapter(
     adapter_name : str, optional
         By default the active one.
     self_contained : bool
-        Save V, the pattern and λ too, so that `frodctl.merge` needs no basis file.
+        Save V, the pattern and λ too, so that `frodctl.merge` and `load_adapter` need no basis file. Always so where
+        the adapter was loaded from such a one, without the file.
     state_dict : mapping of str to Tensor, optional
         The model's, with whole tensors, to take the trained numbers from.
 
@@ -96,16 +106,25 @@ def save_adapter(
     Raises
     ------
     UsageError
-        No such adapter is attached, or ``state_dict`` does not have it.
+        No such adapter is attached, ``state_dict`` does not have it, or the folder is a file.
     InvalidInput
         A trained number is NaN or Inf, or the basis file has changed.
     """
+    folder, self_contained = values.path(folder, "folder"), values.flag(self_contained, "self_contained")
+    adapter_name = values.optional(values.text)(adapter_name, "adapter_name")
+    values.require(
+        state_dict is None or isinstance(state_dict, Mapping), "state_dict", state_dict, "expected tensors by name"
+    )
     attachment = require_attachment(model)
     name = adapter_name or attachment.active
     if name not in attachment.adapters:
         raise UsageError(f"no adapter called {name} is attached; there are: {', '.join(attachment.adapters)}")
     attached = attachment.adapters[name]
-    folder = Path(folder) if name == "default" else Path(folder) / name
+    folder = folder if name == "default" else folder / name
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: is a file; name a folder")
+    self_contained = self_contained or bool(attached.basis.aliases)
     updates = {names.unwrapped(path): update for path, update in updates_of(model, name).items()}
     patterns = {update.basis.category: update.pattern for update in updates.values()}
     tensors = _trained(model, name, updates, trained_state(model) if state_dict is None else state_dict)
@@ -120,10 +139,12 @@ def save_adapter(
         seed=attached.seed,
         sparsity=dict(attached.sparsity),
         categories={p: r.category for p, r in attached.modules.items() if r.category != names.peft_category(p)},
-        pattern={} if attached.seed is not None else {c: digest(p.indices().cpu()) for c, p in patterns.items()},
+        pattern={c: digest(pattern.indices().cpu()) for c, pattern in patterns.items()},
         dtype={u.basis.category: DTYPE_NAMES[u.basis.V.dtype] for u in updates.values() if u.basis.is_rounded},
+        head=_head(model),
+        basis_file=None if self_contained else _seen_from(folder, attached.basis.path),
     )
-    config = _config(model, attached)
+    config = _config(model, attached, tensors)
     if state_dict is not None or writes(model):
         adapter_format.write_adapter(folder, tensors, config, provenance, _card(config, self_contained))
     return folder
@@ -132,7 +153,7 @@ def save_adapter(
 def load_adapter(
     model: Model,
     folder: str | Path,
-    basis: str | Path | BasisFile,
+    basis: str | Path | BasisFile | None = None,
     *,
     dropout: float = 0.0,
     adapter_name: str = "default",
@@ -145,8 +166,10 @@ def load_adapter(
         The base model.
     folder : path
         What `save_adapter` wrote, or a Hub id; of several adapters the one called ``adapter_name``.
-    basis : path or BasisFile
-        The one that it was trained with.
+    basis : path or BasisFile, optional
+        The one that it was trained with. By default the adapter's own, if it holds one (``self_contained``), else a
+        file in its folder, in the one above, or where the adapter recorded it: the file that has the recorded digests,
+        whatever its name.
     dropout, adapter_name
         As for `attach`.
 
@@ -158,33 +181,41 @@ def load_adapter(
     Raises
     ------
     InvalidInput
-        Basis, base and adapter do not belong together, or the adapter is PEFT's own: that one trains another
-        operator; merge it.
+        Basis, base and adapter do not belong together or are damaged, or the adapter is PEFT's own: that one trains
+        another operator; merge it.
     """
-    opened = resolved(basis)
-    adapter = open_adapter(Location(str(folder)), _sub_folder(folder, adapter_name))
+    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")
+    folder, adapter_name, dropout = values.model(folder, "folder"), checked_name(adapter_name), checked_dropout(dropout)
+    given = None if basis is None else resolved(basis)
+    adapter = open_adapter(Location(folder), _sub_folder(folder, adapter_name))
     provenance = adapter.provenance
     if provenance is None or provenance.form != "delta":
         raise InvalidInput(f"{adapter.name}: not trained by frodctl; merge it into its base instead (frodctl merge)")
+    found = adapted.basis_of(adapter, given) or adapted.basis_in(adapter)
+    if found is None:
+        raise adapted.no_basis(adapter)
+    opened = resolved(found)
+    if note := adapted.without_digests(adapter, opened):
+        warnings.warn(note, stacklevel=2)
     modules = _modules(model, adapter, opened)
-    _check_provenance(adapter, provenance, opened, modules)
-    saved = adapter.config.get("modules_to_save") or ()
     attached = Attached(
         basis=opened,
         modules={path: record for path, record, _ in modules},
         sparsity={category: provenance.sparsity.get(category, 0.0) for category in adapter.categories},
         seed=provenance.seed,
-        modules_to_save=tuple(str(name) for name in saved),
+        modules_to_save=tuple(adapter.config.get("modules_to_save") or ()),
         dropout=dropout,
         selected=provenance.seed is None and bool(adapter.indices),
     )
-    indices = pattern_of(adapter, opened)
-    values = _values(adapter, opened, modules, indices)
+    for info in adapter.bases.values():  # compared with its digest, though the basis file's may be used
+        adapter.tensor(info)
+    indices = adapted.positions_of(adapter, opened)
+    numbers = _numbers(adapter, opened, modules)
     replaced = _replaced(model, adapter)
     install(model, attached, indices, adapter_name)
     updates = updates_of(model, adapter_name)
     with torch.no_grad():
-        for path, (delta, sparse) in values.items():
+        for path, (delta, sparse) in numbers.items():
             updates[path].delta.copy_(delta)
             updates[path].values.copy_(sparse)
         for path, module in saved_modules(model).items():
@@ -235,13 +266,13 @@ def _trained(
     state = {names.unwrapped(key): tensor for key, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
-        delta, values = (_number(state, f"{path}.adapters.{name}.{kind}") for kind in ("delta", "values"))
+        delta, sparse = (_number(state, f"{path}.adapters.{name}.{kind}") for kind in ("delta", "values"))
         scales = update.base_scales.double() + delta.to(update.base_scales.device, torch.float64)
         # rows with λ = 0 drop out here, but PEFT would give them some U
         alive = update.base_scales > 0
         rows = update.pattern.indices()[0]
         tensors[adapter_format.lambda_key(path)] = torch.where(alive, scales, 0).float()
-        tensors[adapter_format.values_key(path)] = torch.where(alive[rows], values.to(alive.device), 0)
+        tensors[adapter_format.values_key(path)] = torch.where(alive[rows], sparse.to(alive.device), 0)
     for wrapped, module in saved_modules(model).items():
         path = names.unwrapped(wrapped)
         if name in module.modules_to_save:
@@ -262,23 +293,51 @@ def _number(state: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _shared(attached: Attached, updates: Mapping[str, Update]) -> dict[str, Tensor]:
     """V as the basis file has it, pattern and λ."""
-    opened = open_basis(attached.basis.path)
+    basis = attached.basis
+    opened = replace(basis, header=codec.read_header(basis.path))  # it may have been written again
     tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
         tensors[adapter_format.base_scales_key(path)] = update.base_scales
         category = update.basis.category
         V, indices, size = adapter_format.shared_keys(category)
         if V not in tensors:
-            if opened.metadata.basis.get(category) != attached.digests[category]:
-                raise InvalidInput(f"{opened.path}: V.{category} is no longer the one that the adapter is trained with")
+            if f"V.{category}" not in opened:
+                raise InvalidInput(
+                    f"{opened.path}: V.{category} is no longer there, and the adapter is trained with it"
+                )
             tensors[V] = opened.tensor(f"V.{category}")
             tensors[indices] = update.pattern.indices()
             tensors[size] = torch.tensor([update.basis.n] * 2)
     return tensors
 
 
-def _config(model: nn.Module, attached: Attached) -> dict[str, Any]:
+def _seen_from(folder: Path, basis: Path) -> str:
+    """Where a basis file lies, seen from an adapter's folder; if that is far away, only its name."""
+    try:
+        path = Path(os.path.relpath(basis, folder.resolve()))
+    except ValueError:  # on another drive
+        return basis.name
+    return path.as_posix() if path.parts.count("..") <= _NEAR else basis.name
+
+
+def _head(model: nn.Module) -> dict[str, Any]:
+    """The class of a model that labels what it is given, and the labels, as its config.json has them."""
+    config: Any = getattr(model, "config", None)
+    labels, kind = getattr(config, "id2label", None), type(model).__name__
+    if not isinstance(labels, dict) or not re.search("Classification$|QuestionAnswering$", kind):
+        return {}
+    found: dict[str, Any] = {"architecture": kind}
+    if kind.endswith("Classification"):
+        found["id2label"] = {str(number): str(label) for number, label in labels.items()}
+        found["label2id"] = {str(label): int(number) for number, label in labels.items()}
+        problem = getattr(config, "problem_type", None)
+        found |= {"problem_type": problem} if isinstance(problem, str) else {}
+    return found
+
+
+def _config(model: nn.Module, attached: Attached, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """PEFT's fields."""
+    saved = [name for name in attached.modules_to_save if any(f".{name}." in key for key in tensors)]
     kind = type(model)
     task = next((task for pattern, task in _TASKS.items() if re.search(pattern, kind.__name__)), None)
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
@@ -293,8 +352,7 @@ def _config(model: nn.Module, attached: Attached) -> dict[str, Any]:
         "init_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "modules_to_save": list(attached.modules_to_save) or None,
-        "peft_type": "FROD",
+        "modules_to_save": saved or None,
         "projection_prng_key": basis.seed if attached.seed is None else attached.seed,
         "regularization_alpha": basis.alpha,
         "revision": basis.revision,
@@ -313,82 +371,44 @@ def _card(config: Mapping[str, Any], self_contained: bool) -> str:
         version=frodctl.__version__,
         holds="It holds its basis." if self_contained else "Its basis is in the shared-basis file it was trained with.",
         basis="" if self_contained else " --basis FILE",
-        peft=" rightly: it would compute other columns U than those that were trained" if self_contained else "",
+        peft="" if self_contained else ", and another V",
     )
 
 
-def _modules(model: nn.Module, adapter: Adapter, opened: BasisFile) -> list[tuple[str, ModuleRecord, Any]]:
+def _modules(model: nn.Module, adapter: Adapter, opened: BasisFile) -> list[tuple[str, ModuleRecord, TrainedModule]]:
     """For each trained module its path in this model, its record in the basis, and its tensors."""
-    records = {record.name: record for record in opened.metadata.modules}
-    matched = names.match([module.module for module in adapter.modules], records)
-    live = live_paths(model, records)
+    records = adapted.records_of(adapter, opened)
+    live = live_paths(model, {record.name: record for record in records.values()})
     found = []
     for module in adapter.modules:
-        name = matched[module.module]
-        if name is None:
-            raise InvalidInput(f"{adapter.name}: {module.module} matches no module of {opened.path}: another basis?")
-        if name not in live:
+        record = records[module.module]
+        if record.name not in live:
             raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {module.module}: another base?")
-        found.append((live[name], records[name], module))
+        found.append((live[record.name], record, module))
     return found
 
 
-def _check_provenance(
-    adapter: Adapter, provenance: Provenance, opened: BasisFile, modules: list[tuple[str, ModuleRecord, Any]]
-) -> None:
-    for _, record, module in modules:
-        category = record.category
-        if category != module.category or provenance.basis.get(category) != opened.metadata.basis[category]:
-            raise InvalidInput(
-                f"{opened.path}: V.{category} is not the one that {adapter.name} was trained with (digests differ); "
-                "give that one"
-            )
-        if provenance.base.get(record.name) != record.digest:
-            raise InvalidInput(
-                f"{adapter.name}: {record.name} was trained on another base than the one of {opened.path} (digests "
-                "differ)"
-            )
-
-
-def pattern_of(adapter: Adapter, opened: BasisFile | None) -> dict[str, Tensor]:
-    """The positions of S by category: the adapter's own, the seed's, or the basis file's."""
-    if set(adapter.categories) <= set(adapter.indices):
-        return {category: adapter.tensor(info) for category, info in adapter.indices.items()}
-    provenance = adapter.provenance
-    if provenance is None or opened is None:
-        raise InvalidInput(f"{adapter.name}: holds no pattern, and no basis file is given")
-    if provenance.seed is None:
-        found = {c: indices for c, indices in opened.indices().items() if c in adapter.categories}
-        for category, indices in found.items():
-            adapter.check_positions(category, indices, opened.path)
-        return found
-    missing = set(adapter.categories) - set(provenance.sparsity)
-    if missing:
-        raise InvalidInput(f"{adapter.name}: its config gives no sparsity for {min(missing)}")
-    return draw(opened, {c: provenance.sparsity[c] for c in adapter.categories}, provenance.seed)
-
-
-def _values(
-    adapter: Adapter, opened: BasisFile, modules: list[tuple[str, ModuleRecord, Any]], indices: Mapping[str, Tensor]
+def _numbers(
+    adapter: Adapter, opened: BasisFile, modules: Sequence[tuple[str, ModuleRecord, TrainedModule]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """δ and the values of S by path in the model."""
     found = {}
     for path, record, module in modules:
-        start = opened.tensor(f"lambda.{record.name}")
+        start = adapted.start_of(adapter, module, opened, {module.module: record})
         scales = adapter.tensor(module.scales).double()
-        if module.base_scales is not None and not torch.equal(adapter.tensor(module.base_scales).float(), start):
-            raise InvalidInput(f"{adapter.name}: {module.module} began at other scales than {opened.path} has")
-        values = adapter.tensor(module.values).float() if module.values is not None else torch.zeros(0)
-        for tensor in (scales, values):
-            if not torch.isfinite(tensor).all():
-                raise InvalidInput(f"{adapter.name}: {module.module} holds NaN or Inf")
-        count = indices[record.category].shape[1]
-        if len(values) != count:
-            raise InvalidInput(
-                f"{adapter.name}: {module.module} has {len(values)} sparse values for the {count} positions of "
-                f"{record.category}"
-            )
-        found[path] = (scales - start.double()).float(), values
+        sparse = adapter.tensor(module.values).float() if module.values is not None else torch.zeros(0)
+        found[path] = (scales - start.double()).float(), sparse
+    return found
+
+
+def _tensors_of(model: nn.Module, name: str) -> list[str]:
+    """The names in the model's state of the tensors of the modules that are called so."""
+    inner = tuple(f"{path}." for path in saved_modules(model))
+    found = []
+    for path, module in model.named_modules():
+        if f".{path}".endswith(f".{name}") and not path.startswith(inner):
+            original = module.original_module if isinstance(module, SavedModule) else module
+            found += [f"{path}.{key}" for key in original.state_dict()]
     return found
 
 
@@ -404,4 +424,8 @@ def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         if found[name].shape != live[name].shape:
             shapes = f"{list(found[name].shape)}, but {list(live[name].shape)}"
             raise InvalidInput(f"{adapter.name}: {tensor} is {shapes} in {type(model).__name__}")
+    for entry in adapter.config.get("modules_to_save") or ():
+        for tensor in _tensors_of(model, entry):
+            if tensor not in found:
+                raise InvalidInput(f"{adapter.name}: {entry} was trained as a whole, but {tensor} is not there")
     return found

@@ -100,6 +100,10 @@ def select_pattern(
     for path, update in updates.items():
         if update.delta.any() or update.values.any():
             raise UsageError(f"{path}: trained already; select the pattern right after attach")
+    if output is not None and attached.basis.aliases:
+        raise UsageError(
+            f"{attached.basis.path}: holds its basis itself; load it with the basis file (`basis`) for `output`"
+        )
     if output is not None:
         sink.check_output_file(output, force=force)
     counts = {update.basis.category: update.pattern.nnz for update in updates.values()}

@@ -107,19 +107,19 @@ def test_a_full_disk(llama: dict[str, Path], refused: Any, monkeypatch: pytest.M
 
 
 def test_another_base(llama: dict[str, Path], refused: Any, tmp_path: Path) -> None:
-    """The digests in the basis file, and those in the adapter."""
+    """The digests in an adapter, with its basis in a file or in itself."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1
 
     other = edited(llama["base"], tmp_path / "other", change)
     adapter = write_adapter(tmp_path / "adapter", llama["base"], llama["basis"], 0.1)
-    for own in ("adapter", "basis"):
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        config["frodctl"]["base"] = config["frodctl"]["base"] if own == "adapter" else {}
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
-        message = refused(3, other, adapter, "out", "--basis", llama["basis"])
-        assert "model.layers.1.self_attn.q_proj.weight is not the one" in message
+    message = refused(3, other, adapter, "out", "--basis", llama["basis"])
+    assert "model.layers.1.self_attn.q_proj.weight is not the one" in message
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["frodctl"]["base"] = {}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert "no digest of the base's weight" in refused(3, other, adapter, "out", "--basis", llama["basis"])
     holding = write_adapter(tmp_path / "holding", llama["base"], llama["basis"], 0.1, holding_basis=True)
     assert "is not the one that" in refused(3, other, holding, "out")
 
@@ -159,7 +159,9 @@ def test_shapes_that_differ(llama: dict[str, Path], refused: Any, tmp_path: Path
         tensors["base_model.model.model.norm.weight"] = torch.ones(31)
 
     assert "columns: another base?" in refused(3, edited(llama["base"], tmp_path / "wide", wide), llama["adapter"], "o")
-    for number, (edit, text) in enumerate([(short, "expected"), (outside, "outside the 32 x 32"), (norm, "[31]")]):
+    for number, (edit, text) in enumerate(
+        [(short, "50 sparse values for the 51 positions"), (outside, "outside the 32 x 32"), (norm, "[31]")]
+    ):
         adapter = edited(llama["adapter"], tmp_path / f"adapter{number}", edit)
         assert text in refused(3, llama["base"], adapter, "out")
 
@@ -183,7 +185,7 @@ def test_nan_in_base_adapter_or_result(llama: dict[str, Path], refused: Any, tmp
     message = refused(3, llama["base"], adapter, "out", "--dtype", "float16")
     assert f"{name}.weight: the merged weight holds NaN or Inf in float16" in message
     adapter = edited(llama["adapter"], tmp_path / "v", put("base_model.frod_V.self_attn_q_proj", nan))
-    assert "V of self_attn_q_proj holds NaN" in refused(3, llama["base"], adapter, "out")
+    assert "frod_V.self_attn_q_proj holds NaN" in refused(3, llama["base"], adapter, "out")
 
 
 def test_ties(llama: dict[str, Path], refused: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import frodctl
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from tests import peft_models
-from tests.jobs.test_merge import write_adapter
+from tests.jobs.test_merge import sign, write_adapter
 
 
 def rows(*targets: Any, **options: Any) -> dict[str, dict[str, Any]]:
@@ -195,6 +195,7 @@ def test_a_small_update_is_not_buried_in_rounding(tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.q_proj"
     state[f"base_model.model.{name}.frod_lambda_l"][5] *= 1 + 1e-4
     save_file(state, adapter / "adapter_model.safetensors", {"format": "pt"})
+    sign(adapter)
     found = rows(adapter, base=str(base), basis=basis)
     assert found[name]["delta_numerical_rank"] == 1
     assert found["model.layers.0.self_attn.q_proj"]["delta_frobenius_norm"] == 0
@@ -207,6 +208,32 @@ def test_a_basis_that_is_not_the_adapters(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, tmp_path / "basis.safetensors", 0.1)
     with pytest.raises(InvalidInput, match="is not the one that"):
         rows(adapter, spectrum=True, basis=tmp_path / "other.safetensors")
+
+
+def test_peft_s_own_with_a_basis_needs_trust(tmp_path: Path) -> None:
+    """Where it began no file of PEFT's says: the scales of a basis file are taken if one says so."""
+    base = peft_models.save_base(tmp_path / "base", "llama", torch.float32)
+    peft_models.trained_adapter(tmp_path / "adapter", "llama", base, target_modules=["q_proj"])
+    basis = tmp_path / "basis.safetensors"
+    frodctl.decompose(base, basis, target_modules="q_proj")
+    with pytest.raises(InvalidInput, match=r"does not record which basis .*`trust_basis=True`"):
+        rows(tmp_path / "adapter", spectrum=True, basis=basis)
+    found = rows(tmp_path / "adapter", spectrum=True, basis=basis, trust_basis=True)
+    assert all(row["scales_change_norm"] > 0 for row in found.values())
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_without_its_basis_nothing_is_advised_that_does_not_exist(ours: bool, tmp_path: Path) -> None:
+    base = peft_models.save_base(tmp_path / "base", "llama", torch.float32)
+    if ours:
+        (tmp_path / "away").mkdir()
+        frodctl.decompose(str(base), tmp_path / "away" / "basis.safetensors", target_modules="q_proj")
+        adapter = write_adapter(tmp_path / "adapter", base, tmp_path / "away" / "basis.safetensors", 0.1)
+    else:
+        peft_models.trained_adapter(tmp_path / "adapter", "llama", base, save_projection=False)
+        adapter = tmp_path / "adapter"
+    with pytest.raises(InvalidInput, match=r"trained with \(`basis`\)$"):
+        rows(adapter, base=str(base))
 
 
 # Bases

@@ -13,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -250,6 +251,15 @@ def write_adapter(
     } | provenance
     config = {"peft_type": "FROD", "base_model_name_or_path": str(base), "save_projection": True, "frodctl": own}
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return sign(folder)
+
+
+def sign(folder: Path) -> Path:
+    """Record the digests of the tensors that an adapter of frodctl's form has."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    state = load_file(folder / "adapter_model.safetensors")
+    config["frodctl"]["digests"] = {name: _sha256(tensor) for name, tensor in state.items() if "frod_V" not in name}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -290,8 +300,16 @@ class TestWhichBasis:
         return frodctl.merge(str(based["base"]), str(adapter), out, **options)
 
     def test_none(self, based: dict[str, Path], tmp_path: Path) -> None:
-        with pytest.raises(InvalidInput, match="--basis FILE"):
-            self.merge(based, based["adapter"], tmp_path / "out")
+        adapter = write_adapter(tmp_path / "adapter", based["base"], based["basis"])
+        with pytest.raises(InvalidInput, match=r"give the one that it was trained with \(`basis`\)$"):
+            self.merge(based, adapter, tmp_path / "out")
+
+    def test_recomputing_cannot_give_it(self, based: dict[str, Path], tmp_path: Path) -> None:
+        """PEFT's routine gives another V than the one whose digest the adapter has."""
+        adapter = write_adapter(tmp_path / "adapter", based["base"], based["basis"], 0.1)
+        with pytest.raises(InvalidInput, match="gives another V than the one whose digest"):
+            self.merge(based, adapter, tmp_path / "out", recompute_projection=True)
+        assert not (tmp_path / "out").exists()
 
     def test_another(self, based: dict[str, Path], tmp_path: Path) -> None:
         other = tmp_path / "other.safetensors"
@@ -308,7 +326,7 @@ class TestWhichBasis:
 
     def test_one_that_is_not_named(self, based: dict[str, Path], tmp_path: Path) -> None:
         adapter = write_adapter(tmp_path / "adapter", based["base"], based["basis"], 0.1, basis={})
-        with pytest.raises(InvalidInput, match="--trust-basis"):
+        with pytest.raises(InvalidInput, match="`trust_basis=True`"):
             self.merge(based, adapter, tmp_path / "out", basis=based["basis"])
         self.merge(based, adapter, tmp_path / "out", basis=based["basis"], trust_basis=True)
 
@@ -339,7 +357,7 @@ class TestWhichBasis:
         shutil.copytree(case.adapter, lean)
         kept = {key: value for key, value in state.items() if not key.startswith(("base_model.frod_",))}
         save_file(kept, lean / "adapter_model.safetensors", {"format": "pt"})
-        with pytest.raises(InvalidInput, match="--trust-basis"):
+        with pytest.raises(InvalidInput, match="`trust_basis=True`"):
             frodctl.merge(str(case.base), str(lean), tmp_path / "no", basis=basis)
         frodctl.merge(str(case.base), str(lean), tmp_path / "out", basis=basis, trust_basis=True)
         case.merged(tmp_path / "whole")
@@ -364,12 +382,66 @@ def test_recomputing_the_projection_is_what_peft_does(family: str, cases: Any, t
     """An adapter saved without V: on the machine it was trained on the merge is that of the live model."""
     case = cases(family, torch.float32)
     live = peft_models.trained_adapter(tmp_path / "adapter", family, case.base, save_projection=False)
-    with pytest.raises(InvalidInput, match="--recompute-projection"):
+    with pytest.raises(InvalidInput, match="`recompute_projection=True`"):
         frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "out")
     result = frodctl.merge(str(case.base), str(tmp_path / "adapter"), tmp_path / "out", recompute_projection=True)
     assert any("recomputes it here" in warning for warning in result.plan.warnings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert (peft_models.logits(model) - peft_models.logits(live)).abs().max() <= 1e-5
+
+
+def _lean(case: Any, folder: Path, dtype: torch.dtype, cast: bool = True, **changes: Any) -> torch.Tensor:
+    """Train over the base loaded in that dtype, save the adapter without V, and give the live model's logits."""
+    model = peft_models.task_model(case.family, case.base).to(dtype)
+    config = peft_models.frod_config(case.family, save_projection=False, **changes)
+    live = peft_models.train(peft.get_peft_model(model, config, autocast_adapter_dtype=cast))
+    live.save_pretrained(folder)
+    return peft_models.logits(live)
+
+
+def test_the_dtype_that_the_base_had_in_training(cases: Any, tmp_path: Path) -> None:
+    """A bfloat16 checkpoint, trained in float32: nothing in the adapter tells, so it is said what is taken."""
+    case = cases("llama", torch.bfloat16)
+    trained = _lean(case, tmp_path / "adapter", torch.float32)
+
+    def error(out: Path, **options: Any) -> float:
+        result = frodctl.merge(
+            case.base, tmp_path / "adapter", out, recompute_projection=True, dtype="float32", **options
+        )
+        said = [text for text in result.plan.warnings if "`projection_dtype`" in text]
+        assert len(said) == 1
+        assert ("float32" if options else "the dtype of the base") in said[0]
+        model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+        return float((peft_models.logits(model) - trained).abs().max())
+
+    assert error(tmp_path / "told", projection_dtype="float32") <= 1e-5
+    assert error(tmp_path / "guessed") > 1e-3
+    with pytest.raises(UsageError, match="projection_dtype"):
+        frodctl.merge(case.base, tmp_path / "adapter", tmp_path / "no", projection_dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "found"),
+    [
+        (torch.bfloat16, {"cast": False}, "BF16"),  # scales as the base
+        (torch.bfloat16, {"modules_to_save": ["norm"]}, "BF16"),  # what was trained as a whole as the base
+        (torch.float32, {"modules_to_save": ["norm"]}, "F32"),
+        (torch.bfloat16, {}, None),
+        (torch.float32, {}, None),
+    ],
+)
+def test_what_tells_the_dtype(
+    dtype: torch.dtype, options: dict[str, Any], found: str | None, cases: Any, tmp_path: Path
+) -> None:
+    case = cases("llama", torch.bfloat16)
+    trained = _lean(case, tmp_path / "adapter", dtype, **options)
+    result = frodctl.merge(
+        case.base, tmp_path / "adapter", tmp_path / "out", recompute_projection=True, dtype="float32"
+    )
+    assert result.plan.sources[0].projection_dtype == found
+    if found == "F32":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+        assert (peft_models.logits(model) - trained).abs().max() <= 1e-5
 
 
 # Adapters in all the shapes that PEFT writes
@@ -530,6 +602,59 @@ def test_a_card_that_cannot_be_read_stops_nothing(front: str, cases: Any, tmp_pa
     (base / "README.md").write_text(f"---\n{front}\n---\n")
     frodctl.merge(str(base), str(cases("gpt2", torch.float32).adapter), tmp_path / "out")
     assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "tag"),
+    [("SequenceClassification", "text-classification"), ("TokenClassification", "token-classification"),
+     ("QuestionAnswering", "question-answering")],
+)  # fmt: skip
+@pytest.mark.parametrize("ours", [True, False])
+def test_another_kind_of_model(task: str, tag: str, ours: bool, minilm: Path, tmp_path: Path) -> None:
+    """A sentence encoder with a head is none any more: its card and files do not say so."""
+    base = tmp_path / "base"
+    shutil.copytree(minilm, base)
+    (base / "README.md").write_text("---\nlicense: mit\npipeline_tag: sentence-similarity\n---\n")
+    (base / "config_sentence_transformers.json").write_text("{}")
+    (base / "vocabulary").mkdir()
+    (base / "vocabulary" / "words.txt").write_text("kept")
+    assert (base / "modules.json").is_file()
+    model = getattr(transformers, f"AutoModelFor{task}").from_pretrained(base)
+    if ours:
+        frodctl.decompose(base, tmp_path / "b.safetensors", target_modules="query")
+        head = "qa_outputs" if task == "QuestionAnswering" else "classifier"
+        frodctl.save_adapter(
+            frodctl.attach(model, tmp_path / "b.safetensors", modules_to_save=[head]), tmp_path / "adapter"
+        )
+    else:
+        kind = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}.get(task, "QUESTION_ANS")
+        config = peft.FrodConfig(target_modules=["query"], task_type=kind, progressbar=False)
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    frodctl.merge(base, tmp_path / "adapter", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"pipeline_tag: {tag}\n" in card
+    assert "license: mit" in card
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert not found & {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
+    assert not any(name.startswith(("1_", "2_")) for name in found)
+    assert {"vocabulary/words.txt", "tokenizer.json", "config.json"} <= found
+    _, loading = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+
+
+def test_a_head_of_an_unknown_kind_has_no_tag(tmp_path: Path) -> None:
+    """The base's tag is the base's; what a class of one's own is for, nobody knows."""
+    base = peft_models.save_base(tmp_path / "base", "bert", torch.float32)
+    (base / "README.md").write_text("---\npipeline_tag: sentence-similarity\n---\n")
+    model = transformers.BertForNextSentencePrediction.from_pretrained(base)
+    frodctl.decompose(base, tmp_path / "b.safetensors", target_modules="query")
+    adapted = frodctl.attach(model, tmp_path / "b.safetensors", modules_to_save=["cls"])
+    frodctl.save_adapter(adapted, tmp_path / "adapter")
+    frodctl.merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert "pipeline_tag" not in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(model).__name__]
 
 
 # The folder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -244,14 +246,28 @@ def test_frodctl_s_adapter(
 def test_refusals(cases: Cases, tmp_path: Path) -> None:
     case = cases("llama")
     frodctl.save_adapter(case.trained(), tmp_path / "adapter")
-    with pytest.raises(InvalidInput, match="does not hold V"):
-        bridge.load(case.model(), tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "elsewhere" / "adapter")
+    config = json.loads((tmp_path / "elsewhere/adapter/adapter_config.json").read_text())
+    config["frodctl"]["basis_file"] = "nowhere"
+    (tmp_path / "elsewhere/adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidInput, match="does not hold its basis"):
+        bridge.load(case.model(), tmp_path / "elsewhere" / "adapter")
     other = tmp_path / "other.safetensors"
     frodctl.decompose(str(case.base), other, target_modules="all-linear", alpha=0.1)
-    with pytest.raises(InvalidInput, match="is not known to be the one"):
+    with pytest.raises(InvalidInput, match="is not the one that"):
         bridge.load(case.model(), tmp_path / "adapter", other)
     with pytest.raises(InvalidInput, match="has no such module"):
         bridge.get_peft_model(cases("gpt2").model(), case.basis)
+
+
+@pytest.mark.parametrize(("field", "value"), [("sparse_rate", "x"), ("target_modules", {"a": 1}), ("sparse_rate", 2)])
+def test_a_config_that_peft_cannot_take(field: str, value: Any, cases: Cases, tmp_path: Path) -> None:
+    case = cases("llama")
+    frodctl.save_adapter(case.trained(), tmp_path / "adapter", self_contained=True)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(InvalidInput, match="adapter"):
+        bridge.load(case.model(), tmp_path / "adapter")
 
 
 class TestAnotherPeft:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,9 +19,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import frodctl
 from frodctl import training
 from frodctl.checkpoint import sink
-from frodctl.errors import InvalidInput, UsageError
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
+from frodctl.jobs.progress import Progress
+from frodctl.training import peft as bridge
 from frodctl.training.layer import FrodLinear
 from tests import peft_models
+from tests.jobs.test_merge import sign
 from tests.training.conftest import Case, Cases, labelled, perturb
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -144,7 +148,7 @@ class TestTheFiles:
         case = cases("bert")
         saved(case, tmp_path / "adapter")
         found, opened = config(tmp_path / "adapter"), frodctl.open_basis(case.basis)
-        assert found["peft_type"] == "FROD"
+        assert found["peft_type"].startswith("frodctl")
         assert found["base_model_name_or_path"] == str(case.base)
         assert found["task_type"] == "SEQ_CLS"
         assert found["save_projection"] is True
@@ -158,11 +162,25 @@ class TestTheFiles:
         card = (tmp_path / "adapter" / "README.md").read_text()
         assert str(tmp_path) not in card
 
-    def test_plain_peft_refuses_it(self, cases: Cases, tmp_path: Path) -> None:
-        case = cases("llama")
-        saved(case, tmp_path / "adapter")
-        with pytest.raises(ValueError, match="projection tensors"):
-            peft.PeftModel.from_pretrained(case.model(), tmp_path / "adapter")
+    @pytest.mark.parametrize("says", [True, False, None])
+    @pytest.mark.parametrize("self_contained", [False, True])
+    def test_plain_peft_refuses_it(self, self_contained: bool, says: bool | None, cases: Cases, tmp_path: Path) -> None:
+        """Every way of PEFT's and transformers' to load it, whatever it says of save_projection."""
+        case, folder = cases("llama"), tmp_path / "adapter"
+        saved(case, folder, self_contained=self_contained)
+        value = config(folder)
+        assert value.pop("save_projection") is True
+        (folder / CONFIG).write_text(json.dumps(value | ({} if says is None else {"save_projection": says})))
+        for load in (
+            lambda: peft.PeftConfig.from_pretrained(folder),
+            lambda: peft.FrodConfig.from_pretrained(folder),
+            lambda: peft.PeftModel.from_pretrained(case.model(), folder),
+            lambda: peft.AutoPeftModelForCausalLM.from_pretrained(folder),
+            lambda: case.model().load_adapter(str(folder)),
+            lambda: AutoModelForCausalLM.from_pretrained(folder),
+        ):
+            with pytest.raises(KeyError, match=r"PEFT cannot load this adapter; load it with frodctl\.load_adapter"):
+                load()
 
     @pytest.mark.parametrize("options", [
         {"target_modules": "q_proj,down_proj"},
@@ -277,6 +295,284 @@ class TestTheFiles:
             frodctl.save_adapter(cases("llama").model(), tmp_path / "adapter")
 
 
+class TestWithoutABasisFile:
+    """The basis is in the adapter itself, or found by its digests."""
+
+    @pytest.mark.parametrize("family", peft_models.FAMILIES)
+    def test_self_contained(self, family: str, cases: Cases, tmp_path: Path) -> None:
+        case = cases(family)
+        model = saved(case, tmp_path / "adapter", self_contained=True)
+        fresh = frodctl.load_adapter(case.model(), tmp_path / "adapter")
+        over_file = frodctl.load_adapter(case.model(), tmp_path / "adapter", case.basis)
+        assert torch.equal(logits(fresh), logits(over_file))
+        assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
+
+    @pytest.mark.parametrize("options", [{}, {"seed": 11, "target_modules": "q_proj"}, {"sparsity": 0.0}])
+    def test_saved_again(self, options: dict[str, Any], cases: Cases, tmp_path: Path) -> None:
+        """Over itself, and on from there: as there is no file, it holds its basis again."""
+        case = cases("llama", torch.bfloat16)
+        model = case.trained(**options)
+        frodctl.save_adapter(model, tmp_path / "adapter", self_contained=True)
+        before = (tmp_path / "adapter" / WEIGHTS).read_bytes()
+        again = frodctl.load_adapter(case.model(), tmp_path / "adapter")
+        frodctl.save_adapter(again, tmp_path / "adapter")
+        assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == before
+        perturb(again, seed=12)
+        frodctl.save_adapter(again, tmp_path / "adapter")
+        frodctl.save_adapter(again, tmp_path / "other")
+        fresh = frodctl.load_adapter(case.model(), tmp_path / "other")
+        assert torch.equal(logits(fresh), logits(again))
+        frodctl.merge(case.base, tmp_path / "other", tmp_path / "out")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        assert (logits(merged) - logits(again)).norm() < 0.05 * logits(again).norm()
+
+    def test_its_file_is_gone(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter", self_contained=True)
+        model = frodctl.load_adapter(case.model(), tmp_path / "adapter")
+        frodctl.save_adapter(case.trained(), tmp_path / "adapter")
+        with pytest.raises(InvalidInput, match="is no longer there"):
+            frodctl.save_adapter(model, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+    def test_patterns_need_the_file(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        frodctl.save_adapter(case.attached(), tmp_path / "adapter", self_contained=True)
+        model = frodctl.load_adapter(case.model(), tmp_path / "adapter")
+        with pytest.raises(UsageError, match="with the basis file"):
+            frodctl.select_pattern(model, [labelled("llama")], output=tmp_path / "patterns.safetensors")
+        frodctl.select_pattern(model, [labelled("llama")])
+        perturb(model)
+        frodctl.save_adapter(model, tmp_path / "selected")
+        fresh = frodctl.load_adapter(case.model(), tmp_path / "selected")
+        assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
+
+    @pytest.mark.parametrize("place", ["run/adapter/x.safetensors", "run/renamed.safetensors", "basis.safetensors"])
+    def test_found_near_it(self, place: str, cases: Cases, tmp_path: Path) -> None:
+        """In its folder, in the one above, and where it was as the adapter was saved (two up)."""
+        case = cases("llama")
+        shutil.copy(case.basis, tmp_path / "basis.safetensors")
+        model = frodctl.attach(case.model(), tmp_path / "basis.safetensors")
+        perturb(model)
+        frodctl.save_adapter(model, tmp_path / "run" / "adapter")
+        assert config(tmp_path / "run" / "adapter")["frodctl"]["basis_file"] == "../../basis.safetensors"
+        (tmp_path / "basis.safetensors").rename(tmp_path / place)
+        self.every_way(case, tmp_path / "run" / "adapter", logits(model))
+
+    def every_way(self, case: Case, folder: Path, expected: torch.Tensor) -> None:
+        fresh = frodctl.load_adapter(case.model(), folder)
+        assert (logits(fresh) - expected).abs().max() <= 1e-5
+        said: list[Progress] = []
+        out = folder.with_name("out")
+        frodctl.merge(case.base, folder, out, progress=said.append)
+        assert any("takes its basis, by its digests, from" in report.text for report in said)
+        merged = AutoModelForCausalLM.from_pretrained(out)
+        assert (logits(merged) - expected).abs().max() <= 1e-5
+        said.clear()
+        rows = frodctl.inspect(folder, base=str(case.base), progress=said.append).targets[0].rows
+        assert all(row.values["scales_change_norm"] > 0 for row in rows)
+        assert any("takes its basis, by its digests, from" in report.text for report in said)
+        assert (logits(bridge.load(case.model(), folder)) - expected).abs().max() <= 1e-4
+
+    def test_found_in_the_working_directory(
+        self, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By the name that was recorded, where the way from the adapter is long."""
+        case = cases("llama")
+        deep = tmp_path / "a" / "b" / "c" / "adapter"
+        shutil.copy(case.basis, tmp_path / "basis.safetensors")
+        model = frodctl.attach(case.model(), tmp_path / "basis.safetensors")
+        frodctl.save_adapter(model, deep)
+        assert config(deep)["frodctl"]["basis_file"] == "basis.safetensors"
+        monkeypatch.chdir(tmp_path)
+        frodctl.load_adapter(case.model(), deep)
+        monkeypatch.chdir(tmp_path / "a")
+        with pytest.raises(InvalidInput, match=r"no file with the digests .* is near it; give .*`basis`"):
+            frodctl.load_adapter(case.model(), deep)
+
+    def test_never_by_its_name(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        frodctl.decompose(case.base, tmp_path / "basis.safetensors", target_modules="all-linear")
+        model = frodctl.attach(case.model(), tmp_path / "basis.safetensors")
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        frodctl.decompose(case.base, tmp_path / "basis.safetensors", target_modules="all-linear", alpha=0.1, force=True)
+        for read in (
+            lambda: frodctl.load_adapter(case.model(), tmp_path / "adapter"),
+            lambda: frodctl.merge(case.base, tmp_path / "adapter", tmp_path / "out"),
+            lambda: frodctl.inspect(tmp_path / "adapter", base=str(case.base)),
+            lambda: bridge.load(case.model(), tmp_path / "adapter"),
+        ):
+            with pytest.raises(InvalidInput, match=r"\(`basis`\)$"):
+                read()
+
+    def test_the_one_with_its_positions(self, cases: Cases, tmp_path: Path) -> None:
+        """Of two files with the same V."""
+        case = cases("llama")
+        shutil.copy(case.basis, tmp_path / "a.safetensors")
+        model = frodctl.attach(case.model(), tmp_path / "a.safetensors")
+        frodctl.select_pattern(model, [labelled("llama")], output=tmp_path / "b.safetensors")
+        perturb(model)
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        edit(tmp_path / "adapter", basis_file="a.safetensors")
+        self.every_way(case, tmp_path / "adapter", logits(model))
+
+    def test_damaged_neighbours_are_passed_over(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        model = saved(case, tmp_path / "adapter")
+        edit(tmp_path / "adapter", basis_file="/")
+        (tmp_path / "a.safetensors").write_bytes(b"{")
+        (tmp_path / "b.safetensors").mkdir()
+        (tmp_path / "c.safetensors").symlink_to("nowhere")
+        save_file({"x": torch.ones(1)}, tmp_path / "d.safetensors", {"frodctl": "{}"})
+        shutil.copy(case.basis, tmp_path / "e.safetensors")
+        self.every_way(case, tmp_path / "adapter", logits(model))
+
+
+class TestWhereItIsSaved:
+    def test_over_a_file(self, cases: Cases, tmp_path: Path) -> None:
+        model = cases("llama").attached()
+        (tmp_path / "file").write_text("mine")
+        for folder in (tmp_path / "file", tmp_path / "file" / "adapter"):
+            with pytest.raises(UsageError, match="file: is a file; name a folder"):
+                frodctl.save_adapter(model, folder)
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_on_a_full_disk(self, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No empty folder stays."""
+        model = cases("llama").attached()
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(sink.os, "fsync", full)
+        with pytest.raises((OSError, FrodctlError)):
+            frodctl.save_adapter(model, tmp_path / "adapter")
+        assert not list(tmp_path.iterdir())
+
+
+WRONG: list[Any] = [
+    None, True, 0, -1, 1.5, float("nan"), "", "\ud800", "a\0b", b"x", 1j, [], [None], {}, {"a": 1}, object(),
+]  # fmt: skip
+
+
+class TestEveryParameterGivenEveryWrongValue:
+    """Either it is read, or refused by an error of ours that is one line."""
+
+    def test_loading(self, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = cases("llama")
+        saved(case, tmp_path / "adapter", self_contained=True)
+        monkeypatch.chdir(tmp_path)
+        for parameter in ("model", "folder", "basis", "dropout", "adapter_name"):
+            for value in [*WRONG, "nowhere", tmp_path]:
+                right = {"model": case.model(), "folder": tmp_path / "adapter", "basis": case.basis}
+                self.check(frodctl.load_adapter, right, parameter, value)
+
+    def test_saving(self, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = cases("llama").attached()
+        monkeypatch.chdir(tmp_path)
+        for parameter in ("model", "folder", "adapter_name", "self_contained", "state_dict"):
+            for value in [*WRONG, "other"]:
+                right = {"model": model, "folder": tmp_path / "adapter"}
+                self.check(frodctl.save_adapter, right, parameter, value)
+
+    def check(self, function: Any, right: dict[str, Any], parameter: str, value: Any) -> None:
+        error: Exception | None = None
+        try:
+            function(**right | {parameter: value})
+        except Exception as raised:
+            error = raised
+        assert error is None or isinstance(error, FrodctlError), (parameter, value, error)
+        assert "\n" not in str(error), (parameter, value)
+        if value is WRONG[-1] and parameter != "model":
+            assert f"`{parameter}`" in str(error)
+
+
+class TestLabels:
+    """What a classifier's labels are called is the adapter's to say, and the merged model's config says it too."""
+
+    def trained(self, case: Case, folder: Path, **labels: Any) -> Any:
+        torch.manual_seed(1)
+        model = AutoModelForSequenceClassification.from_pretrained(case.base, **labels)
+        model = frodctl.attach(model, case.basis, modules_to_save=["classifier"])
+        perturb(model)
+        frodctl.save_adapter(model, folder)
+        return model
+
+    def test_merged(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+        model = self.trained(case, tmp_path / "adapter", **names, problem_type="single_label_classification")
+        head = config(tmp_path / "adapter")["frodctl"]["head"]
+        assert head["architecture"] == "BertForSequenceClassification"
+        frodctl.merge(case.base, tmp_path / "adapter", tmp_path / "out", basis=case.basis)
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert merged.config.id2label == names["id2label"]
+        assert merged.config.label2id == names["label2id"]
+        assert merged.config.problem_type == "single_label_classification"
+        assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+
+    def test_over_a_base_with_others(self, cases: Cases, tmp_path: Path) -> None:
+        """As many, of other names: a classifier that is trained for something else."""
+        case = cases("bert")
+        self.trained(case, tmp_path / "one", id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+        frodctl.merge(case.base, tmp_path / "one", tmp_path / "base", basis=case.basis)
+        frodctl.decompose(tmp_path / "base", tmp_path / "b.safetensors", target_modules="query")
+        other = Case("bert", tmp_path / "base", tmp_path / "b.safetensors")
+        self.trained(other, tmp_path / "two", id2label={0: "cold", 1: "warm"}, label2id={"cold": 0, "warm": 1})
+        frodctl.merge(tmp_path / "base", tmp_path / "two", tmp_path / "out")
+        found = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert found["id2label"] == {"0": "cold", "1": "warm"}
+
+    def test_none_for_a_language_model(self, cases: Cases, tmp_path: Path) -> None:
+        saved(cases("llama"), tmp_path / "adapter")
+        assert config(tmp_path / "adapter")["frodctl"]["head"] == {}
+
+
+class TestSavedModules:
+    """What is listed as trained as a whole is there, whole."""
+
+    def test_of_two_adapters(self, cases: Cases, tmp_path: Path) -> None:
+        """Each with a head of its own, also where one of them is on the model already."""
+        case = cases("bert")
+        model = saved(case, tmp_path / "one")
+        first = logits(model)
+        perturb(model, seed=9)
+        frodctl.save_adapter(model, tmp_path / "two")
+        fresh = frodctl.load_adapter(case.model(), tmp_path / "one", case.basis)
+        frodctl.load_adapter(fresh, tmp_path / "two", case.basis, adapter_name="two")
+        assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
+        training.set_adapter(fresh, "default")
+        assert (logits(fresh) - first).abs().max() <= 1e-5
+
+    @pytest.mark.parametrize("missing", ["classifier.weight", "classifier.bias"])
+    def test_without_a_tensor(self, missing: str, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        saved(case, tmp_path / "adapter")
+        tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+        del tensors[f"base_model.model.{missing}"]
+        save_file(tensors, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
+        with pytest.raises(InvalidInput, match=missing.replace(".", r"\.")):
+            frodctl.load_adapter(case.model(), tmp_path / "adapter", case.basis)
+        sign(tmp_path / "adapter")
+        model = case.model()
+        with pytest.raises(InvalidInput, match=missing.replace(".", r"\.")):
+            frodctl.load_adapter(model, tmp_path / "adapter", case.basis)
+        assert not any(isinstance(module, FrodLinear) for module in model.modules())
+
+    def test_without_any(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("bert")
+        saved(case, tmp_path / "adapter")
+        tensors = {k: t for k, t in load_file(tmp_path / "adapter" / WEIGHTS).items() if "classifier" not in k}
+        save_file(tensors, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
+        sign(tmp_path / "adapter")
+        for read in (
+            lambda: frodctl.load_adapter(case.model(), tmp_path / "adapter", case.basis),
+            lambda: frodctl.merge(case.base, tmp_path / "adapter", tmp_path / "out", basis=case.basis),
+        ):
+            with pytest.raises(InvalidInput, match="classifier was trained as a whole"):
+                read()
+
+
 class TestWhatDoesNotBelongTogether:
     def refused(self, case: Case, folder: Path, message: str, basis: Path | None = None) -> None:
         model = case.model()
@@ -312,6 +608,7 @@ class TestWhatDoesNotBelongTogether:
         tensors = load_file(tmp_path / "adapter" / WEIGHTS)
         tensors["base_model.model.model.layers.0.mlp.up_proj.frod_lambda_0"][0] += 1
         save_file(tensors, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
+        sign(tmp_path / "adapter")
         self.refused(case, tmp_path / "adapter", "began at other scales")
 
     def test_peft_s_own(self, cases: Cases, tmp_path: Path) -> None:
@@ -325,6 +622,7 @@ class TestWhatDoesNotBelongTogether:
         tensors = load_file(tmp_path / "adapter" / WEIGHTS)
         tensors["base_model.model.model.layers.0.mlp.up_proj.frod_lambda_s_values"][0] = float("inf")
         save_file(tensors, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
+        sign(tmp_path / "adapter")
         self.refused(case, tmp_path / "adapter", "holds NaN or Inf")
 
     def test_another_number_of_values(self, cases: Cases, tmp_path: Path) -> None:
@@ -411,7 +709,7 @@ class TestTrainer:
     def test_a_trained_folder_is_not_taken_for_a_model(self, cases: Cases, tmp_path: Path) -> None:
         model = cases("llama").trained()
         model.save_pretrained(tmp_path / "saved")
-        with pytest.raises((OSError, ValueError)):
+        with pytest.raises(KeyError, match="PEFT cannot load this adapter"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frodctl.checkpoint import names
-from frodctl.errors import InvalidInput
+from frodctl.formats import adapted
 from frodctl.formats.adapter import Adapter, TrainedModule
-from frodctl.formats.basis_file import BasisFile, open_basis
+from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
 from frodctl.jobs.inspect.options import InspectOptions
@@ -19,7 +18,7 @@ from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.merge.plan import Match, Weight, match
 from frodctl.jobs.merge.updates import WeightUpdates
-from frodctl.jobs.progress import Callback
+from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
 _QUANTILES = (0.5, 0.95)
@@ -27,15 +26,20 @@ _QUANTILES = (0.5, 0.95)
 
 def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progress: Callback) -> Report:
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
+    basis = adapted.basis_of(adapter, options.basis, trust=options.trust_basis)
+    if basis is not None and options.basis is None:
+        progress(Progress(f"{adapter.name}: takes its basis, by its digests, from {basis.path}"))
+    if note := adapted.without_digests(adapter, basis):
+        progress(Progress(f"Warning: {note}."))
     if options.base is not None:
+        if adapter.lacking and basis is None:
+            raise adapted.no_basis(adapter)
         merging = MergeOptions(
-            basis=options.basis, trust_basis=options.trust_basis, token=options.token,
+            basis=basis.path if basis else None, trust_basis=options.trust_basis, token=options.token,
             cache_dir=options.cache_dir, offline=options.offline,
         )  # fmt: skip
-        found = match(options.base, adapter, merging, progress=progress)
-        rows = _with_base(found, options)
+        rows = _with_base(match(options.base, adapter, merging, progress=progress), basis, options)
     else:
-        basis = open_basis(options.basis) if options.basis is not None else None
         rows = _alone(adapter, basis, options)
     there = [module.module for module in adapter.modules]
     count = sum(map(options.selects, there))
@@ -44,31 +48,27 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
 
 def _alone(adapter: Adapter, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:
     values = {row["name"]: row for row in headers.adapter_rows(adapter)}
+    trained = _Trained(adapter, basis)
     for module in adapter.modules:
         if options.selects(module.module):
-            yield Row(values[module.module] | changes(*_trained(adapter, module, basis, options.trust_basis)))
+            yield Row(values[module.module] | changes(*trained.of(module)))
 
 
-def _trained(
-    adapter: Adapter, module: TrainedModule, basis: BasisFile | None, trust: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """λ', the values of S, and λ where a file says it."""
-    scales = adapter.tensor(module.scales)
-    values = adapter.tensor(module.values) if module.values else scales.new_zeros(0)
-    if module.base_scales is not None:
-        return scales, values, adapter.tensor(module.base_scales)
-    if basis is not None:
-        recorded = adapter.provenance.basis if adapter.provenance else {}
-        if not trust and recorded.get(module.category, "") != basis.metadata.basis.get(module.category):
-            raise InvalidInput(f"{basis.path}: V.{module.category} is not the one that {adapter.name} records")
-        known = names.match([module.module], [record.name for record in basis.metadata.modules])[module.module]
-        if known is None:
-            raise InvalidInput(f"{basis.path}: no scales of {module.module}, which {adapter.name} trains")
-        start = basis.tensor(f"lambda.{known}")
-        if start.shape != scales.shape:
-            raise InvalidInput(f"{basis.path}: lambda.{known} is {list(start.shape)}, not {list(scales.shape)}")
-        return scales, values, start
-    return scales, values, None
+class _Trained:
+    """What an adapter holds of its modules."""
+
+    def __init__(self, adapter: Adapter, basis: BasisFile | None) -> None:
+        self.adapter, self.basis = adapter, basis
+        self.records = adapted.records_of(adapter, basis) if basis is not None else {}
+        # checked, though the figures of S do not depend on where it is
+        if adapter.indices or basis is not None:
+            adapted.positions_of(adapter, basis)
+
+    def of(self, module: TrainedModule) -> tuple[Tensor, Tensor, Tensor | None]:
+        """λ', the values of S, and λ where a file says it."""
+        scales = self.adapter.tensor(module.scales)
+        values = self.adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
+        return scales, values, adapted.start_of(self.adapter, module, self.basis, self.records)
 
 
 def changes(scales: Tensor, values: Tensor, start: Tensor | None) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def changes(scales: Tensor, values: Tensor, start: Tensor | None) -> dict[str, A
     }
 
 
-def _with_base(found: Match, options: InspectOptions) -> Iterator[Row]:
+def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:
     """Rows in the order of the merge, by category: each basis is made ready once."""
     adapter = found.sources[0].adapter
     device = choose_device(options.device)
@@ -115,11 +115,11 @@ def _with_base(found: Match, options: InspectOptions) -> Iterator[Row]:
     values = {row["name"]: row for row in headers.adapter_rows(adapter)}
     weights = [w for w in found.weights if options.selects(w.parts[0].trained.module)]
     updates = WeightUpdates(found.checkpoint, weights, device)
+    trained = _Trained(adapter, basis if adapter.provenance else None)
     for weight in weights:
         module = weight.parts[0].trained.module
         delta, start, norm = _delta(weight, updates)
-        basis = found.sources[0].basis if adapter.provenance else None
-        scales, sparse, known = _trained(adapter, weight.parts[0].trained, basis, options.trust_basis)
+        scales, sparse, known = trained.of(weight.parts[0].trained)
         figures = spectra.of(delta, module)
         yield Row(
             values[module]

@@ -11,6 +11,7 @@ from torch import Tensor
 from frodctl.checkpoint import stream
 from frodctl.checkpoint.source import Checkpoint, open_checkpoint
 from frodctl.errors import InvalidInput
+from frodctl.formats import adapted
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
@@ -28,6 +29,8 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
     if options.base is not None:
         location = options.location_of_other(options.base)
         checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
+    if note := adapted.without_digests(basis):
+        progress(Progress(f"Warning: {note}."))
     figures = _BasisFigures(basis, checkpoint, options)
     there = headers.basis_rows(basis)
     rows = [row for row in there if options.selects(row["name"])]

@@ -148,10 +148,10 @@ def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
     """A row for every trained module of an adapter, then for every tensor that was trained as a whole."""
     rows = []
     for module in adapter.modules:
-        nnz = module.values.shape[0] if module.values else 0
+        parameters = module.n + module.nnz
         rows.append(
-            {"name": module.module, "shape": [module.n], "dtype": module.scales.dtype, "parameters": module.n + nnz}
-            | {"category": module.category, "layer": names.layer_index(module.module), "nnz": nnz}
+            {"name": module.module, "shape": [module.n], "dtype": module.scales.dtype, "parameters": parameters}
+            | {"category": module.category, "layer": names.layer_index(module.module), "nnz": module.nnz}
         )
     for name, info in sorted(adapter.replaced.items(), key=lambda item: names.natural_key(item[0])):
         rows.append(
@@ -166,13 +166,13 @@ def adapter_summary(adapter: Adapter) -> dict[str, Any]:
     config: Mapping[str, Any] = adapter.config
     own = adapter.provenance
     counts = Counter(module.category for module in adapter.modules)
-    nnz = {m.category: m.values.shape[0] if m.values else 0 for m in adapter.modules}
+    nnz = {module.category: module.nnz for module in adapter.modules}
     return {
         "base": adapter.base,
         "written_by": "frodctl" if own else f"PEFT {config.get('peft_version') or '(version unknown)'}",
         "form": own.form if own else "reconstruct",
-        "task_type": config.get("task_type"),
-        "basis": "in the adapter" if set(adapter.categories) <= set(adapter.bases) else "elsewhere",
+        "task_type": adapter.task,
+        "basis": "elsewhere" if adapter.lacking else "in the adapter",
         "modules": len(adapter.modules),
         "whole_tensors": len(adapter.replaced),
         "trainable_parameters": sum(row["parameters"] for row in adapter_rows(adapter)),

@@ -28,6 +28,7 @@ def merge(
     basis: PathLike | BasisFile | None = ...,
     trust_basis: bool = ...,
     recompute_projection: bool = ...,
+    projection_dtype: str = ...,
     form: str = ...,
     scale: Number = ...,
     also: Scaled | Iterable[Scaled] = ...,
@@ -55,6 +56,7 @@ def merge(
     basis: PathLike | BasisFile | None = ...,
     trust_basis: bool = ...,
     recompute_projection: bool = ...,
+    projection_dtype: str = ...,
     form: str = ...,
     scale: Number = ...,
     also: Scaled | Iterable[Scaled] = ...,
@@ -81,6 +83,7 @@ def merge(
     basis: PathLike | BasisFile | None = None,
     trust_basis: bool = False,
     recompute_projection: bool = False,
+    projection_dtype: str = "auto",
     form: str = "auto",
     scale: Number = 1.0,
     also: Scaled | Iterable[Scaled] = (),
@@ -114,11 +117,15 @@ def merge(
     progress : callable, optional
         Called with a `frodctl.jobs.progress.Progress` as the work goes on.
     basis : path or BasisFile, optional
-        Shared-basis file, for an adapter that does not hold V.
+        Shared-basis file, for an adapter that does not hold V. By default a file in the adapter's folder, in the one
+        above, or where the adapter recorded it: the one that has the recorded digests, whatever its name.
     trust_basis : bool
         Take V from it although the adapter does not say that it is the one.
     recompute_projection : bool
         Run PEFT's own routine for the V of one of its adapters that was saved without.
+    projection_dtype : {"auto", "float32", "bfloat16", "float16"}
+        Of the base as such an adapter was trained over it. "auto" takes what the adapter's tensors tell, or else the
+        dtype that the base is stored in; a warning says which.
     form : {"auto", "delta", "reconstruct"}
         W + ΔW, or U (diag(λ') + S) Vᵀ as PEFT trains it; "auto" as it was trained.
     scale : float or str
@@ -167,6 +174,7 @@ def merge(
         basis=basis,
         trust_basis=trust_basis,
         recompute_projection=recompute_projection,
+        projection_dtype=projection_dtype,
         form=form,
         scale=scale,
         also=also,

@@ -19,11 +19,13 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class MergeOptions(values.Options):
     """The parameters of `frodctl.merge`, each in its one form; the command line has a flag for each."""
 
-    basis: Path | None = option(None, optional(values.basis))  #: shared-basis file, for an adapter without V
+    basis: Path | None = option(None, optional(values.basis))  #: for an adapter without V; None: found near it
     #: take V from it although the adapter does not say that it is the one
     trust_basis: bool = option(False, values.flag)
     #: run PEFT's routine for the V of an adapter without one
     recompute_projection: bool = option(False, values.flag)
+    #: of the base as a PEFT adapter without V was trained over it; auto: as the adapter tells, or as it is stored
+    projection_dtype: str = option("auto", values.choice("auto", *DTYPES))
     form: str = option("auto", values.choice(*FORMS))
     scale: float = option(1.0, values.share)  #: s of W + s (W' − W)
     also: tuple[tuple[str, float], ...] = option((), values.several_scaled)  #: further adapters, each with its scale

@@ -10,13 +10,20 @@ from typing import Any
 
 from frodctl import values
 from frodctl.checkpoint import codec, names, shards, sink, ties
-from frodctl.checkpoint.companions import MODULES_FILE, companions, files_below, module_folders
+from frodctl.checkpoint.companions import (
+    MODULES_FILE,
+    companions,
+    files_below,
+    is_of_sentence_transformers,
+    module_folders,
+)
 from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.source import Checkpoint, Location, TensorInfo, open_checkpoint
 from frodctl.checkpoint.targets import Target, linear_layer
 from frodctl.errors import InvalidInput, UsageError
+from frodctl.formats import adapted
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
-from frodctl.formats.basis_file import BasisFile, open_basis
+from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.options import DTYPES, MergeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
@@ -38,6 +45,7 @@ class Source:
     form: str  #: delta or reconstruct
     basis: BasisFile | None = field(repr=False)  #: where V is, for an adapter without
     recompute: bool  #: whether V comes from PEFT's routine
+    projection_dtype: str | None = None  #: of V (the format's name) for PEFT's adapters without; None: the base's
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +128,7 @@ class MergePlan:
 
     def _row(self, source: Source, category: str, targets: Sequence[Target]) -> dict[str, Any]:
         n = targets[0].n
-        counts = [m.values.shape[0] for m in source.adapter.modules if m.category == category and m.values is not None]
+        counts = [module.nnz for module in source.adapter.modules if module.category == category]
         return {
             "adapter": source.adapter.name,
             "category": category,
@@ -189,7 +197,8 @@ def plan_merge(
     found = match(base, adapter, chosen, headers_only=dry_run, progress=progress)
     checkpoint, sources = found.checkpoint, found.sources
     if not dry_run and checkpoint.root is not None:  # now that it is known where a base called "-" is
-        sink.check_output_folder(output, [checkpoint.path or checkpoint.root], force=chosen.force)
+        bases = [source.basis.path for source in sources if source.basis is not None]
+        sink.check_output_folder(output, [checkpoint.path or checkpoint.root, *bases], force=chosen.force)
     replaced = _replaced(checkpoint, sources)
     _check_ties(checkpoint, found.weights, replaced, sources)
     added = {name for name in replaced if name not in checkpoint.tensors}
@@ -206,7 +215,7 @@ def plan_merge(
         names=new_names,
         shards=shards.plan_shards(specs, chosen.max_shard_size),
         config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
-        files=_files(checkpoint),
+        files=_files(checkpoint, as_sentences=not added),
         warnings=(*found.warnings, *_warnings(sources, replaced)),
     )
 
@@ -230,6 +239,9 @@ def match(
     Errors are those of `merge` but for the output's.
     """
     sources = _open_sources(adapter, options, headers_only=headers_only)
+    for source in sources:
+        if source.basis is not None and options.basis is None:
+            progress(Progress(f"{source.adapter.name}: takes its basis, by its digests, from {source.basis.path}"))
     location, warnings = _base_location(base, sources[0].adapter, options)
     checkpoint = open_checkpoint(
         location, headers_only=headers_only, everything=True, progress=lambda text: progress(Progress(text))
@@ -242,57 +254,56 @@ def match(
 def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) -> None:
     given = [options.location(name).local_path() for name in (base, adapter, *(name for name, _ in options.also))]
     inputs = [path for path in given if path is not None]
-    if options.basis is not None and Path(options.basis).resolve().is_relative_to(output.resolve()):
+    if options.basis is not None and options.basis.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"{output}: holds {options.basis}, which is read; name a folder elsewhere")
     sink.check_output_folder(output, inputs, force=options.force)
 
 
 def _open_sources(adapter: str | Adapter, options: MergeOptions, *, headers_only: bool) -> tuple[Source, ...]:
-    basis = open_basis(options.basis) if options.basis is not None else None
-    given: list[tuple[str | Adapter, float, str | None]] = [(adapter, options.scale, options.adapter_name)]
-    given += [(name, scale, None) for name, scale in options.also]
+    given = adapted.opened(options.basis) if options.basis is not None else None
+    asked: list[tuple[str | Adapter, float, str | None]] = [(adapter, options.scale, options.adapter_name)]
+    asked += [(name, scale, None) for name, scale in options.also]
     sources = []
-    for one, scale, chosen in given:
-        opened = one if isinstance(one, Adapter) else None
-        if not isinstance(one, Adapter):
-            opened = open_adapter(options.location(one), chosen, headers_only=headers_only)
-        assert opened is not None
-        name = opened.name
+    for one, scale, chosen in asked:
+        opened = (
+            one if isinstance(one, Adapter) else open_adapter(options.location(one), chosen, headers_only=headers_only)
+        )
         form = options.form
         if form == "auto":
             form = opened.provenance.form if opened.provenance else "reconstruct"
-        missing = sorted(set(opened.categories) - set(opened.bases))
-        if missing and basis is not None:
-            _check_basis(opened, basis, missing, trust=options.trust_basis)
-        elif missing and not options.recompute_projection:
-            raise InvalidInput(
-                f"{name}: the adapter does not hold its basis (V of {missing[0]}); give the one it was trained with "
-                "(--basis FILE), or --recompute-projection for what PEFT computes on this machine"
-            )
-        own_basis = basis if missing else None
-        sources.append(Source(opened, scale, form, own_basis, bool(missing) and basis is None))
+        basis = adapted.basis_of(opened, given, trust=options.trust_basis) if opened.lacking else None
+        recompute = bool(opened.lacking) and basis is None
+        if recompute:
+            _check_recomputing(opened, options)
+        sources.append(Source(opened, scale, form, basis, recompute, _projection_dtype(opened, options)))
     return tuple(sources)
 
 
-def _check_basis(adapter: Adapter, basis: BasisFile, categories: Sequence[str], *, trust: bool) -> None:
-    recorded = adapter.provenance.basis if adapter.provenance else {}
-    for category in categories:
-        if category not in basis.metadata.basis or basis.width(category) != adapter.categories[category]:
-            raise InvalidInput(
-                f"{basis.path}: no V.{category} of width {adapter.categories[category]}, which {adapter.name} needs"
-            )
-        if trust:
-            continue
-        if category not in recorded:
-            raise InvalidInput(
-                f"{adapter.name}: does not record which basis it was trained with; --trust-basis takes {basis.path} "
-                "all the same"
-            )
-        if recorded[category] != basis.metadata.basis[category]:
-            raise InvalidInput(
-                f"{basis.path}: V.{category} is not the one that {adapter.name} was trained with (digests differ); "
-                "give that one"
-            )
+def _check_recomputing(adapter: Adapter, options: MergeOptions) -> None:
+    """`InvalidInput` unless V may come from PEFT's routine."""
+    error = adapted.no_basis(adapter)
+    if adapter.provenance is not None and options.recompute_projection:
+        raise InvalidInput(
+            f"{error}; `recompute_projection` gives another V than the one whose digest the adapter records"
+        )
+    if not options.recompute_projection:
+        hint = ", or `recompute_projection=True` for what PEFT computes on this machine"
+        raise error if adapter.provenance is not None else InvalidInput(f"{error}{hint}")
+
+
+def _projection_dtype(adapter: Adapter, options: MergeOptions) -> str | None:
+    """The dtype of the base in the training of a PEFT adapter without V; None where nothing tells.
+
+    PEFT keeps λ in float32 over a 16-bit base too, unless it is told not to; what was trained as a whole keeps the
+    model's dtype.
+    """
+    if options.projection_dtype != "auto":
+        return DTYPES[options.projection_dtype]
+    if adapter.provenance is not None or not adapter.lacking:
+        return None
+    scales = {module.scales.dtype for module in adapter.modules} - {"F32"}
+    found = scales or {info.dtype for info in adapter.replaced.values()} & set(DTYPES.values())
+    return found.pop() if len(found) == 1 else None
 
 
 def _base_location(base: str, adapter: Adapter, options: MergeOptions) -> tuple[Location, list[str]]:
@@ -376,7 +387,7 @@ def _replaced(checkpoint: Checkpoint, sources: Sequence[Source]) -> dict[str, tu
                 other = replaced[name][0].adapter.name
                 raise InvalidInput(f"{adapter.name}: {name} was trained as a whole in {other} too; merge one of them")
             base = checkpoint.tensors.get(name)
-            is_head = adapter.is_saved_module(live) and adapter.config.get("task_type") in model_config.LABELLING_TASKS
+            is_head = adapter.is_saved_module(live) and adapter.task in model_config.LABELLING_TASKS
             same = base is None or base.shape == info.shape or (is_head and base.shape[1:] == info.shape[1:])
             if base is not None and not same:
                 raise InvalidInput(
@@ -395,7 +406,7 @@ def _check_ties(
     replaced: Mapping[str, tuple[Source, TensorInfo]],
     sources: Sequence[Source],
 ) -> None:
-    tasks = [source.adapter.config.get("task_type") for source in sources]
+    tasks = [source.adapter.task for source in sources]
     with_head = not all(task in model_config.TASKS_WITHOUT_LM_HEAD for task in tasks)
     changed = [weight.target.tensor.name for weight in weights] + list(replaced)
     broken = ties.ties_broken_by(checkpoint, changed, with_head=with_head)
@@ -427,8 +438,11 @@ def _specs(
     return specs
 
 
-def _files(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What is copied beside the weights; nothing is known of it where only headers were fetched."""
+def _files(checkpoint: Checkpoint, *, as_sentences: bool) -> tuple[str, ...]:
+    """What is copied beside the weights; nothing is known of it where only headers were fetched.
+
+    What makes a sentence-transformers model of the base is left out where that is not wanted.
+    """
     if checkpoint.root is None or not checkpoint.config:
         return ()
     path = checkpoint.path
@@ -436,18 +450,32 @@ def _files(checkpoint: Checkpoint) -> tuple[str, ...]:
         found = [entry.name for entry in checkpoint.root.iterdir() if entry.is_file()]
     else:
         found = files_below(checkpoint.root)
-    chosen = companions(found, module_folders(checkpoint.root / MODULES_FILE))
-    return tuple(name for name in chosen if name != "config.json")
+    folders = module_folders(checkpoint.root / MODULES_FILE)
+    chosen = [name for name in companions(found, folders) if name != "config.json"]
+    if not as_sentences:
+        chosen = [name for name in chosen if not is_of_sentence_transformers(name, folders)]
+    return tuple(chosen)
 
 
 def _warnings(sources: Sequence[Source], replaced: Mapping[str, tuple[Source, TensorInfo]]) -> list[str]:
     warnings = []
     for source in sources:
+        name = source.adapter.name
         if source.recompute:
             warnings.append(
-                f"{source.adapter.name} does not hold its basis; PEFT's routine recomputes it here, and where this "
-                "machine differs from the one it was trained on the result is wrong and nothing can tell"
+                f"{name} does not hold its basis; PEFT's routine recomputes it here, and where this machine differs "
+                "from the one it was trained on the result is wrong and nothing can tell"
             )
+        if source.adapter.lacking and source.adapter.provenance is None:
+            dtype = next(
+                (d for d, label in DTYPES.items() if label == source.projection_dtype), "the dtype of the base"
+            )
+            warnings.append(
+                f"{name}: V is taken in {dtype}; if the base was loaded in another dtype for training, say which "
+                "(`projection_dtype`), or the result is wrong"
+            )
+    files = [part for source in sources for part in (source.adapter, source.basis)]
+    warnings += [note] if (note := adapted.without_digests(*files)) else []
     unscaled = sorted(name for name, (source, _) in replaced.items() if source.scale != 1)
     if unscaled:
         more = f" and {len(unscaled) - 1} more" if len(unscaled) > 1 else ""

@@ -10,9 +10,9 @@ from torch import Tensor
 from frodctl.checkpoint import names, stream
 from frodctl.checkpoint.source import Checkpoint
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.formats.adapter import Adapter
+from frodctl.formats import adapted
+from frodctl.formats.fields import is_alpha
 from frodctl.jobs.merge.plan import Source, Weight
-from frodctl.method.pattern import patterns
 
 
 class Projections:
@@ -21,55 +21,29 @@ class Projections:
     def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> None:
         self.checkpoint = checkpoint
         self.weights = weights
-        self._drawn: dict[int, dict[str, Tensor]] = {}
+        self._positions: dict[int, dict[str, Tensor]] = {}
 
     def of(self, source: Source, category: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """V (n, n) and the positions of S (2, nnz) of one category.
 
-        A V that is not the adapter's own is rounded to ``dtype``, the base weight's, for PEFT's adapters: that is
-        what they were trained with.
+        A V that is not the adapter's own is rounded for PEFT's adapters, to the dtype that the base had in training:
+        ``dtype``, the base weight's, unless the source says another.
 
         Raises
         ------
         InvalidInput
-            A position outside the matrix, NaN or Inf, or fewer positions than values.
+            As `adapted.V_of` and `adapted.positions_of`; or PEFT's routine gives NaN or Inf.
         """
         adapter = source.adapter
-        if category in adapter.bases:
-            V = adapter.tensor(adapter.bases[category])
-        elif source.basis is not None:
-            V = source.basis.tensor(f"V.{category}")
-            if stream.digest(V) != source.basis.metadata.basis[category]:
-                raise InvalidInput(f"{source.basis.path}: V.{category} is damaged: its digest is not the recorded one")
-        else:
-            V = self._recomputed(source, category)
+        recomputed = source.recompute and category not in adapter.bases
+        V = self._recomputed(source, category) if recomputed else adapted.V_of(adapter, source.basis, category)
         if category not in adapter.bases and adapter.provenance is None:
-            V = V.to(dtype)
+            V = V.to(stream.TORCH_DTYPES[source.projection_dtype] if source.projection_dtype else dtype)
         if not torch.isfinite(V).all():
             raise InvalidInput(f"{adapter.name}: V of {category} holds NaN or Inf")
-        return V, self._positions(source, category)
-
-    def _positions(self, source: Source, category: str) -> Tensor:
-        adapter = source.adapter
-        if category in adapter.indices:
-            positions: Tensor = adapter.tensor(adapter.indices[category])
-        else:
-            if id(source) not in self._drawn:
-                self._drawn[id(source)] = _drawn(source)
-            positions = self._drawn[id(source)][category]
-        holder = source.basis.path if source.basis and category not in adapter.indices else adapter.name
-        adapter.check_positions(category, positions, holder)
-        n = adapter.categories[category]
-        if positions.numel() and not (positions.min() >= 0 and positions.max() < n):
-            raise InvalidInput(f"{adapter.name}: positions of {category} lie outside the {n} x {n} matrix")
-        for module in adapter.modules:
-            count = module.values.shape[0] if module.values else positions.shape[1]
-            if module.category == category and count != positions.shape[1]:
-                raise InvalidInput(
-                    f"{adapter.name}: {module.module} has {count} sparse values for the {positions.shape[1]} positions "
-                    f"of {category}"
-                )
-        return positions
+        if id(source) not in self._positions:
+            self._positions[id(source)] = adapted.positions_of(adapter, source.basis)
+        return V, self._positions[id(source)][category]
 
     def _recomputed(self, source: Source, category: str) -> Tensor:
         """V as PEFT computes it as it loads the adapter: from float32 copies of the base's weights, on the CPU."""
@@ -84,34 +58,9 @@ class Projections:
                 layer = names.layer_index(module.module)
                 layers[number if layer is None else layer] = (weight.T if target.transposed else weight).float()
         alpha = source.adapter.config.get("regularization_alpha", 1e-3)
-        if not isinstance(alpha, (int, float)):
+        if not is_alpha(alpha):
             raise InvalidInput(f"{source.adapter.name}: its config's regularization_alpha is {alpha!r}")
         return routine([layers[number] for number in sorted(layers)], alpha)
-
-
-def _drawn(source: Source) -> dict[str, Tensor]:
-    """The patterns that a seed stands for."""
-    adapter = source.adapter
-    provenance = adapter.provenance
-    if provenance is not None and provenance.seed is None:
-        if source.basis is None:
-            raise InvalidInput(f"{adapter.name}: holds neither its pattern nor a seed")
-        return dict(source.basis.indices())
-    if provenance is not None:
-        seed, rates = provenance.seed or 0, provenance.sparsity
-    else:
-        seed, rates = _peft_pattern(adapter)
-    widths = {category: n for category, n in adapter.categories.items() if category in rates}
-    if widths != adapter.categories:
-        raise InvalidInput(f"{adapter.name}: its config gives no sparsity for some of its categories")
-    return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
-
-
-def _peft_pattern(adapter: Adapter) -> tuple[int, dict[str, float]]:
-    seed, rate = adapter.config.get("projection_prng_key"), adapter.config.get("sparse_rate")
-    if type(seed) is not int or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-        raise InvalidInput(f"{adapter.name}: its config lacks projection_prng_key or sparse_rate")
-    return seed, dict.fromkeys(adapter.categories, float(rate))
 
 
 def _peft_routine() -> Callable[[list[Tensor], float], Tensor]:
@@ -119,7 +68,7 @@ def _peft_routine() -> Callable[[list[Tensor], float], Tensor]:
         from peft.tuners.frod.model import _projection_from_weights
     except ImportError:
         raise FrodctlError(
-            "--recompute-projection runs PEFT's own routine: pip install 'frodctl[peft]' (tested with peft 0.21)"
+            "`recompute_projection` runs PEFT's own routine: pip install 'frodctl[peft]' (tested with peft 0.21)"
         ) from None
     routine: Callable[[list[Tensor], float], Tensor] = _projection_from_weights
     return routine

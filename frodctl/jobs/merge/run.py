@@ -152,7 +152,7 @@ def _source_key(source: Source) -> list[Any]:
         _state(adapter.root / adapter.modules[0].scales.file),
         dict(adapter.config),
         _state(source.basis.path) if source.basis else None,
-        [source.form, source.scale, source.recompute],
+        [source.form, source.scale, source.recompute, source.projection_dtype],
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from frodctl.checkpoint import stream
 from frodctl.checkpoint.source import Checkpoint
 from frodctl.errors import InvalidInput
-from frodctl.formats.adapter import Adapter
+from frodctl.formats import adapted
 from frodctl.jobs.merge.plan import Part, Source, Weight
 from frodctl.jobs.merge.projection import Projections
 from frodctl.method.update import Blocks, CategoryUpdate
@@ -67,11 +67,13 @@ class WeightUpdates:
         self.root: Path = checkpoint.root
         self.device = device
         self.projections = Projections(checkpoint, weights)
+        sources = {id(part.source): part.source for weight in weights for part in weight.parts}
+        self.records = {key: _records(source) for key, source in sources.items()}
         self.updates: dict[tuple[tuple[int, str], ...], list[CategoryUpdate]] = {}  #: of the current group
 
     def read(self, weight: Weight, buffer: Tensor | None = None) -> Task:
         """The weight's bytes (into ``buffer`` if given) and what was trained for it, checked."""
-        trained = tuple(self._read_part(part, weight) for part in weight.parts)
+        trained = tuple(self._read_part(part) for part in weight.parts)
         stored = self.stored(weight, buffer)
         self._check_digest(weight, stored)
         touched = tuple(item for item in trained if not item.untouched)
@@ -79,7 +81,7 @@ class WeightUpdates:
 
     def untouched(self, weight: Weight) -> bool:
         """Whether no adapter changes the weight."""
-        return all(self._read_part(part, weight).untouched for part in weight.parts)
+        return all(self._read_part(part).untouched for part in weight.parts)
 
     def stored(self, weight: Weight, buffer: Tensor | None = None) -> Tensor:
         """The weight as the base stores it."""
@@ -89,32 +91,25 @@ class WeightUpdates:
         """λ (n,) as PEFT begins with it, for the weight's first adapter: the norms of W V⁻ᵀ rounded to V's dtype."""
         return self._updates_of(weight)[0].start(W)
 
-    def _read_part(self, part: Part, weight: Weight) -> Trained:
-        adapter, trained, basis = part.source.adapter, part.trained, part.source.basis
+    def _read_part(self, part: Part) -> Trained:
+        adapter, trained = part.source.adapter, part.trained
         scales = adapter.tensor(trained.scales)
         values = adapter.tensor(trained.values) if trained.values is not None else scales.new_zeros(0)
-        for info, tensor in ((trained.scales, scales), (trained.values, values)):
-            if not all_finite(tensor):
-                raise InvalidInput(f"{adapter.name}: tensor {info and info.name} holds NaN or Inf")
-        base_scales = None
-        if trained.base_scales is not None:
-            base_scales = adapter.tensor(trained.base_scales)
-        elif adapter.provenance is not None and basis is not None:
-            name = f"lambda.{weight.target.module}"
-            if name not in basis.header.tensors:
-                raise InvalidInput(f"{basis.path}: no {name}, which {adapter.name} needs")
-            base_scales = basis.tensor(name)
-        return Trained(part, scales, values, base_scales)
+        # PEFT begins with the scales that it computes
+        basis = part.source.basis if adapter.provenance is not None else None
+        return Trained(part, scales, values, adapted.start_of(adapter, trained, basis, self.records[id(part.source)]))
 
     def _check_digest(self, weight: Weight, stored: Tensor) -> None:
-        """Compare the base's bytes with what basis or adapter say they were made from."""
-        recorded = [
-            (where, digest)
-            for part in weight.parts
-            for where, digest in _recorded_digests(part.source, weight.target.module)
-        ]
-        found = stream.digest(stored) if recorded else ""
-        for where, digest in recorded:
+        """Compare the base's bytes with what adapter or basis say they were made from."""
+        recorded: list[tuple[object, str | None]] = []
+        for part in weight.parts:
+            source, module = part.source, part.trained
+            recorded.append((source.adapter.name, module.digest))
+            if source.basis is not None and (record := self.records[id(source)].get(module.module)):
+                recorded.append((source.basis.path, record.digest))
+        known = [(where, digest) for where, digest in recorded if digest is not None]
+        found = stream.digest(stored) if known else ""
+        for where, digest in known:
             if digest != found:
                 info = weight.target.tensor
                 raise InvalidInput(
@@ -174,14 +169,8 @@ def _held_in(part: Part) -> torch.dtype | None:
     return None if name is None else stream.TORCH_DTYPES[name]
 
 
-def _recorded_digests(source: Source, module: str) -> Iterator[tuple[str, str]]:
-    adapter: Adapter = source.adapter
-    if adapter.provenance is not None and module in adapter.provenance.base:
-        yield adapter.name, adapter.provenance.base[module]
-    if source.basis is not None:
-        for record in source.basis.metadata.modules:
-            if record.name == module:
-                yield str(source.basis.path), record.digest
+def _records(source: Source) -> adapted.Records:
+    return adapted.records_of(source.adapter, source.basis) if source.basis is not None else {}
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -1,0 +1,305 @@
+"""An adapter with the basis that it was trained over: found and checked in one place, whoever asks.
+
+Merging, inspecting, loading and the bridge to PEFT all take V, λ and the positions of S from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from frodctl.checkpoint import codec, names
+from frodctl.checkpoint.source import ADAPTER_FILES
+from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
+from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis
+from frodctl.formats.fields import is_rate, is_seed
+
+Records = Mapping[str, ModuleRecord]  #: of a basis, by the module's path in the live model
+
+
+def opened(basis: str | Path | BasisFile) -> BasisFile:
+    """The basis, opened if it is not yet."""
+    return basis if isinstance(basis, BasisFile) else open_basis(basis)
+
+
+def basis_of(
+    adapter: Adapter, given: str | Path | BasisFile | None = None, *, trust: bool | None = None
+) -> BasisFile | None:
+    """The basis file of an adapter: the one that is given, or for one that lacks V the one that lies near it.
+
+    Near it is in its folder, in the folder above, and where the adapter recorded it. There a file is taken by the
+    digests of its V (and of the positions, where those are its own), whatever it is called.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    given : path or BasisFile, optional
+    trust : bool, optional
+        Take the given one although the adapter does not say that it is the one. None: the caller offers no choice.
+
+    Returns
+    -------
+    BasisFile or None
+        None where there is none, or none is needed.
+
+    Raises
+    ------
+    InvalidInput
+        The given one is not the one.
+    """
+    if given is None:
+        return next((basis for path in _near(adapter) if (basis := _fitting(adapter, path))), None)
+    basis = opened(given)
+    check_basis(adapter, basis, trust=trust)
+    return basis
+
+
+def no_basis(adapter: Adapter) -> InvalidInput:
+    """The error for an adapter without V, and without a basis file."""
+    own = adapter.provenance is not None
+    near = ", and no file with the digests that it records is near it" if own else ""
+    return InvalidInput(
+        f"{adapter.name}: the adapter does not hold its basis (V of {adapter.lacking[0]}){near}; give the one that it "
+        "was trained with (`basis`)"
+    )
+
+
+def check_basis(adapter: Adapter, basis: BasisFile, *, trust: bool | None = None) -> None:
+    """`InvalidInput` where a basis file is not, by its digests, the one that an adapter was trained with.
+
+    ``trust`` as in `basis_of`.
+    """
+    own = adapter.provenance
+    recorded = own.basis if own else {}
+    for category, n in adapter.categories.items():
+        if own is None and adapter.lacking and category in adapter.bases:  # it is not taken from the file
+            continue
+        if category not in basis.metadata.basis or basis.width(category) != n:
+            raise InvalidInput(f"{basis.path}: no V.{category} of width {n}, which {adapter.name} needs")
+        if trust:
+            continue
+        if category not in recorded:
+            hint = "" if trust is None else f"; `trust_basis=True` takes {basis.path} all the same"
+            raise InvalidInput(f"{adapter.name}: does not record which basis it was trained with{hint}")
+        if recorded[category] != basis.metadata.basis[category]:
+            raise InvalidInput(
+                f"{basis.path}: V.{category} is not the one that {adapter.name} was trained with (digests differ); "
+                "give that one"
+            )
+    if own is not None and not trust:
+        records_of(adapter, basis)
+
+
+def _fitting(adapter: Adapter, path: Path) -> BasisFile | None:
+    """The basis file at this path, if there is one, and it is the adapter's."""
+    try:
+        if not path.is_file():
+            return None
+        basis = open_basis(path)
+        check_basis(adapter, basis)
+        if adapter.provenance and adapter.provenance.seed is None and not adapter.indices:
+            positions_of(adapter, basis)
+    except (FrodctlError, OSError):
+        return None
+    return basis
+
+
+def _near(adapter: Adapter) -> Iterator[Path]:
+    """Files that may be the basis file of an adapter without V."""
+    own, root = adapter.provenance, adapter.root
+    if own is None or root is None or not adapter.lacking:
+        return
+    if own.basis_file:
+        yield root / own.basis_file
+        yield Path(own.basis_file)
+    for folder in (root, root.resolve().parent):
+        yield from sorted(path for path in folder.glob("*.safetensors") if path.name not in ADAPTER_FILES)
+
+
+def records_of(adapter: Adapter, basis: BasisFile) -> Records:
+    """What the basis says of each trained module.
+
+    Raises
+    ------
+    InvalidInput
+        It does not have one of frodctl's adapter's modules, or has it in another category or of another base.
+    """
+    known = {record.name: record for record in basis.metadata.modules}
+    if adapter.provenance is None:
+        matched = names.match([module.module for module in adapter.modules], known)
+        return {module: known[name] for module, name in matched.items() if name is not None}
+    records = {}
+    for module in adapter.modules:
+        record = known.get(module.base or "")
+        if record is None:
+            raise InvalidInput(f"{adapter.name}: {module.module} matches no module of {basis.path}: another basis?")
+        if record.category != module.category:
+            raise InvalidInput(f"{adapter.name}: {module.module} is not of {record.category}, as in {basis.path}")
+        if record.digest != module.digest:
+            raise InvalidInput(
+                f"{adapter.name}: {record.name} was trained on another base than the one of {basis.path} (digests "
+                "differ)"
+            )
+        records[module.module] = record
+    return records
+
+
+def basis_in(adapter: Adapter) -> BasisFile | None:
+    """An adapter of frodctl's that holds V, λ and the positions, as a basis; None where it lacks any of them."""
+    own, root = adapter.provenance, adapter.root
+    if own is None or root is None or adapter.lacking or not set(adapter.categories) <= set(adapter.indices):
+        return None
+    path = root / adapter.modules[0].scales.file
+    if path.suffix != ".safetensors" or any(module.base_scales is None for module in adapter.modules):
+        return None
+    aliases = {}
+    for category in adapter.categories:
+        aliases[f"V.{category}"], aliases[f"indices.{category}"], _ = shared_keys(category)
+    aliases |= {f"lambda.{module.base}": base_scales_key(module.module) for module in adapter.modules}
+    transposed = adapter.config.get("fan_in_fan_out") is True
+    alpha, seed = adapter.config.get("regularization_alpha"), adapter.config.get("projection_prng_key")
+    revision = adapter.config.get("revision")
+    metadata = BasisMetadata(
+        tool="",
+        model=adapter.base or "",
+        revision=revision if isinstance(revision, str) else None,
+        alpha=1e-3 if alpha is None else alpha,
+        seed=own.seed if own.seed is not None else seed or 0,
+        sparsity={category: own.sparsity.get(category, 0.0) for category in adapter.categories},
+        precision="auto",
+        basis={category: own.basis[category] for category in adapter.categories},
+        modules=[_record(module, transposed) for module in adapter.modules],
+        digests={name: own.digests[key] for name, key in aliases.items() if key in own.digests},
+    )
+    return BasisFile(path, metadata, codec.read_header(path), aliases)
+
+
+def _record(module: TrainedModule, transposed: bool) -> ModuleRecord:
+    assert module.base is not None
+    assert module.digest is not None
+    shape = (module.n, 0) if transposed else (0, module.n)  # m is not recorded
+    layer = names.layer_index(module.base)
+    return ModuleRecord(module.base, module.category, layer, shape, transposed, module.digest)
+
+
+def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> Any:
+    """V (n, n) of a category as it is stored: the adapter's own, or the basis file's."""
+    if category in adapter.bases:
+        return adapter.tensor(adapter.bases[category])
+    if basis is None:
+        raise no_basis(adapter)
+    return basis.tensor(f"V.{category}")
+
+
+def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records) -> Any:
+    """λ (n,) where training of a module began, as adapter or basis say; None where neither does.
+
+    Raises
+    ------
+    InvalidInput
+        They differ.
+    """
+    own = adapter.tensor(module.base_scales) if module.base_scales is not None else None
+    record = records.get(module.module)
+    if basis is None or record is None:
+        return own
+    found = basis.tensor(f"lambda.{record.name}")
+    if len(found) != module.n:
+        raise InvalidInput(f"{basis.path}: lambda.{record.name} is {list(found.shape)}, not {[module.n]}")
+    if own is not None and not own.float().equal(found):
+        raise InvalidInput(f"{adapter.name}: {module.module} began at other scales than {basis.path} has")
+    return found
+
+
+def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, Any]:
+    """The positions of S by category, (2, nnz) int64: the adapter's own, the seed's, or the basis file's.
+
+    Raises
+    ------
+    InvalidInput
+        There are none; one lies outside the matrix or on its diagonal, or is there twice; they are not as many as the
+        values of S; or they are not those that the adapter was trained at: the seed's, where it has one, and those of
+        the recorded digest.
+    """
+    own, widths = adapter.provenance, adapter.categories
+    stored = _stored_positions(adapter)
+    if own is not None and own.seed is not None:
+        found = _drawn(widths, own.sparsity, own.seed)
+        for category, positions in stored.items():
+            if not positions.equal(found[category]):
+                name = adapter.indices[category].name
+                raise InvalidInput(f"{adapter.name}: tensor {name} is not the pattern of the adapter's seed {own.seed}")
+    elif set(widths) <= set(stored):
+        found = stored
+    elif own is None:
+        found = _drawn(widths, *_peft_pattern(adapter)) | stored
+    elif basis is None:
+        raise InvalidInput(f"{adapter.name}: holds neither its pattern nor a seed; give its basis file (`basis`)")
+    else:
+        found = {category: positions for category, positions in basis.indices().items() if category in widths} | stored
+    for category, positions in found.items():
+        where = f"{basis.path}" if basis is not None and category not in stored else adapter.name
+        _check_positions(adapter, category, positions, where)
+    return found
+
+
+def _stored_positions(adapter: Adapter) -> dict[str, Any]:
+    """The positions that an adapter holds, as they may be: in the matrix, off its diagonal, each once."""
+    from frodctl.method.pattern import fault
+
+    widths = adapter.categories
+    for category, info in adapter.sizes.items():
+        if adapter.tensor(info).tolist() != [widths[category]] * 2:
+            raise InvalidInput(f"{adapter.name}: tensor {info.name} does not say {[widths[category]] * 2}")
+    stored = {category: adapter.tensor(info) for category, info in adapter.indices.items()}
+    for category, positions in stored.items():
+        if wrong := fault(positions.numpy(), widths[category]):
+            raise InvalidInput(f"{adapter.name}: tensor {adapter.indices[category].name} {wrong}")
+    return stored
+
+
+def _check_positions(adapter: Adapter, category: str, positions: Any, where: str) -> None:
+    """`InvalidInput` where positions, found in ``where``, are not those of the recorded digest, or of S's values."""
+    from frodctl.checkpoint.stream import digest
+
+    recorded = adapter.provenance.pattern.get(category) if adapter.provenance else None
+    if recorded is not None and digest(positions.contiguous()) != recorded:
+        raise InvalidInput(
+            f"{where}: the positions of {category} are not those that {adapter.name} was trained at (digests differ); "
+            "give the basis file that has them"
+        )
+    counts = {module.nnz for module in adapter.modules if module.category == category}
+    if counts != {positions.shape[1]}:
+        raise InvalidInput(
+            f"{adapter.name}: {max(counts)} sparse values for the {positions.shape[1]} positions of {category}"
+        )
+
+
+def _drawn(widths: Mapping[str, int], rates: Mapping[str, float], seed: int) -> dict[str, Any]:
+    import torch
+
+    from frodctl.method.pattern import patterns
+
+    return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
+
+
+def _peft_pattern(adapter: Adapter) -> tuple[dict[str, float], int]:
+    """Sparsity by category and seed of PEFT's adapters."""
+    seed, rate = adapter.config.get("projection_prng_key"), adapter.config.get("sparse_rate")
+    if not is_seed(seed) or not is_rate(rate):
+        raise InvalidInput(f"{adapter.name}: its config lacks projection_prng_key or sparse_rate")
+    return dict.fromkeys(adapter.categories, float(rate)), seed
+
+
+def without_digests(*sources: Adapter | BasisFile | None) -> str | None:
+    """The note on files of frodctl's that an earlier version wrote, if there are any among these."""
+    found: Sequence[str] = [
+        *(str(s.path) for s in sources if isinstance(s, BasisFile) and not s.metadata.digests),
+        *(s.name for s in sources if isinstance(s, Adapter) and s.provenance and not s.provenance.digests),
+    ]
+    if not found:
+        return None
+    parts = " and ".join(dict.fromkeys(found))
+    return f"{parts}: parts have no digest, as earlier versions of frodctl wrote them; damage there goes unnoticed"
