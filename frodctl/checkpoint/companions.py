@@ -54,6 +54,17 @@ def module_folders(modules_json: Path) -> set[str]:
     return {path.parts[0] for path in paths if path.parts and not path.is_absolute() and ".." not in path.parts}
 
 
+def is_of_sentence_transformers(file: str, module_folders: Collection[str]) -> bool:
+    """Whether a companion says how to make a sentence encoder of the model, and nothing else."""
+    path = PurePosixPath(file)
+    if len(path.parts) > 1:
+        return path.parts[0] in module_folders
+    return (
+        file == MODULES_FILE
+        or re.fullmatch(r"(config_sentence_transformers|sentence_\w+_config)\.json", file) is not None
+    )
+
+
 def files_below(folder: Path) -> list[str]:
     """Relative paths of the ordinary files in a folder and its sub-folders, hidden ones left out.
 

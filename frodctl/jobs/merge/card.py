@@ -10,6 +10,7 @@ import yaml
 
 import frodctl
 from frodctl.checkpoint.sink import MERGED_BY
+from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.plan import MergePlan
 
 #: What is taken over from the base's card.
@@ -22,7 +23,9 @@ def model_card(plan: MergePlan) -> str:
     """README.md of the result: base, revision, adapters, form and tool, without any path of this machine."""
     base = plan.checkpoint.model if plan.checkpoint.revision else plan.sources[0].adapter.base
     base = base if base and _is_hub_id(base) else None
-    data: dict[str, Any] = {"library_name": "transformers", "tags": ["frod"], **_kept(plan)}
+    kept = _kept(plan)
+    tag = _pipeline_tag(plan, kept.pop("pipeline_tag", None))
+    data: dict[str, Any] = {"library_name": "transformers", "tags": ["frod"], **kept, **tag}
     if base:
         data |= {"base_model": base, "base_model_relation": "finetune"}
     revision = f" at revision `{plan.checkpoint.revision}`" if plan.checkpoint.revision else ""
@@ -61,3 +64,9 @@ def _kept(plan: MergePlan) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # a stranger's; the card is an extra
         return {}
     return {key: data[key] for key in _KEPT if key in data} if isinstance(data, dict) else {}
+
+
+def _pipeline_tag(plan: MergePlan, base_tag: Any) -> dict[str, Any]:
+    adapter = model_config.headed(plan.sources[0].adapter, plan.added, plan.replaced)
+    tag = model_config.pipeline_tag(adapter, plan.added, base_tag)
+    return {"pipeline_tag": tag} if tag else {}

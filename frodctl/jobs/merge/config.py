@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from frodctl.checkpoint.codec import FLOAT_DTYPES, TensorSpec
-from frodctl.formats.adapter import Adapter
+from frodctl.formats.adapter import LABEL_KEYS, Adapter
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 #: PEFT's task types, and what transformers calls a model for it.
@@ -17,6 +17,14 @@ _TASK_CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
+}
+#: What the Hub calls a model of such a class.
+_PIPELINE_TAGS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
 }
 TASKS_WITHOUT_LM_HEAD = (*_TASK_CLASSES, "FEATURE_EXTRACTION")
 LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
@@ -56,6 +64,7 @@ def edited(
     """
     if not config:
         return None
+    adapter = headed(adapter, added, replaced)
     result = copy.deepcopy(dict(config))
     if dtype != "auto":
         _set_dtype(result, dtype)
@@ -63,10 +72,27 @@ def edited(
             result["torch_dtype"] = dtype  # which older and newer transformers read
     if added:
         _set_task(result, adapter)
-    heads = {name for name in replaced if adapter.is_saved_module(name)}
-    if heads:
-        _set_labels(result, {spec.name: spec.shape for spec in specs if spec.name in heads}, adapter)
+    heads = _heads(replaced)
+    _set_labels(result, {spec.name: spec.shape for spec in specs if spec.name in heads}, adapter)
     return result if result != config else None
+
+
+def headed(first: Adapter, added: Collection[str], replaced: Mapping[str, tuple[Any, Any]]) -> Adapter:
+    """The adapter that has the head, which says what kind of model the result is; else the first."""
+    heads = _heads(replaced)
+    return next((replaced[name][0].adapter for name in sorted(heads, key=lambda name: name not in added)), first)
+
+
+def _heads(replaced: Mapping[str, tuple[Any, Any]]) -> set[str]:
+    """The tensors of modules that were trained as a whole (the others are biases)."""
+    return {name for name, (source, _) in replaced.items() if source.adapter.is_saved_module(name)}
+
+
+def pipeline_tag(adapter: Adapter, added: Collection[str], base_tag: Any) -> Any:
+    """The Hub's name for what the result is for: a classifier's own; else the base's, unless it got a new head."""
+    named = class_of(adapter) or _TASK_CLASSES.get(adapter.task or "", "")
+    own = next((tag for ending, tag in _PIPELINE_TAGS.items() if named.endswith(ending)), None)
+    return own or (None if added else base_tag)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
@@ -78,8 +104,10 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
             _set_dtype(part, dtype)
 
 
-def _class_of(adapter: Adapter) -> str | None:
-    """The class that was trained, where PEFT says it: for models without a task type."""
+def class_of(adapter: Adapter) -> str | None:
+    """The class that was trained, where the adapter says it: PEFT's does for models without a task type."""
+    if adapter.provenance is not None and "architecture" in adapter.provenance.head:
+        return str(adapter.provenance.head["architecture"])
     mapping = adapter.config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     return named if isinstance(named, str) else None
@@ -87,9 +115,9 @@ def _class_of(adapter: Adapter) -> str | None:
 
 def _set_task(config: dict[str, Any], adapter: Adapter) -> None:
     """Name the class that has the added head."""
-    task = adapter.config.get("task_type")
+    task = adapter.task
     architectures = config.get("architectures")
-    named = _class_of(adapter)
+    named = class_of(adapter)
     if named is not None:
         config["architectures"] = [named]
     elif task in _TASK_CLASSES and isinstance(architectures, list) and architectures:
@@ -98,13 +126,18 @@ def _set_task(config: dict[str, Any], adapter: Adapter) -> None:
 
 
 def _set_labels(config: dict[str, Any], heads: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
-    """Give the model as many labels as a classifying head has rows."""
-    labelling = adapter.config.get("task_type") in LABELLING_TASKS or "Classification" in (_class_of(adapter) or "")
+    """Give the model as many labels as a classifying head has rows, by the names that it was trained with."""
+    labelling = adapter.task in LABELLING_TASKS or "Classification" in (class_of(adapter) or "")
     rows = _head_rows(heads)
     labels = config.get("id2label")
     if labelling and rows and not (isinstance(labels, dict) and len(labels) == rows):
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
+        config.pop("num_labels", None)
+    own = adapter.provenance.head if adapter.provenance else {}
+    count = rows or len(labels if isinstance(labels, dict) else ())
+    if labelling and count and count == len(own.get("id2label", ())):
+        config.update({key: own[key] for key in LABEL_KEYS if key in own})
         config.pop("num_labels", None)
 
 
