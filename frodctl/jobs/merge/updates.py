@@ -101,21 +101,26 @@ class WeightUpdates:
 
     def _check_digest(self, weight: Weight, stored: Tensor) -> None:
         """Compare the base's bytes with what adapter or basis say they were made from."""
-        recorded: list[tuple[object, str | None]] = []
-        for part in weight.parts:
-            source, module = part.source, part.trained
-            recorded.append((source.adapter.name, module.digest))
-            if source.basis is not None and (record := self.records[id(source)].get(module.module)):
-                recorded.append((source.basis.path, record.digest))
-        known = [(where, digest) for where, digest in recorded if digest is not None]
-        found = stream.digest(stored) if known else ""
-        for where, digest in known:
+        recorded = self._recorded_digests(weight)
+        found = stream.digest(stored) if recorded else ""
+        for where, digest in recorded:
             if digest != found:
                 info = weight.target.tensor
                 raise InvalidInput(
                     f"{self.root / info.file}: tensor {info.name} is not the one that {where} was made from (digests "
                     "differ); give that base"
                 )
+
+    def _recorded_digests(self, weight: Weight) -> list[tuple[object, str]]:
+        """What is recorded of a weight's bytes, and by which adapter or basis file."""
+        recorded: list[tuple[object, str]] = []
+        for part in weight.parts:
+            source, module = part.source, part.trained
+            if module.digest is not None:
+                recorded.append((source.adapter.name, module.digest))
+            if source.basis is not None and (record := self.records[id(source)].get(module.module)):
+                recorded.append((source.basis.path, record.digest))
+        return recorded
 
     def rows(self, W: Tensor, task: Task) -> Blocks:
         """Rows of W + Σ s (W' − W) for W (m, n) in its stored dtype, not rounded yet."""
