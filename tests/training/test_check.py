@@ -180,6 +180,41 @@ def test_training_in_too_few_bits_is_warned_of(tmp_path: Path, recwarn: pytest.W
     assert len({str(warning.message) for warning in found}) == 1
 
 
+class FourBits(nn.Module):
+    """A layer whose weight is held in 4 bits, a scale for each 8 elements."""
+
+    def __init__(self, W: Tensor) -> None:
+        super().__init__()
+        self.in_features = W.shape[1]
+        groups = W.float().reshape(-1, 8)
+        scales = groups.abs().amax(dim=1, keepdim=True) / 7
+        self.register_buffer("packed", (groups / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed, scales = self.get_buffer("packed"), self.get_buffer("scales")
+        return x @ (packed * scales).reshape(-1, self.in_features).T
+
+
+def quantized(weights: list[Tensor]) -> Tower:
+    model = Tower(weights)
+    for layer, W in zip(model.layers, weights, strict=True):
+        layer["q_proj"] = FourBits(W)
+    return model
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("condition", [10.0, 100.0, 1e3, 1e5, 1e7])
+def test_quantized_models_over_ill_conditioned_bases(condition: float, spectrum: str, tmp_path: Path) -> None:
+    weights = [W.float() for W in conditioned(spectrum, condition, 64)]
+    strange = [W.float() for W in conditioned(spectrum, condition, 64, seed=1)]
+    path = basis_of(weights, tmp_path)
+    frodctl.attach(quantized(weights), path)
+    if condition > 10 or spectrum == "even":
+        with pytest.raises(InvalidInput, match="its weight is not the one that"):
+            frodctl.attach(quantized(strange), path)
+
+
 @pytest.mark.filterwarnings("ignore:.*badly conditioned")
 def test_a_basis_file_that_does_not_say_the_dtype(tmp_path: Path) -> None:
     """As older versions wrote it: the digest is sought in every dtype, and what it cannot tell may be rounding."""
