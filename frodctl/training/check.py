@@ -13,7 +13,7 @@ from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.stream import TORCH_DTYPES, digest
 from frodctl.errors import InvalidInput
 from frodctl.formats.basis_file import ModuleRecord
-from frodctl.training.layer import Basis, is_dense, is_transposed
+from frodctl.training.layer import Basis, holds_matrix, is_dense, is_transposed
 
 #: How far ‖W D[:, k]‖ may be from λ_k (relative, root mean square) without a further question, by the dtype of W; None:
 #: quantized.
@@ -55,12 +55,12 @@ def check_layer(
 ) -> None:
     """Compare ‖W D[:, k]‖ with λ_k on a few columns k; where they differ, find out whether that is rounding.
 
-    Norms that agree to a fixed tolerance settle it. Else, where W is dense, its digest may: the weight is the
-    recorded one if its bytes are, in the dtype that they had in the checkpoint, and another one if they are not
-    although the model has no fewer bits. Weights that were rounded to fewer bits, and quantized ones, may be off by
-    what that explains (`_tolerance`). Where V is so badly conditioned that this is more than the layers of a category
-    differ by, weights in each other's places are not told apart; another model's are, being off by the condition
-    number.
+    Norms that agree to a fixed tolerance settle it. Else, where the layer holds W as a matrix, its digest may: the
+    weight is the recorded one if its bytes are, in the dtype that they had in the checkpoint, and another one if they
+    are not although the model has no fewer bits. Weights that were rounded to fewer bits, and quantized ones, may be
+    off by what that explains (`_tolerance`). Where V is so badly conditioned that this is more than the layers of a
+    category differ by, weights in each other's places are not told apart; another model's are, being off by the
+    condition number.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def check_layer(
     spread = _spread(basis, scales)
     chosen = _columns(scales, spread)
     ratio = float((spread[chosen] / scales[chosen]).nan_to_num(0).double().square().mean().sqrt())
-    recorded = _is_recorded(weight, record) if is_dense(base) else None
+    recorded = _is_recorded(weight, record) if held is not None and holds_matrix(base) else None
     if recorded is None:
         error = _error(base, basis, scales, chosen, dtype)
         noise = ratio * (_QUANTIZATION if held is None else torch.finfo(held).eps / 2)
@@ -145,7 +145,7 @@ def _layer_products(base: nn.Module, columns: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _is_recorded(weight: Tensor, record: ModuleRecord) -> bool | None:
-    """Whether the bytes of a dense weight have the recorded digest; None where rounding to fewer bits may forbid it."""
+    """Whether a weight's bytes have the recorded digest; None where rounding to fewer bits may be why they do not."""
     for name in FLOAT_DTYPES if record.dtype is None else (record.dtype,):
         cast = weight.detach().cpu().to(TORCH_DTYPES[name])
         if any(digest(ordered.contiguous()) == record.digest for ordered in (cast, cast.T)):
