@@ -36,7 +36,7 @@ from frodctl.training.attachment import (
     saved_modules,
     updates_of,
 )
-from frodctl.training.layer import SavedModule, Update
+from frodctl.training.layer import FrodLinear, SavedModule, Update, is_transposed, out_features
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -384,8 +384,19 @@ def _modules(model: nn.Module, adapter: Adapter, opened: BasisFile) -> list[tupl
         record = records[module.module]
         if record.name not in live:
             raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {module.module}: another base?")
-        found.append((live[record.name], record, module))
+        path = live[record.name]
+        if opened.aliases:  # an adapter does not say how many rows a weight has
+            record = replace(record, shape=_shape(model.get_submodule(path), module.n))
+        found.append((path, record, module))
     return found
+
+
+def _shape(layer: nn.Module, n: int) -> tuple[int, int]:
+    """The shape of a live layer's weight as it is stored."""
+    base = layer.base_layer if isinstance(layer, FrodLinear) else layer
+    known = getattr(base, "out_features", None)  # which quantized layers tell
+    m = known if isinstance(known, int) else out_features(base)
+    return (n, m) if is_transposed(base) else (m, n)
 
 
 def _numbers(

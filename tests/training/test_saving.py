@@ -22,6 +22,7 @@ from frodctl.checkpoint import sink
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.jobs.progress import Progress
 from frodctl.training import peft as bridge
+from frodctl.training.attachment import attachment_of
 from frodctl.training.layer import FrodLinear
 from tests import peft_models
 from tests.jobs.test_merge import sign
@@ -305,6 +306,8 @@ class TestWithoutABasisFile:
         fresh = frodctl.load_adapter(case.model(), tmp_path / "adapter")
         over_file = frodctl.load_adapter(case.model(), tmp_path / "adapter", case.basis)
         assert torch.equal(logits(fresh), logits(over_file))
+        records, whole = (attachment_of(m).adapters["default"].modules for m in (fresh, over_file))
+        assert {p: r.shape for p, r in records.items()} == {p: r.shape for p, r in whole.items()}
         assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
 
     @pytest.mark.parametrize("options", [{}, {"seed": 11, "target_modules": "q_proj"}, {"sparsity": 0.0}])
