@@ -103,7 +103,7 @@ def test_the_size_is_known_beforehand(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "0")
     with open(tmp_path / "x", "wb") as file:
         write_basis(file, [tmp_path / "0"], METADATA)
-    specs = specs_of("q_proj", N, "F32", MODULES)
+    specs = codec.layout(specs_of("q_proj", N, "F32", MODULES))
     assert codec.file_bytes(specs, file_metadata(METADATA)) == (tmp_path / "x").stat().st_size
 
 
