@@ -103,6 +103,11 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     path: Path | None = None  #: the file, of a checkpoint that was named by one
 
+    def files(self) -> list[Path]:
+        """The files that hold its tensors; none of headers alone."""
+        names = sorted({info.file for info in self.tensors.values()})
+        return [self.root / name for name in names] if self.root is not None else []
+
     def parameters(self) -> int:
         """Number of parameters: floating-point elements, tied tensors counted once."""
         seen: dict[tuple[str, int], int] = {}
@@ -172,6 +177,7 @@ def choose_weights(files: Collection[str], where: str) -> str:
         if name in files:
             return name
     single = sorted(f for f in files if f.endswith(".safetensors") and not f.startswith("adapter_"))
+    single = [f for f in single if not f.endswith(".frod.safetensors")]  # a basis, beside what it was made from
     if len(single) == 1:
         return single[0]
     if single:

@@ -103,6 +103,10 @@ class Adapter:
         """The categories and their n."""
         return {module.category: module.n for module in self.modules}
 
+    def files(self) -> list[Path]:
+        """Its config and its weights; none of headers alone."""
+        return [] if self.root is None else [self.root / CONFIG_FILE, self.root / self.modules[0].scales.file]
+
     @property
     def base(self) -> str | None:
         """The base model that the config names."""
@@ -314,7 +318,14 @@ def write_adapter(
     provenance : Provenance
     card : str
         README.md; one that is there already is kept.
+
+    Raises
+    ------
+    UsageError
+        The folder holds an adapter that frodctl did not write, or cannot be written to.
     """
+    if (folder / CONFIG_FILE).is_file() and "frodctl" not in read_json(folder / CONFIG_FILE):
+        raise UsageError(f"{folder}: holds an adapter that is not frodctl's; name another folder")
     text = json.dumps({**config, "frodctl": asdict(provenance)}, indent=2, sort_keys=True) + "\n"
     writers: dict[str, Callable[[IO[bytes]], None]] = {}
     if not (folder / "README.md").exists():

@@ -92,20 +92,20 @@ def error_of(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 
 def test_fetched_once_then_reused(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
     """Only what is needed is fetched; the second run downloads nothing, and offline nothing is asked for."""
-    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "1")
+    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "1.safetensors")
     assert done.returncode == 0, done.stderr
     shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     assert downloaded(hub) == {"config.json", "model.safetensors.index.json", *shards}
-    assert open_basis(tmp_path / "1").metadata.revision == hub.commit("org/sharded")
-    assert open_basis(tmp_path / "1").metadata.model == "org/sharded"
+    assert open_basis(tmp_path / "1.safetensors").metadata.revision == hub.commit("org/sharded")
+    assert open_basis(tmp_path / "1.safetensors").metadata.model == "org/sharded"
     hub.clear()
-    assert decompose("org/sharded", "-o", "2", "-q").returncode == 0
+    assert decompose("org/sharded", "-o", "2.safetensors", "-q").returncode == 0
     assert not downloaded(hub)
     hub.clear()
     offline = {"HF_HUB_OFFLINE": "1"}
-    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "3", env=offline)
+    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "3.safetensors", env=offline)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "3").read_bytes() == (tmp_path / "1").read_bytes()
+    assert (tmp_path / "3.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
     assert decompose("org/sharded", "--dry-run", "--offline").returncode == 0
     assert not hub.requests
 
@@ -152,16 +152,16 @@ def test_a_revision_is_a_branch_a_pull_request_or_a_commit(
 
 def test_a_subfolder(decompose: Decompose, hub: HubServer) -> None:
     assert decompose("org/nested", "--subfolder", "text_encoder", "--dry-run").returncode == 0
-    done = decompose("org/nested", "--subfolder", "text_encoder", "-o", "out")
+    done = decompose("org/nested", "--subfolder", "text_encoder", "-o", "out.safetensors")
     assert done.returncode == 0, done.stderr
     assert downloaded(hub) == {"config.json", "model.safetensors"}
     assert decompose("org/nested", "--subfolder", "text_encoder", "--dry-run", "--offline").returncode == 0
     for flags in ((), ("--subfolder", "unet")):
-        assert "no weights" in error_of(decompose("org/nested", *flags, "-o", "none"), 3)
+        assert "no weights" in error_of(decompose("org/nested", *flags, "-o", "none.safetensors"), 3)
 
 
 def test_a_cache_of_ones_own(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
-    assert decompose("org/plain", "--cache-dir", "cache", "-o", "1").returncode == 0
+    assert decompose("org/plain", "--cache-dir", "cache", "-o", "1.safetensors").returncode == 0
     assert list((tmp_path / "cache").rglob("model.safetensors"))
     assert not list((tmp_path / "home").rglob("model.safetensors"))
     hub.clear()
@@ -171,7 +171,7 @@ def test_a_cache_of_ones_own(decompose: Decompose, hub: HubServer, tmp_path: Pat
 
 def test_a_pickled_repository(decompose: Decompose) -> None:
     assert "pickled" in error_of(decompose("org/pickled", "--dry-run"))
-    assert decompose("org/pickled", "-o", "out").returncode == 0
+    assert decompose("org/pickled", "-o", "out.safetensors").returncode == 0
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "dry run"])
@@ -198,10 +198,10 @@ def test_a_dry_run_leaves_no_half_checkpoint_for_offline(decompose: Decompose) -
 
 
 def test_a_half_fetched_checkpoint_is_not_in_the_cache(decompose: Decompose, tmp_path: Path) -> None:
-    assert decompose("org/plain", "-o", "1").returncode == 0
+    assert decompose("org/plain", "-o", "1.safetensors").returncode == 0
     (weights,) = (tmp_path / "home").rglob("model.safetensors")
     weights.unlink()
-    assert "not in the local cache" in error_of(decompose("org/plain", "--offline", "-o", "2"))
+    assert "not in the local cache" in error_of(decompose("org/plain", "--offline", "-o", "2.safetensors"))
 
 
 def test_no_server_is_one_clear_line(decompose: Decompose) -> None:
@@ -214,16 +214,16 @@ def test_no_server_is_one_clear_line(decompose: Decompose) -> None:
 def test_a_token_opens_and_appears_nowhere(decompose: Decompose, hub: HubServer, how: str, tmp_path: Path) -> None:
     flags = ("--token", TOKEN) if how == "flag" else ()
     env = {"HF_TOKEN": TOKEN} if how == "environment" else {}
-    for more in (("--dry-run", "--json"), ("-o", "out", "--debug"))[: 2 if flags else 1]:
+    for more in (("--dry-run", "--json"), ("-o", "out.safetensors", "--debug"))[: 2 if flags else 1]:
         done = decompose("org/gated", *flags, *more, env=env)
         assert done.returncode == 0, done.stderr
         assert TOKEN not in done.stdout + done.stderr
     assert any(request.authorization == f"Bearer {TOKEN}" for request in hub.requests)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert (tmp_path / "out" in written) == (how == "flag")
+    assert (tmp_path / "out.safetensors" in written) == (how == "flag")
     assert not any(re.search(TOKEN.encode(), path.read_bytes()) for path in written)
     hub.token = "hf_another"
-    done = decompose("org/gated", *flags, "-o", "2", "--debug", env=env)
+    done = decompose("org/gated", *flags, "-o", "2.safetensors", "--debug", env=env)
     assert done.returncode == 1
     assert TOKEN not in done.stdout + done.stderr
 
