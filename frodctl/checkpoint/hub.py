@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.companions import MODULES_FILE, companions, module_folders
+from frodctl.checkpoint.inputs import read_json
 from frodctl.checkpoint.source import (
     ADAPTER_FILES,
     WEIGHT_FILES,
@@ -31,7 +32,6 @@ from frodctl.checkpoint.source import (
     TensorInfo,
     check_complete,
     choose_weights,
-    read_json,
     shards_of,
 )
 from frodctl.errors import FrodctlError, InvalidInput

@@ -25,7 +25,8 @@ from typing import IO, Any
 
 from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header, read_json
+from frodctl.checkpoint.inputs import read_json
+from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
 CONFIG_FILE = ADAPTER_FILES[0]

@@ -13,6 +13,7 @@ and in its ``__metadata__`` the key ``frodctl``: a JSON object, see `BasisMetada
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from frodctl.checkpoint import codec, sink
-from frodctl.errors import InvalidInput
+from frodctl.checkpoint.inputs import kind_of
+from frodctl.errors import InvalidInput, UsageError
 
 VERSION = 1
 _V_DTYPES = ("F32", "BF16", "F16")
@@ -152,10 +154,16 @@ def open_basis(path: str | Path) -> BasisFile:
 
     Raises
     ------
+    UsageError
+        There is nothing at the path.
     InvalidInput
         Not such a file, of another version, truncated, or with tensors missing or of the wrong shape.
     """
-    path = Path(path)
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise UsageError(f"`basis`: expected the path of a shared-basis file, not {path!r}")
+    path = Path(os.path.expanduser(path))
+    if kind_of(path) is None:
+        raise UsageError(f"{path}: no such file (`basis`)")
     header = codec.read_header(path)
     if "frodctl" not in header.metadata:
         raise InvalidInput(f"{path}: not a shared-basis file (made by frodctl decompose)")
