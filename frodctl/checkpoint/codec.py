@@ -70,7 +70,7 @@ def read_header(path: Path) -> Header:
             )
         raw = file.read(length)
     try:
-        entries = decode_json(raw, unique=True)
+        entries = decode_json(raw, strict=True)
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: the safetensors header is not valid JSON ({error})") from None
     return check_header(entries, where=str(path), data_start=8 + length, data_bytes=size - 8 - length)

@@ -70,22 +70,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def decode_json(raw: bytes, *, unique: bool = False) -> Any:
-    """Decode UTF-8 JSON; with ``unique`` no object may have a key twice.
+def decode_json(raw: bytes, *, strict: bool = False) -> Any:
+    """Decode UTF-8 JSON.
+
+    Half a surrogate pair, which no file and no terminal can be given, becomes a question mark. With ``strict`` it is
+    refused, and so is a key that an object has twice.
 
     Raises
     ------
     ValueError
-        It is not JSON, too much of it, or holds half a surrogate pair, which no file and no terminal can be given.
+        It is not JSON, or too much of it.
     RecursionError
         It is nested too deeply.
     """
     if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise ValueError(f"more than {MAX_JSON_BYTES} bytes or {MAX_JSON_VALUES} values")
     # decoded here: json.loads would take UTF-16 too
-    value = json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
+    value = json.loads(raw.decode(), object_pairs_hook=_unique if strict else None)
     if _ESCAPED_SURROGATE.search(raw):
-        json.dumps(value, ensure_ascii=False).encode()
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="strict" if strict else "replace"))
     return value
 
 

@@ -204,7 +204,7 @@ def _read_headers(folder: Path, shards: dict[Any, str]) -> dict[str, TensorInfo]
         if kind_of(path) is None:
             raise InvalidInput(f"{path}: named by the index but missing; download the checkpoint again")
         infos = read_file_header(path)
-        _check_is_checkpoint(path, infos)
+        check_is_checkpoint(str(path), [info.name for info in infos])
         for info in infos:
             if shards.get(info.name, file) == file:
                 tensors[info.name] = info
@@ -212,12 +212,12 @@ def _read_headers(folder: Path, shards: dict[Any, str]) -> dict[str, TensorInfo]
     return tensors
 
 
-def _check_is_checkpoint(path: Path, infos: Collection[TensorInfo]) -> None:
-    """`InvalidInput` where a file's tensors are what frodctl or PEFT writes beside a checkpoint."""
-    if infos and all(info.name.startswith(("V.", "tau.", "lambda.", "indices.")) for info in infos):
-        raise InvalidInput(f"{path}: is a shared-basis file, not a checkpoint")
-    if infos and all(info.name.startswith("base_model.") for info in infos):
-        raise InvalidInput(f"{path}: is an adapter, not a checkpoint: name its base model")
+def check_is_checkpoint(where: str, tensors: Collection[str]) -> None:
+    """`InvalidInput` where a file's tensors are named as those that frodctl or PEFT writes beside a checkpoint."""
+    if tensors and all(name.startswith(("V.", "tau.", "lambda.", "indices.")) for name in tensors):
+        raise InvalidInput(f"{where}: is a shared-basis file, not a checkpoint")
+    if tensors and all(name.startswith("base_model.") for name in tensors):
+        raise InvalidInput(f"{where}: is an adapter, not a checkpoint: name its base model")
 
 
 def check_complete(shards: dict[Any, str], tensors: Collection[str], where: str) -> None:

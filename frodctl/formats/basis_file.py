@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from frodctl.checkpoint import codec, sink
-from frodctl.checkpoint.inputs import kind_of
+from frodctl.checkpoint.inputs import decode_json, kind_of
 from frodctl.errors import InvalidInput, UsageError
 
 VERSION = 1
@@ -78,7 +78,7 @@ class BasisMetadata:
     def from_json(cls, text: str, where: str) -> BasisMetadata:
         """Parse and check; `InvalidInput` names the file."""
         try:
-            value = json.loads(text)
+            value = decode_json(text.encode())
             version = value["version"]
             if version != VERSION:
                 raise InvalidInput(
