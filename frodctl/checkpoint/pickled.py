@@ -30,13 +30,12 @@ from frodctl.checkpoint.stream import DTYPE_NAMES
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources
 
 #: Bytes of pickled instructions, a few hundred for each tensor; what they make may take a hundred times the memory.
-_MAX_PICKLE_BYTES = 16_000_000
+_MAX_PICKLE_BYTES = 8_000_000
 _MAX_DIRECTORY_BYTES = 32_000_000
 _ZIP = b"PK\x03\x04"
-#: What torch says of a pickle that wants more than tensors; 146 to 149 are the opcodes of pickle's newer protocols.
-_NEEDS_CODE = re.compile(
-    r"GLOBAL|global|create new object|unrecognized function|Can only build|must be imported|operand 14[679]\b"
-)
+#: What torch says of a pickle that wants more than tensors, and of the opcodes of pickle's newer protocols.
+_NEEDS_CODE = re.compile(r"GLOBAL|global|create new object|unrecognized function|Can only build|must be imported")
+_NEWER = re.compile(r"operand 14\d\b")
 _CODE = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD", "EXT1", "EXT2", "EXT4"}
 
 
@@ -64,9 +63,10 @@ def read_header(path: Path) -> list[TensorInfo]:
         return [_info(name, tensor, path, records) for name, tensor in state.items()]
     # an older torch does not say where they begin, and of an archive that another program wrote it is wrong about it
     state = _load(path, path, size, map_location="cpu", mmap=True)
+    infos = [_in_memory(name, tensor, path) for name, tensor in state.items()]
     for name, tensor in state.items():
         _check_storage(name, tensor, path, records.values())
-    return [_in_memory(name, tensor, path) for name, tensor in state.items()]
+    return infos
 
 
 class _Instructions(io.BufferedReader):
@@ -109,12 +109,14 @@ def _explained(error: Exception, path: Path, size: int) -> FrodctlError:
     asked = re.search(r"tried to allocate (\d+) bytes", text)
     if isinstance(error, MemoryError) or "Cannot allocate memory" in text or (asked and int(asked[1]) <= size):
         return OutOfResources(f"{path}: out of memory; convert it to safetensors, which is read piece by piece")
-    refused = f"{path}: torch's weights_only loader refuses it"
-    if isinstance(error, pickle.UnpicklingError) and (_NEEDS_CODE.search(text) or _is_code(path)):
-        return InvalidInput(
-            f"{refused}: it needs code to load, which is never run; convert it to safetensors where you trust it"
-        )
-    return InvalidInput(f"{refused}: it is damaged or no checkpoint ({type(error).__name__}); download it again")
+    where = "convert it to safetensors where you trust it"
+    reason = f"it is damaged or no checkpoint ({type(error).__name__}); download it again"
+    if isinstance(error, pickle.UnpicklingError):
+        if _NEEDS_CODE.search(text) or _is_code(path):
+            reason = f"it needs code to load, which is never run; {where}"
+        elif _NEWER.search(text):
+            reason = f"its pickle protocol is above 3; {where}"
+    return InvalidInput(f"{path}: torch's weights_only loader refuses it: {reason}")
 
 
 def _is_code(path: Path) -> bool:
