@@ -289,8 +289,10 @@ def _failure(location: Location, error: Exception) -> str:
         return f"{repo}: no such local file or folder, not in the local cache, and the Hub is {why}"
     if _is_connection_error(error):
         return f"{repo}: the Hub is out of reach ({type(error).__name__}); try `offline=True`"
-    # a body that is not as long as announced, an answer that is not the JSON expected
-    return f"{repo}: the Hub's answer is not what it should be ({type(error).__name__}); try again"
+    # an answer that is not the JSON expected, or a body that is not as long as announced
+    size = str(error).startswith("Consistency check failed")
+    what = str(error).splitlines()[0] if size else f"the Hub's answer is not what it should be ({type(error).__name__})"
+    return f"{repo}: {what.rstrip('.')}; try again"
 
 
 def _is_connection_error(error: Exception) -> bool:

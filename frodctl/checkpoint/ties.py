@@ -12,7 +12,7 @@ from frodctl.checkpoint import codec
 from frodctl.checkpoint.records import TensorInfo
 
 _EMBEDDING = re.compile(
-    r"(.*\.)?(embed_tokens|wte|(word_)?embeddings?|shared|embed_in|tok_embeddings|tokens_embed)\.weight"
+    r"(.*\.)?(embed_tokens|wte|(word_)?embeddings?|shared|embed_in|tok_embeddings|tokens_embed|w)\.weight"
 )
 _HEAD = re.compile(
     r"(.*\.)?(lm_head|embed_out|lm_head\.decoder|predictions\.decoder|output_projection|output_layer|generator_lm_head"
@@ -74,7 +74,13 @@ def find_ties(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], root
         words.update(info.name for info in embeddings)
     together, again = _at_one_place(tensors.values())
     shared = together | {*twins, *twins.values()}
-    return Ties(frozenset(again | {*twins, *tied}), frozenset(words), frozenset(shared))
+    return Ties(frozenset(again | {*twins, *tied} | _biases(tied, tensors)), frozenset(words), frozenset(shared))
+
+
+def _biases(tied: Collection[str], tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """BERT and its kin store the bias of a tied head's decoder a second time, one level up."""
+    paths = [name.removesuffix(".decoder.weight") for name in tied if name.endswith(".decoder.weight")]
+    return {f"{path}.decoder.bias" for path in paths if f"{path}.bias" in tensors}
 
 
 def _said(config: Mapping[str, Any]) -> bool | None:
