@@ -16,8 +16,9 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import prod
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,18 +56,16 @@ def read_header(path: Path) -> list[TensorInfo]:
         zipped = file.read(len(_ZIP)) == _ZIP
     if not zipped:
         with _Instructions(path) as stream:
-            state = _load(path, stream, size, map_location="cpu")
+            state = _load(path, stream, size, "cpu")
         return [_in_memory(name, tensor, path) for name, tensor in state.items()]
     records = _records(path, size)
-    state = _load(path, path, size, map_location="meta")
-    if all(getattr(tensor.untyped_storage(), "_checkpoint_offset", None) in records for tensor in state.values()):
-        return [_info(name, tensor, path, records) for name, tensor in state.items()]
-    # an older torch does not say where they begin, and of an archive that another program wrote it is wrong about it
-    state = _load(path, path, size, map_location="cpu", mmap=True)
-    infos = [_in_memory(name, tensor, path) for name, tensor in state.items()]
-    for name, tensor in state.items():
-        _check_storage(name, tensor, path, records.values())
-    return infos
+    state = _load(path, path, size, "meta")
+    places = {name: getattr(tensor.untyped_storage(), "_checkpoint_offset", None) for name, tensor in state.items()}
+    if not set(places.values()) <= records.keys():
+        # an older torch does not say where they begin, and of what another program wrote torch says it wrongly
+        state = _load(path, path, size, "cpu", mmap=True)
+        places = _mapped_places(state, records)
+    return [_info(name, tensor, path, places[name], records) for name, tensor in state.items()]
 
 
 class _Instructions(io.BufferedReader):
@@ -89,18 +88,18 @@ class _Instructions(io.BufferedReader):
         return data
 
 
-def _load(path: Path, source: Path | IO[bytes], size: int, **options: Any) -> dict[str, torch.Tensor]:
+def _load(path: Path, source: Path | IO[bytes], size: int, device: str, **options: Any) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(source, weights_only=True, **options)
+            state = torch.load(source, map_location=device, weights_only=True, **options)
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
         raise _explained(error, path, size) from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(_is_named_dense(name, item) for name, item in state.items()):
         raise InvalidInput(f"{path}: holds something else than a state dict of dense tensors")
-    _check_tensors(path, state, size)
+    _check_tensors(path, state, size, device)
     return state
 
 
@@ -137,13 +136,15 @@ def _is_named_dense(name: object, item: object) -> bool:
     )
 
 
-def _check_tensors(path: Path, state: Mapping[str, torch.Tensor], size: int) -> None:
+def _check_tensors(path: Path, state: Mapping[str, torch.Tensor], size: int, device: str) -> None:
     """`InvalidInput` unless all of the tensors lie in their storages, and stand for no more bytes than the file has."""
     viewed = 0
     for name, tensor in state.items():
         check_name(name, str(path))
         if tensor.dtype not in DTYPE_NAMES:
             raise InvalidInput(f"{path}: tensor {name} has dtype {tensor.dtype}, which is not supported")
+        if tensor.device.type != device:
+            raise InvalidInput(f"{path}: tensor {name} was saved without its data (on the meta device)")
         shape, strides, begin = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
         elements = prod(shape)
         span = 1 + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) if elements else 0
@@ -222,24 +223,32 @@ def _place(item: zipfile.ZipInfo, file: IO[bytes]) -> tuple[int, int]:
     return item.header_offset + 30 + name_bytes + extra_bytes, item.file_size
 
 
-def _info(name: str, tensor: torch.Tensor, path: Path, records: Mapping[int, int]) -> TensorInfo:
+def _mapped_places(state: Mapping[str, torch.Tensor], records: Mapping[int, int]) -> dict[str, int | None]:
+    """Where the storages of a mapped archive begin in it; None where that is not certain.
+
+    The mapping begins at a page, and each of the storages where a record of its size does.
+    """
+    storages = {name: tensor.untyped_storage() for name, tensor in state.items()}
+    addresses = {storage.data_ptr(): storage.nbytes() for storage in storages.values() if storage.nbytes()}
+    first, nbytes = next(iter(addresses.items()), (0, 0))
+    pages = [first - begin for begin, size in records.items() if size == nbytes and (first - begin) % PAGESIZE == 0]
+    bases = [base for base in pages if all(records.get(at - base) == size for at, size in addresses.items())]
+    if len(bases) != 1:
+        return dict.fromkeys(state)
+    return {name: storage.data_ptr() - bases[0] for name, storage in storages.items()}
+
+
+def _info(name: str, tensor: torch.Tensor, path: Path, begin: int | None, records: Mapping[int, int]) -> TensorInfo:
     """Where the tensor's bytes lie in the archive."""
-    storage: Any = tensor.untyped_storage()
-    begin: int = storage._checkpoint_offset
-    _check_storage(name, tensor, path, (records[begin],))
+    nbytes = tensor.untyped_storage().nbytes()
+    if nbytes and (begin is None or records.get(begin) != nbytes):
+        raise InvalidInput(f"{path}: tensor {name}: no storage of the size that the pickle says is where it should be")
     stride = None if tensor.is_contiguous() else tensor.stride()
-    begin += int(tensor.storage_offset()) * tensor.element_size()
-    return TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, begin, stride)
-
-
-def _check_storage(name: str, tensor: torch.Tensor, path: Path, sizes: Collection[int]) -> None:
-    if tensor.untyped_storage().nbytes() not in sizes:
-        raise InvalidInput(f"{path}: tensor {name}: its storage is not of the size that the pickle says")
+    offset = (begin or 0) + int(tensor.storage_offset()) * tensor.element_size()
+    return TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, offset, stride)
 
 
 def _in_memory(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
-    if tensor.is_meta:
-        raise InvalidInput(f"{path}: tensor {name} was saved without its data (on the meta device)")
     data = tensor.contiguous()
     offset = data.data_ptr()  # stands for a place in the file: equal where tensors are tied
     return TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(data.shape), path.name, offset, data=data)

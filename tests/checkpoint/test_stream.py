@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from frodctl.checkpoint import codec, stream
 from frodctl.checkpoint.source import TensorInfo
-from frodctl.errors import InvalidInput
+from frodctl.errors import InvalidInput, OutOfResources
 from tests.conftest import PEAK_MEMORY
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,6 +62,13 @@ def test_a_file_that_shrank_since_is_refused_by_name(tmp_path: Path) -> None:
     info = infos(path)["some.weight"]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InvalidInput, match=r"x\.safetensors.*some\.weight"):
+        stream.read_tensor(tmp_path, info)
+
+
+def test_no_memory_for_a_tensor_is_said_with_its_name(tmp_path: Path) -> None:
+    """More than any machine's address space has."""
+    info = TensorInfo("some.weight", "F32", (2**60,), "x.safetensors", 0)
+    with pytest.raises(OutOfResources, match=r"some\.weight"):
         stream.read_tensor(tmp_path, info)
 
 
