@@ -55,7 +55,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         size = os.fstat(file.fileno()).st_size
         zipped = file.read(len(_ZIP)) == _ZIP
     if not zipped:
-        with _Instructions(path) as stream:
+        with _Instructions(path, _MAX_PICKLE_BYTES) as stream:
             state = _load(path, stream, size, "cpu")
         return [_in_memory(name, tensor, path) for name, tensor in state.items()]
     records = _records(path, size)
@@ -71,9 +71,9 @@ def read_header(path: Path) -> list[TensorInfo]:
 class _Instructions(io.BufferedReader):
     """A file of which only so much may be read as pickled instructions; torch takes the storages by its descriptor."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: int) -> None:
         super().__init__(io.FileIO(path))
-        self.left = _MAX_PICKLE_BYTES
+        self.left = limit
 
     def read(self, size: int | None = -1, /) -> bytes:
         return self._counted(super().read(size if size is not None and 0 <= size <= self.left else self.left + 1))
@@ -119,9 +119,9 @@ def _explained(error: Exception, path: Path, size: int) -> FrodctlError:
 
 
 def _is_code(path: Path) -> bool:
-    """Whether the file is a whole pickle that names code, and so not a damaged one."""
+    """Whether the file is a whole pickle (a short one) that names code, and so not a damaged one."""
     try:
-        with _Instructions(path) as stream:
+        with _Instructions(path, _MAX_PICKLE_BYTES // 10) as stream:
             return not _CODE.isdisjoint({opcode.name for opcode, _, _ in pickletools.genops(stream)})
     except Exception:  # as in _load
         return False
