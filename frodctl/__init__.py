@@ -2,8 +2,8 @@
 
 The jobs behind the ``frodctl`` command are plain functions here::
 
-    frodctl.decompose(model, output, ...) -> DecomposeResult
-    frodctl.merge(base, adapter, output, ...) -> MergeResult
+    frodctl.decompose(model, output, ...) -> DecomposeResult     (a DecomposePlan with dry_run=True)
+    frodctl.merge(base, adapter, output, ...) -> MergeResult     (a MergePlan with dry_run=True)
     frodctl.inspect(*targets, ...) -> InspectResult
 
 and so is training: `frodctl.attach` makes a live model trainable, `frodctl.save_adapter` saves what was trained,
@@ -15,19 +15,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
     from frodctl.formats.basis_file import BasisFile, open_basis
-    from frodctl.jobs.decompose import DecomposeResult, decompose
-    from frodctl.jobs.inspect import InspectResult, inspect
-    from frodctl.jobs.merge import MergeResult, merge
+    from frodctl.jobs.decompose import DecomposeOptions, DecomposePlan, DecomposeResult, decompose
+    from frodctl.jobs.inspect import InspectOptions, InspectResult, inspect
+    from frodctl.jobs.merge import MergeOptions, MergePlan, MergeResult, merge
+    from frodctl.jobs.progress import Progress
     from frodctl.training import attach, load_adapter, parameter_groups, save_adapter, select_pattern
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BasisFile",
+    "DecomposeOptions",
+    "DecomposePlan",
     "DecomposeResult",
+    "FrodctlError",
+    "InspectOptions",
     "InspectResult",
+    "InvalidInput",
+    "MergeOptions",
+    "MergePlan",
     "MergeResult",
+    "OutOfResources",
+    "Progress",
+    "UsageError",
     "attach",
     "decompose",
     "inspect",
@@ -39,21 +51,16 @@ __all__ = [
     "select_pattern",
 ]
 
-_HOME = {
-    "BasisFile": "frodctl.formats.basis_file",
-    "DecomposeResult": "frodctl.jobs.decompose",
-    "InspectResult": "frodctl.jobs.inspect",
-    "MergeResult": "frodctl.jobs.merge",
-    "attach": "frodctl.training",
-    "decompose": "frodctl.jobs.decompose",
-    "inspect": "frodctl.jobs.inspect",
-    "load_adapter": "frodctl.training",
-    "merge": "frodctl.jobs.merge",
-    "open_basis": "frodctl.formats.basis_file",
-    "parameter_groups": "frodctl.training",
-    "save_adapter": "frodctl.training",
-    "select_pattern": "frodctl.training",
+_HOMES = {
+    "frodctl.errors": "FrodctlError InvalidInput OutOfResources UsageError",
+    "frodctl.formats.basis_file": "BasisFile open_basis",
+    "frodctl.jobs.decompose": "DecomposeOptions DecomposePlan DecomposeResult decompose",
+    "frodctl.jobs.inspect": "InspectOptions InspectResult inspect",
+    "frodctl.jobs.merge": "MergeOptions MergePlan MergeResult merge",
+    "frodctl.jobs.progress": "Progress",
+    "frodctl.training": "attach load_adapter parameter_groups save_adapter select_pattern",
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
@@ -63,3 +70,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What is here, imported or not yet."""
+    return sorted({*globals(), *__all__})

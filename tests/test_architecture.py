@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "frodctl"
 MAY_IMPORT = {
-    "cli": {"jobs", "checkpoint", "errors", ""},
-    "jobs": {"checkpoint", "method", "formats", "errors", ""},
-    "formats": {"checkpoint", "method", "errors"},
-    "checkpoint": {"errors"},
+    "cli": {"jobs", "checkpoint", "errors", "values", ""},
+    "jobs": {"checkpoint", "method", "formats", "errors", "values", ""},
+    "formats": {"checkpoint", "method", "errors", "values"},
+    "checkpoint": {"errors", "values"},
     "method": {"errors"},
-    "training": {"method", "formats", "checkpoint", "errors", ""},
+    "training": {"method", "formats", "checkpoint", "errors", "values", ""},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

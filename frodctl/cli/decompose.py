@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from frodctl.checkpoint import names
-from frodctl.cli.options import Share, Size, device_option, output_options, run_options, source_options
+from frodctl.cli.options import device_option, output_options, run_options, source_options
 from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import decompose as job
@@ -52,10 +52,9 @@ _RESULT_COLUMNS = (
 )
 @click.option("--exclude-modules", metavar="NAMES|REGEX", help="Modules to leave out.")
 @click.option("--layers", metavar="0-11", help="Blocks to take, such as 0-11 or 0,2,8-11.")
-@click.option("--sparsity", type=float, metavar="S", help="Share of n² positions trained per layer.  [default: 0.01]")
+@click.option("--sparsity", metavar="S", help="Share of n² positions trained per layer.  [default: 0.01]")
 @click.option(
     "--budget",
-    type=Share(),
     metavar="SHARE",
     help="Trainable share of the checkpoint, such as 1.72%; sets S.",
 )
@@ -66,8 +65,8 @@ _RESULT_COLUMNS = (
     show_default=True,
     help="How --budget is spread: one S for all, or S in proportion to the RMS singular value of each category.",
 )
-@click.option("--alpha", type=float, default=1e-3, show_default=True, help="Regularisation of the decomposition.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sparse pattern.")
+@click.option("--alpha", default="0.001", show_default=True, metavar="A", help="Regularisation of the decomposition.")
+@click.option("--seed", default="0", show_default=True, metavar="N", help="Seed of the sparse pattern.")
 @device_option
 @click.option(
     "--precision",
@@ -83,14 +82,15 @@ _RESULT_COLUMNS = (
     show_default=True,
     help="In which V is stored.",
 )
-@click.option("--cache-size", type=Size(), default="128MB", show_default=True, help="Memory for reused Gram matrices.")
+@click.option(
+    "--cache-size", default="128MB", show_default=True, metavar="SIZE", help="Memory for reused Gram matrices."
+)
 @source_options
 @run_options
 @output_options
 def command(
     model: str,
     output: str | None,
-    sparsity: float | None,
     dry_run: bool,
     format_: str | None,
     json_: bool,
@@ -108,13 +108,10 @@ def command(
 
     MODEL is a local folder or file, or a Hub id (name, org/name, org/name@revision).
     """
-    if sparsity is not None:
-        if options["budget"] is not None:
-            raise click.UsageError("--sparsity and --budget exclude each other.")
-        options["sparsity"] = sparsity
     out = Output(format_, json_)
     with Reporter(quiet) as report:
-        plan = job.plan_decompose(model, output, dry_run=dry_run, progress=report, **options)
+        chosen = job.DecomposeOptions.of(**options)
+        plan = job.plan_decompose(model, output, chosen, dry_run=dry_run, progress=report)
         _warn(plan, report)
         if dry_run:
             _describe(plan, report)

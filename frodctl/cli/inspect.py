@@ -153,14 +153,14 @@ _DRAWN = {
 @click.option("--include", multiple=True, metavar="GLOB", help="Only tensors with such names; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="No tensors with such names; may be repeated.")
 @click.option("--sort", metavar="KEY", help="By a column of --format tsv, largest first; -KEY smallest first.")
-@click.option("--top", type=int, metavar="N", help="The first N rows.")
+@click.option("--top", metavar="N", help="The first N rows.")
 @click.option(
     "--plot",
     metavar="FILE",
     help="Draw the spectra (--spectrum): .png, .svg, or .html, one page that needs nothing else.",
 )
 @click.option("--force", is_flag=True, help="Replace a picture that exists.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of --estimate.")
+@click.option("--seed", default="0", show_default=True, metavar="N", help="Of --estimate.")
 @device_option
 @source_options
 @output_options
@@ -195,7 +195,7 @@ def command(
 
         pictures.check_request(plot, estimate=options["estimate"], force=force)
         options["spectrum"] = True
-    chosen = job.InspectOptions(**options)
+    chosen = job.InspectOptions.of(**options)
     shown: list[job.Row] = []
     with Reporter(quiet) as report:
         found = list(job.reports(targets, chosen, report))

@@ -18,6 +18,7 @@ import click
 from click.shell_completion import shell_complete
 
 import frodctl
+from frodctl.cli.options import as_flags
 from frodctl.cli.output import NO_CONTROL
 from frodctl.errors import FrodctlError, OutOfResources
 
@@ -80,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return 130
+        return _interrupted(arguments, 130)
     except _Terminated:
-        return 143
+        return _interrupted(arguments, 143)
     except BaseException as error:
         if _closed_pipe(error):
             return 0
@@ -100,8 +101,21 @@ def _run(arguments: list[str]) -> int:
     if completion:
         return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
     with cli.make_context("frodctl", arguments) as context:
-        code = cli.invoke(context)
+        try:
+            code = cli.invoke(context)
+        except FrodctlError as error:
+            command = cli.get_command(context, context.invoked_subcommand or "")
+            error.args = (as_flags(str(error), command),)
+            raise
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(arguments: list[str], code: int) -> int:
+    """Say that the work was interrupted, and what becomes of it."""
+    resumes = arguments[:1] in (["decompose"], ["merge"]) and not {"--no-resume", "--dry-run"} & set(arguments)
+    with suppress(OSError):
+        click.echo(f"Interrupted{'; the same command resumes' if resumes else ''}.", err=True)
+    return code
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -126,9 +140,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return "out of memory; choose fewer target modules", OutOfResources.exit_code
     if isinstance(error, OSError) and error.errno is not None:
-        where = f"{error.filename}: " if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "; nothing was left under the final name, and a rerun resumes"
-            return f"{where}{error.strerror or error}{hint}", OutOfResources.exit_code
-        return f"{where}{error.strerror or error}", FrodctlError.exit_code
+        # what the jobs write has a name: without one it was stdout
+        message = f"{error.filename or 'stdout'}: {error.strerror or error}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return message, OutOfResources.exit_code if full else FrodctlError.exit_code
     return f"unexpected {type(error).__name__}: {error} (--debug shows where)", FrodctlError.exit_code

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from frodctl.cli.options import ScaledAdapter, Size, device_option, output_options, run_options, source_options
+from frodctl.cli.options import device_option, output_options, run_options, source_options
 from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import merge as job
@@ -31,7 +31,7 @@ _COLUMNS = (
 @click.command("merge")
 @click.argument("base")
 @click.argument("adapter")
-@click.argument("out")
+@click.argument("output", metavar="OUT")
 @click.option("--basis", metavar="FILE", help="Shared-basis file, for an adapter that does not hold V.")
 @click.option("--trust-basis", is_flag=True, help="Take it although the adapter does not say that it is the one.")
 @click.option("--recompute-projection", is_flag=True, help="Run PEFT's routine for the V of an adapter without one.")
@@ -42,10 +42,8 @@ _COLUMNS = (
     show_default=True,
     help="W + ΔW, or U (diag(λ') + S) Vᵀ as PEFT trains it. auto: as it was trained.",
 )
-@click.option("--scale", type=float, default=1.0, show_default=True, metavar="S", help="W + S (W' − W).")
-@click.option(
-    "--also", type=ScaledAdapter(), multiple=True, metavar="ADAPTER[:S]", help="A further adapter; may be repeated."
-)
+@click.option("--scale", default="1", show_default=True, metavar="S", help="W + S (W' − W).")
+@click.option("--also", multiple=True, metavar="ADAPTER[:S]", help="A further adapter; may be repeated.")
 @click.option("--adapter-name", metavar="NAME", help="Which of several adapters in the folder.")
 @click.option(
     "--dtype",
@@ -54,7 +52,7 @@ _COLUMNS = (
     show_default=True,
     help="Of the result; auto keeps each tensor's.",
 )
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Tensors in one file.")
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Tensors in one file.")
 @device_option
 @source_options
 @run_options
@@ -63,7 +61,7 @@ _COLUMNS = (
 def command(
     base: str,
     adapter: str,
-    out: str,
+    output: str,
     dry_run: bool,
     format_: str | None,
     json_: bool,
@@ -82,15 +80,16 @@ def command(
     BASE and ADAPTER are local folders or files, or Hub ids (name, org/name, org/name@revision). BASE - is the model
     that the adapter names. --revision and --subfolder are BASE's.
     """
-    output = Output(format_, json_)
+    out = Output(format_, json_)
     with Reporter(quiet) as report:
-        plan = job.plan_merge(base, adapter, out, dry_run=dry_run, progress=report, **options)
+        chosen = job.MergeOptions.of(**options)
+        plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report)
         for warning in plan.warnings:
             report.note(f"Warning: {warning}.")
         if dry_run:
             _describe(plan, report)
             document = plan.as_dict() | {"dry_run": True}
-            output.emit(document, document["categories"], _COLUMNS)
+            out.emit(document, document["categories"], _COLUMNS)
             return
         result = job.run_merge(plan, report)
     document = result.as_dict()
@@ -99,7 +98,7 @@ def command(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)} in {files} {'file' if files == 1 else 'files'}): "
         f"{_summary(document)}, in {result.seconds:.1f} s on {result.device}"
     )
-    output.emit(document, document["categories"], _COLUMNS)
+    out.emit(document, document["categories"], _COLUMNS)
 
 
 def _describe(plan: job.MergePlan, report: Reporter) -> None:

@@ -1,10 +1,9 @@
-"""Options that commands share, declared once, and the types of their values."""
+"""Options that commands share, declared once, and parameters by the names that a command gives them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -59,50 +58,23 @@ output_options = _together(
 """What goes to stdout and stderr."""
 
 
-class ScaledAdapter(click.ParamType[tuple[str, float]]):
-    """An adapter and how much of it: ``ADAPTER`` or ``ADAPTER:SCALE``."""
+def as_flags(text: str, command: click.Command | None) -> str:
+    """A message of the library, which names parameters in backticks, with the command's own names for them.
 
-    name = "adapter"
+    >>> as_flags("exists; `force=True` replaces it", None)
+    'exists; --force replaces it'
+    """
+    owner = command or click.Command(None)
+    known = {str(param.name): param for param in owner.params}
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        if isinstance(value, tuple):
-            return value
-        if Path(value).exists():
-            return value, 1.0
-        adapter, colon, scale = str(value).rpartition(":")
-        try:
-            return (adapter, float(scale)) if colon and adapter else (str(value), 1.0)
-        except ValueError:
-            return str(value), 1.0
+    def shown(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        param = known.get(name)
+        if isinstance(param, click.Argument):
+            return param.make_metavar(click.Context(owner))
+        flag = max(param.opts, key=len) if param is not None else "--" + name.replace("_", "-")
+        if value == "False":  # of a pair such as --resume/--no-resume
+            return flag.replace("--", "--no-", 1)
+        return flag if value in (None, "True") else f"{flag} {value}"
 
-
-class Share(click.ParamType[float]):
-    """A share of a whole: ``1.72%`` or ``0.0172``."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        text = str(value).strip()
-        try:
-            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            self.fail(f"{text!r}: expected a share such as 1.72% or 0.0172", param, ctx)
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes: ``500000``, ``128MB``, ``2GiB``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", str(value).upper())
-        if not match:
-            self.fail(f"{value!r}: expected a size such as 500000, 128MB or 2GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2] or ""])
+    return re.sub(r"`(?P<name>[a-z]+(_[a-z]+)*)(=(?P<value>[^`\n]*))?`", shown, text)

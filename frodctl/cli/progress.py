@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from frodctl.cli.options import as_flags
 from frodctl.jobs.progress import Progress
 
 
@@ -41,6 +42,8 @@ class Reporter:
         """A line on stderr, unless quiet."""
         if self.quiet:
             return
+        context = click.get_current_context(silent=True)
+        text = as_flags(text, context.command if context else None)
         try:
             if self.bar is not None:
                 self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)

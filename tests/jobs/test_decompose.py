@@ -18,12 +18,17 @@ from safetensors.torch import load_file
 import frodctl
 from frodctl.checkpoint import codec
 from frodctl.errors import InvalidInput, UsageError
-from frodctl.jobs.decompose import plan_decompose
+from frodctl.jobs.decompose import DecomposeOptions, DecomposePlan, plan_decompose
 from frodctl.jobs.progress import Progress
 from tests.conftest import LLAMA_CONFIG, PEAK_MEMORY, llama_layers, save_checkpoint
 from tests.method import reference
 
 ALPHA = 1e-3
+
+
+def planned(model: str, output: Path, *, dry_run: bool = False, **options: Any) -> DecomposePlan:
+    """The plan of a run."""
+    return plan_decompose(model, output, DecomposeOptions.of(**options), dry_run=dry_run)
 
 
 def weights_of(folder: Path, basis: frodctl.BasisFile) -> dict[str, list[tuple[str, torch.Tensor]]]:
@@ -210,11 +215,11 @@ def test_collisions_are_said_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_budget_is_kept(share: float, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
-    plan = plan_decompose(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=share)
+    plan = planned(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=share)
     total = plan.checkpoint.parameters()
     assert share * total - 4 * 3 <= plan.trainable_parameters <= share * total
     with pytest.raises(UsageError, match="scales alone take"):
-        plan_decompose(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=1e-4)
+        planned(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=1e-4)
 
 
 class TestAllocate:
@@ -247,13 +252,13 @@ class TestAllocate:
         assert all(torch.equal(first[name], second[name]) for name in second)
 
     def test_the_plan_knows_the_total_alone(self, folder: Path, tmp_path: Path) -> None:
-        plan = plan_decompose(str(folder), tmp_path / "b.st", allocate="spectrum", **self.OPTIONS)
+        plan = planned(str(folder), tmp_path / "b.st", allocate="spectrum", **self.OPTIONS)
         assert plan.trainable_parameters == int(self.OPTIONS["budget"] * plan.checkpoint.parameters())
         assert {category.row()["nnz"] for category in plan.categories} == {None}
 
     def test_it_needs_a_budget(self, folder: Path, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="needs a budget"):
-            plan_decompose(str(folder), tmp_path / "b.st", allocate="spectrum")
+        with pytest.raises(UsageError, match="needs a `budget`"):
+            planned(str(folder), tmp_path / "b.st", allocate="spectrum")
 
     def test_resumed(self, folder: Path, tmp_path: Path) -> None:
         """What a run with another allocation finished serves; only the sparsities differ."""
@@ -271,7 +276,7 @@ class TestAllocate:
 
 
 def test_plan_tells_the_size_of_the_output(example: Path, tmp_path: Path) -> None:
-    plan = plan_decompose(str(example), tmp_path / "b.st", target_modules="all-linear", dry_run=True)
+    plan = planned(str(example), tmp_path / "b.st", target_modules="all-linear", dry_run=True)
     result = frodctl.decompose(str(example), tmp_path / "b.st", target_modules="all-linear")
     assert plan.output_bytes == result.output_bytes == result.output.stat().st_size
 
@@ -340,7 +345,7 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
 
 def test_the_plan_bounds_the_peak(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "m", {f"layers.{i}.up.weight": torch.randn(512, 1024) for i in range(4)})
-    plan = plan_decompose(str(folder), tmp_path / "b.st", target_modules="all-linear", cache_size=16_000_000)
+    plan = planned(str(folder), tmp_path / "b.st", target_modules="all-linear", cache_size=16_000_000)
     command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "b.st")]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 0.6 * plan.peak_memory_bytes <= peak <= 1.1 * plan.peak_memory_bytes

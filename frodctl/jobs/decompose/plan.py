@@ -8,62 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import frodctl
+from frodctl import values
 from frodctl.checkpoint import codec, names, sink, targets
 from frodctl.checkpoint.quantized import refuse_quantized
-from frodctl.checkpoint.source import Checkpoint, Location, open_checkpoint
+from frodctl.checkpoint.source import Checkpoint, open_checkpoint
 from frodctl.errors import UsageError
 from frodctl.formats import basis_file
+from frodctl.jobs.decompose.options import MEGABYTE, V_DTYPES, DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device
 from frodctl.method import budget, cost
+from frodctl.values import PathLike
 
 SCHEMA_VERSION = 1
-MEGABYTE = 1_000_000
-#: How a stored V may be rounded: torch's name of the dtype, and the safetensors format's.
-V_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_PRECISIONS = ("auto", "float32", "float64")
-ALLOCATIONS = ("uniform", "spectrum")
 #: Resident memory of the process before any tensor: the interpreter and torch.
 _PROCESS_BYTES = 320 * MEGABYTE
-
-
-@dataclass(frozen=True)
-class DecomposeOptions:
-    """What may be chosen about a decomposition; the command line has a flag for each."""
-
-    target_modules: str = "default"  #: default, all-linear, names separated by commas, or a regex
-    exclude_modules: str | None = None  #: names or a regex
-    layers: str | None = None  #: block numbers, such as "0-11"
-    sparsity: float = 0.01  #: share of the n² positions of each layer that is trained
-    budget: float | None = None  #: instead of sparsity: share of the checkpoint's parameters to train
-    allocate: str = "uniform"  #: how a budget is spread: one sparsity, or by the RMS singular value of each category
-    alpha: float = 1e-3  #: regularisation of the joint decomposition
-    seed: int = 0  #: of the sparse pattern
-    device: str = "auto"
-    precision: str = "auto"  #: of the products with weights: auto, float32 or float64
-    dtype: str = "float32"  #: of the stored V: float32, bfloat16 or float16
-    cache_size: int = 128 * MEGABYTE  #: bytes for Gram matrices kept between passes
-    revision: str | None = None
-    subfolder: str = ""
-    token: str | None = field(default=None, repr=False)
-    cache_dir: str | None = None
-    offline: bool = False
-    force: bool = False  #: replace an existing output
-    resume: bool = True  #: take up what a killed run of the same job had finished
-
-    def __post_init__(self) -> None:
-        def require(holds: bool, text: str) -> None:
-            if not holds:
-                raise UsageError(text)
-
-        require(0 <= self.sparsity <= 1, f"sparsity {self.sparsity}: must lie between 0 and 1")
-        require(self.budget is None or 0 < self.budget <= 1, f"budget {self.budget}: must lie between 0 and 100%")
-        require(self.allocate in ALLOCATIONS, f"allocate {self.allocate}: one of {', '.join(ALLOCATIONS)}")
-        require(self.allocate == "uniform" or self.budget is not None, f"allocate {self.allocate}: needs a budget")
-        require(0 < self.alpha < float("inf"), f"alpha {self.alpha}: must be positive")
-        require(self.precision in _PRECISIONS, f"precision {self.precision}: one of {', '.join(_PRECISIONS)}")
-        require(self.dtype in V_DTYPES, f"dtype {self.dtype}: one of {', '.join(V_DTYPES)}")
-        require(self.cache_size >= 0, f"cache size {self.cache_size}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -211,20 +170,19 @@ class DecomposePlan:
 
 
 def plan_decompose(
-    model: str,
-    output: str | Path | None = None,
+    model: PathLike,
+    output: PathLike | None,
+    chosen: DecomposeOptions,
     *,
     progress: Callback = silent,
     dry_run: bool = False,
-    **options: Any,
 ) -> DecomposePlan:
     """Settle what `decompose` would do. Parameters and errors are those of `decompose`.
 
     With ``dry_run`` no weights are downloaded, and the output may exist.
     """
-    chosen = DecomposeOptions(**options)
-    location = Location(model, chosen.revision, chosen.subfolder, chosen.token, chosen.cache_dir, chosen.offline)
-    path = Path(output) if output is not None else Path(f"{location.short_name()}.frod.safetensors")
+    location = chosen.location(values.model(model, "model"))
+    path = values.path(output, "output") if output is not None else Path(f"{location.short_name()}.frod.safetensors")
     if not dry_run:
         sink.check_output_file(path, force=chosen.force)
         choose_device(chosen.device)  # before a download, not after it

@@ -18,7 +18,8 @@ from frodctl.checkpoint.source import Checkpoint
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats import basis_file
-from frodctl.jobs.decompose.plan import V_DTYPES, CategoryPlan, DecomposePlan, plan_decompose
+from frodctl.jobs.decompose.options import V_DTYPES
+from frodctl.jobs.decompose.plan import CategoryPlan, DecomposePlan
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
@@ -73,45 +74,6 @@ class DecomposeResult:
             "seconds": self.seconds,
             "categories": [category.row() for category in self.categories],
         }
-
-
-def decompose(
-    model: str | Path, output: str | Path | None = None, *, progress: Callback = silent, **options: Any
-) -> DecomposeResult:
-    """Compute the joint decomposition of a checkpoint and write it to a shared-basis file.
-
-    Parameters
-    ----------
-    model : str or path
-        A local folder or file, or a Hub id (``name``, ``org/name``, ``org/name@revision``).
-    output : path, optional
-        The shared-basis file; by default ``./<model name>.frod.safetensors``.
-    progress : callable, optional
-        Called with a `frodctl.jobs.progress.Progress` as the work goes on.
-    **options
-        The fields of `DecomposeOptions`.
-
-    Returns
-    -------
-    DecomposeResult
-
-    Raises
-    ------
-    UsageError
-        The output exists, or no module matches.
-    InvalidInput
-        The checkpoint is damaged, quantized, or holds NaN or Inf.
-    OutOfResources
-        Disk or memory will not do.
-    FrodctlError
-        The model cannot be found or fetched.
-
-    Examples
-    --------
-    >>> import frodctl
-    >>> result = frodctl.decompose("examples/tiny-llama", "basis.safetensors", target_modules="all-linear")
-    """
-    return run_decompose(plan_decompose(str(model), output, progress=progress, **options), progress)
 
 
 def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> DecomposeResult:

@@ -1,6 +1,8 @@
 """``frodctl.inspect``: what is in a checkpoint, a basis or an adapter, and how two checkpoints differ."""
 
-from frodctl.jobs.inspect.report import SCHEMA_VERSION, InspectOptions, Report, Row
-from frodctl.jobs.inspect.run import InspectResult, inspect, reports
+from frodctl.jobs.inspect.api import inspect
+from frodctl.jobs.inspect.options import InspectOptions
+from frodctl.jobs.inspect.report import SCHEMA_VERSION, Report, Row
+from frodctl.jobs.inspect.run import InspectResult, reports
 
 __all__ = ["SCHEMA_VERSION", "InspectOptions", "InspectResult", "Report", "Row", "inspect", "reports"]

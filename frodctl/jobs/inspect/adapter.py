@@ -14,8 +14,10 @@ from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile, open_basis
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
-from frodctl.jobs.inspect.report import InspectOptions, Report, Row
-from frodctl.jobs.merge.plan import Match, MergeOptions, Weight, match
+from frodctl.jobs.inspect.options import InspectOptions
+from frodctl.jobs.inspect.report import Report, Row
+from frodctl.jobs.merge.options import MergeOptions
+from frodctl.jobs.merge.plan import Match, Weight, match
 from frodctl.jobs.merge.updates import WeightUpdates
 from frodctl.jobs.progress import Callback
 from frodctl.jobs.resources import choose_device

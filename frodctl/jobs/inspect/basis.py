@@ -14,7 +14,8 @@ from frodctl.errors import InvalidInput
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
-from frodctl.jobs.inspect.report import InspectOptions, Report, Row
+from frodctl.jobs.inspect.options import InspectOptions
+from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 

@@ -1,67 +1,14 @@
-"""What an inspection is asked for, and what it gives back."""
+"""What an inspection gives back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from frodctl.checkpoint.source import Location
 from frodctl.errors import UsageError
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """What may be chosen about an inspection; the command line has a flag for each."""
-
-    spectrum: bool = False  #: exact figures of every matrix
-    estimate: bool = False  #: the same by randomised methods, with error bars
-    against: str | None = None  #: another checkpoint, to compare with tensor by tensor
-    base: str | None = None  #: the checkpoint that a basis or an adapter belongs to
-    basis: str | Path | None = None  #: shared-basis file of an adapter without V
-    trust_basis: bool = False
-    adapter_name: str | None = None  #: which of several adapters in a folder
-    include: tuple[str, ...] = ()  #: globs; a tensor's name must match one
-    exclude: tuple[str, ...] = ()  #: globs; it must match none
-    sort: str | None = None  #: a row's key: largest first; after a minus sign smallest first
-    top: int | None = None  #: so many rows
-    seed: int = 0  #: of the randomised methods
-    device: str = "auto"
-    revision: str | None = None
-    subfolder: str = ""
-    token: str | None = field(default=None, repr=False)
-    cache_dir: str | None = None
-    offline: bool = False
-
-    def __post_init__(self) -> None:
-        if self.spectrum and self.estimate:
-            raise UsageError("--spectrum and --estimate exclude each other")
-        if self.against is not None and self.estimate:
-            raise UsageError("--against takes --spectrum, not --estimate")
-        if self.top is not None and self.top < 1:
-            raise UsageError(f"--top {self.top}: must be positive")
-
-    @property
-    def headers_only(self) -> bool:
-        """Whether no tensor's bytes are needed."""
-        return not (self.spectrum or self.estimate or self.against or self.base)
-
-    def location(self, model: str) -> Location:
-        """A target as these options reach it."""
-        return Location(model, self.revision, self.subfolder, self.token, self.cache_dir, self.offline)
-
-    def location_of_other(self, model: str) -> Location:
-        """What a target is held against: its revision can only be in its name."""
-        return Location(model, token=self.token, cache_dir=self.cache_dir, offline=self.offline)
-
-    def selects(self, name: str) -> bool:
-        """Whether a tensor of this name is wanted."""
-        included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
-        return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
 @dataclass(frozen=True)

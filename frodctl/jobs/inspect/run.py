@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from frodctl.checkpoint import names
@@ -13,7 +12,8 @@ from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.source import Checkpoint, TensorInfo
 from frodctl.errors import UsageError
 from frodctl.jobs.inspect import headers
-from frodctl.jobs.inspect.report import SCHEMA_VERSION, InspectOptions, Report, Row, arranged
+from frodctl.jobs.inspect.options import InspectOptions
+from frodctl.jobs.inspect.report import SCHEMA_VERSION, Report, Row, arranged
 from frodctl.jobs.inspect.target import Target, open_target
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device
@@ -46,41 +46,10 @@ class InspectResult:
         }
 
 
-def inspect(*targets: str | Path, progress: Callback = silent, **options: Any) -> InspectResult:
-    """Find out what the targets are and report on their tensors.
-
-    Parameters
-    ----------
-    *targets : str or path
-        Checkpoints, shared-basis files or adapters: local folders or files, or Hub ids.
-    progress : callable, optional
-        Called with a `frodctl.jobs.progress.Progress` as the work goes on.
-    **options
-        The fields of `InspectOptions`.
-
-    Returns
-    -------
-    InspectResult
-        For each target its kind, a row for every tensor and a summary.
-
-    Raises
-    ------
-    UsageError
-        Options that do not go together, or a sort key that no row has.
-    InvalidInput
-        A target is damaged, or a matrix holds NaN or Inf.
-    FrodctlError
-        A target cannot be found or fetched.
-
-    Examples
-    --------
-    >>> import frodctl
-    >>> result = frodctl.inspect("examples/tiny-llama")
-    >>> result.targets[0].kind
-    'checkpoint'
-    """
+def run_inspect(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> InspectResult:
+    """Inspect all the targets and keep every row. Errors are those of `inspect`."""
     finished = []
-    for report in reports([str(target) for target in targets], InspectOptions(**options), progress):
+    for report in reports(targets, options, progress):
         rows = tuple(report.rows)
         finished.append(TargetResult(report.target, report.kind, rows, report.summary()))
     return InspectResult(tuple(finished))

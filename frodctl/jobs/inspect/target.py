@@ -9,7 +9,7 @@ from frodctl.checkpoint import codec
 from frodctl.checkpoint.source import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, Location, open_checkpoint
 from frodctl.formats.adapter import Adapter, open_adapter
 from frodctl.formats.basis_file import BasisFile, open_basis
-from frodctl.jobs.inspect.report import InspectOptions
+from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.progress import Callback, Progress
 
 

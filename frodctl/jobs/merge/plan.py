@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from frodctl import values
 from frodctl.checkpoint import codec, names, shards, sink, ties
 from frodctl.checkpoint.companions import MODULES_FILE, companions, files_below, module_folders
 from frodctl.checkpoint.quantized import refuse_quantized
@@ -17,55 +18,15 @@ from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
 from frodctl.formats.basis_file import BasisFile, open_basis
 from frodctl.jobs.merge import config as model_config
+from frodctl.jobs.merge.options import DTYPES, MergeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device
 from frodctl.method import cost
+from frodctl.values import PathLike
 
 SCHEMA_VERSION = 1
 MEGABYTE = 1_000_000
-FORMS = ("auto", "delta", "reconstruct")
-#: Dtypes to convert to: torch's name, and the safetensors format's.
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _PROCESS_BYTES = 320 * MEGABYTE
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """What may be chosen about a merge; the command line has a flag for each."""
-
-    basis: str | Path | None = None  #: shared-basis file, for an adapter without V
-    trust_basis: bool = False  #: take V from it although the adapter does not say that it is the one
-    recompute_projection: bool = False  #: run PEFT's routine for the V of an adapter without one
-    form: str = "auto"  #: auto, delta or reconstruct
-    scale: float = 1.0  #: s of W + s (W' − W)
-    also: Sequence[tuple[str, float]] = ()  #: further adapters, each with its scale
-    adapter_name: str | None = None  #: which of several adapters in the folder
-    dtype: str = "auto"  #: of the result; auto keeps each tensor's
-    max_shard_size: int = 5_000 * MEGABYTE  #: bytes of tensors in one file
-    device: str = "auto"
-    revision: str | None = None
-    subfolder: str = ""
-    token: str | None = field(default=None, repr=False)
-    cache_dir: str | None = None
-    offline: bool = False
-    force: bool = False  #: replace an existing output
-    resume: bool = True  #: take up what a killed run of the same job had finished
-    verify: bool = True  #: read the result again before it gets its name
-
-    def __post_init__(self) -> None:
-        def require(holds: bool, text: str) -> None:
-            if not holds:
-                raise UsageError(text)
-
-        require(self.form in FORMS, f"form {self.form}: one of {', '.join(FORMS)}")
-        require(self.dtype in ("auto", *DTYPES), f"dtype {self.dtype}: one of auto, {', '.join(DTYPES)}")
-        require(self.max_shard_size > 0, f"max shard size {self.max_shard_size}: must be positive")
-        for scale in (self.scale, *(scale for _, scale in self.also)):
-            require(abs(scale) < float("inf"), f"scale {scale}: must be finite")
-
-    def location(self, model: str, **more: Any) -> Location:
-        """A model as these options reach it."""
-        return Location(model, token=self.token, cache_dir=self.cache_dir, offline=self.offline, **more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,20 +168,20 @@ def flops(weight: Weight) -> float:
 
 
 def plan_merge(
-    base: str,
-    adapter: str,
-    output: str | Path,
+    base: PathLike,
+    adapter: PathLike,
+    output: PathLike,
+    chosen: MergeOptions,
     *,
     progress: Callback = silent,
     dry_run: bool = False,
-    **options: Any,
 ) -> MergePlan:
     """Settle what `merge` would do. Parameters and errors are those of `merge`.
 
     With ``dry_run`` no weights are downloaded, and the output may exist.
     """
-    chosen = MergeOptions(**options)
-    output = Path(output)
+    base, adapter = values.model(base, "base"), values.model(adapter, "adapter")
+    output = values.path(output, "output")
     output = output if output.name not in ("", "..") else output.resolve()
     if not dry_run:
         _check_output(output, base, adapter, chosen)

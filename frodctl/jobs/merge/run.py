@@ -15,7 +15,7 @@ import frodctl
 from frodctl.checkpoint import shards, sink
 from frodctl.errors import InvalidInput
 from frodctl.jobs.merge.card import model_card
-from frodctl.jobs.merge.plan import MergePlan, Part, Source, plan_merge
+from frodctl.jobs.merge.plan import MergePlan, Part, Source
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
@@ -49,47 +49,6 @@ class MergeResult:
             "device": self.device,
             "seconds": self.seconds,
         }
-
-
-def merge(
-    base: str | Path, adapter: str | Path, output: str | Path, *, progress: Callback = silent, **options: Any
-) -> MergeResult:
-    """Fold a trained adapter into its base and write an ordinary dense checkpoint.
-
-    Parameters
-    ----------
-    base : str or path
-        The checkpoint that was fine-tuned: a local folder or file, or a Hub id; ``-`` for the one the adapter names.
-    adapter : str or path
-        The adapter: a local folder or weights file, or a Hub id.
-    output : path
-        The folder to make.
-    progress : callable, optional
-        Called with a `frodctl.jobs.progress.Progress` as the work goes on.
-    **options
-        The fields of `MergeOptions`.
-
-    Returns
-    -------
-    MergeResult
-
-    Raises
-    ------
-    UsageError
-        The output exists, or is, contains or lies in what is read.
-    InvalidInput
-        Base, adapter and basis do not belong together, one of them is damaged, or the result is not finite.
-    OutOfResources
-        Disk or memory will not do.
-    FrodctlError
-        Something cannot be found or fetched.
-
-    Examples
-    --------
-    >>> import frodctl
-    >>> result = frodctl.merge("my-base", "my-adapter", "merged")  # doctest: +SKIP
-    """
-    return run_merge(plan_merge(str(base), str(adapter), output, progress=progress, **options), progress)
 
 
 def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:

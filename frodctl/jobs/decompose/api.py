@@ -1,0 +1,188 @@
+"""``frodctl.decompose``, as Python calls it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+from frodctl import values
+from frodctl.jobs.decompose.options import DecomposeOptions
+from frodctl.jobs.decompose.plan import DecomposePlan, plan_decompose
+from frodctl.jobs.decompose.run import DecomposeResult, run_decompose
+from frodctl.jobs.progress import Callback, silent
+from frodctl.values import Blocks, Names, Number, PathLike
+
+if TYPE_CHECKING:
+    import torch
+
+
+@overload
+def decompose(
+    model: PathLike,
+    output: PathLike | None = ...,
+    *,
+    dry_run: Literal[False] = ...,
+    progress: Callback = ...,
+    target_modules: Names = ...,
+    exclude_modules: Names | None = ...,
+    layers: Blocks | None = ...,
+    sparsity: Number | None = ...,
+    budget: Number | None = ...,
+    allocate: str = ...,
+    alpha: Number = ...,
+    seed: int | str = ...,
+    device: str | torch.device = ...,
+    precision: str = ...,
+    dtype: str = ...,
+    cache_size: int | str = ...,
+    revision: str | None = ...,
+    subfolder: str = ...,
+    token: str | None = ...,
+    cache_dir: PathLike | None = ...,
+    offline: bool = ...,
+    force: bool = ...,
+    resume: bool = ...,
+) -> DecomposeResult: ...
+@overload
+def decompose(
+    model: PathLike,
+    output: PathLike | None = ...,
+    *,
+    dry_run: Literal[True],
+    progress: Callback = ...,
+    target_modules: Names = ...,
+    exclude_modules: Names | None = ...,
+    layers: Blocks | None = ...,
+    sparsity: Number | None = ...,
+    budget: Number | None = ...,
+    allocate: str = ...,
+    alpha: Number = ...,
+    seed: int | str = ...,
+    device: str | torch.device = ...,
+    precision: str = ...,
+    dtype: str = ...,
+    cache_size: int | str = ...,
+    revision: str | None = ...,
+    subfolder: str = ...,
+    token: str | None = ...,
+    cache_dir: PathLike | None = ...,
+    offline: bool = ...,
+    force: bool = ...,
+    resume: bool = ...,
+) -> DecomposePlan: ...
+def decompose(
+    model: PathLike,
+    output: PathLike | None = None,
+    *,
+    dry_run: bool = False,
+    progress: Callback = silent,
+    target_modules: Names = "default",
+    exclude_modules: Names | None = None,
+    layers: Blocks | None = None,
+    sparsity: Number | None = None,
+    budget: Number | None = None,
+    allocate: str = "uniform",
+    alpha: Number = 1e-3,
+    seed: int | str = 0,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    dtype: str = "float32",
+    cache_size: int | str = "128MB",
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | None = None,
+    cache_dir: PathLike | None = None,
+    offline: bool = False,
+    force: bool = False,
+    resume: bool = True,
+) -> DecomposeResult | DecomposePlan:
+    """Compute the joint decomposition of a checkpoint and write it to a shared-basis file.
+
+    Values are taken in the forms that the command line takes, too: ``budget="2%"``, ``cache_size="128MB"``.
+
+    Parameters
+    ----------
+    model : str or path
+        A local folder or file, or a Hub id (``name``, ``org/name``, ``org/name@revision``).
+    output : path, optional
+        The shared-basis file; by default ``./<model name>.frod.safetensors``.
+    dry_run : bool
+        Return the plan, made from headers alone: nothing is downloaded but headers, nothing is written.
+    progress : callable, optional
+        Called with a `frodctl.jobs.progress.Progress` as the work goes on.
+    target_modules : str or list of str
+        ``default`` (PEFT's for the model type), ``all-linear``, names, or a regular expression for the whole path.
+    exclude_modules : str or list of str, optional
+        Names or a regular expression of modules to leave out.
+    layers : str, int, range or list of int, optional
+        Blocks to take: ``"0-11"``, ``"0,2,8-11"``, ``range(12)``.
+    sparsity : float or str, optional
+        Share of the n² positions of each layer that is trained; 0.01 unless there is a budget.
+    budget : float or str, optional
+        Share of the checkpoint's parameters to train, which sets the sparsity.
+    allocate : {"uniform", "spectrum"}
+        How a budget is spread: one sparsity, or in proportion to the RMS singular value of each category.
+    alpha : float
+        Regularisation of the joint decomposition, above 0.
+    seed : int
+        Of the sparse pattern, as torch takes it.
+    device : str or torch.device
+        "auto", "cpu", "cuda", "cuda:1".
+    precision : {"auto", "float32", "float64"}
+        Of the products with weights.
+    dtype : {"float32", "bfloat16", "float16"}
+        Of the stored V.
+    cache_size : int or str
+        Bytes for Gram matrices kept between passes.
+    revision, subfolder, token, cache_dir, offline
+        How the model is reached, as in huggingface_hub.
+    force : bool
+        Replace an output that exists.
+    resume : bool
+        Take up what a killed run of the same job had finished.
+
+    Returns
+    -------
+    DecomposeResult
+        With ``output``, the file; a `DecomposePlan` with ``dry_run``.
+
+    Raises
+    ------
+    UsageError
+        A parameter makes no sense, the output exists, or no module matches.
+    InvalidInput
+        The checkpoint is damaged, quantized, or holds NaN or Inf.
+    OutOfResources
+        Disk or memory will not do.
+    FrodctlError
+        The model cannot be found or fetched.
+
+    Examples
+    --------
+    >>> import frodctl
+    >>> plan = frodctl.decompose("examples/tiny-llama", target_modules="all-linear", budget="3%", dry_run=True)
+    >>> plan.output.name, len(plan.categories)
+    ('tiny-llama.frod.safetensors', 7)
+    """
+    options = DecomposeOptions.of(
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        layers=layers,
+        sparsity=sparsity,
+        budget=budget,
+        allocate=allocate,
+        alpha=alpha,
+        seed=seed,
+        device=device,
+        precision=precision,
+        dtype=dtype,
+        cache_size=cache_size,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        offline=offline,
+        force=force,
+        resume=resume,
+    )
+    plan = plan_decompose(model, output, options, dry_run=values.flag(dry_run, "dry_run"), progress=progress)
+    return plan if dry_run else run_decompose(plan, progress)

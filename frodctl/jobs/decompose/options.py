@@ -1,0 +1,58 @@
+"""What may be chosen about a decomposition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from frodctl import values
+from frodctl.checkpoint.source import Location
+from frodctl.errors import UsageError
+from frodctl.values import option, optional
+
+MEGABYTE = 1_000_000
+#: How a stored V may be rounded: torch's name of the dtype, and the safetensors format's.
+V_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+PRECISIONS = ("auto", "float32", "float64")
+ALLOCATIONS = ("uniform", "spectrum")
+_SPARSITY = 0.01
+
+
+@dataclass(frozen=True)
+class DecomposeOptions(values.Options):
+    """The parameters of `frodctl.decompose`, each in its one form; the command line has a flag for each."""
+
+    target_modules: str = option("default", values.modules)  #: default, all-linear, names with commas, or a regex
+    exclude_modules: str | None = option(None, optional(values.modules))  #: names or a regex
+    layers: str | None = option(None, optional(values.blocks))  #: block numbers, such as "0-11"
+    #: share of the n² positions of each layer that is trained; None where a budget is given
+    sparsity: float | None = option(None, optional(values.between(values.share, 0, 1)))
+    #: instead of sparsity: share of the checkpoint's parameters to train
+    budget: float | None = option(None, optional(values.between(values.share, above=0, at_most=1)))
+    #: how a budget is spread: one sparsity, or by the RMS singular value of each category
+    allocate: str = option("uniform", values.choice(*ALLOCATIONS))
+    alpha: float = option(1e-3, values.between(values.number, above=0))  #: regularisation of the joint decomposition
+    seed: int = option(0, values.seed)  #: of the sparse pattern
+    device: str = option("auto", values.device)
+    precision: str = option("auto", values.choice(*PRECISIONS))  #: of the products with weights
+    dtype: str = option("float32", values.choice(*V_DTYPES))  #: of the stored V
+    cache_size: int = option(128 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
+    revision: str | None = option(None, optional(values.text))
+    subfolder: str = option("", values.text_or_nothing)
+    token: str | None = option(None, optional(values.text), repr=False)
+    cache_dir: str | None = option(None, optional(values.model))
+    offline: bool = option(False, values.flag)
+    force: bool = option(False, values.flag)  #: replace an existing output
+    resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and self.sparsity is not None:
+            raise UsageError("`sparsity` and `budget` exclude each other")
+        if self.allocate != "uniform" and self.budget is None:
+            raise UsageError(f"`allocate` {self.allocate}: needs a `budget`")
+        if self.budget is None and self.sparsity is None:
+            object.__setattr__(self, "sparsity", _SPARSITY)
+
+    def location(self, model: str) -> Location:
+        """The model as these options reach it."""
+        return Location(model, self.revision, self.subfolder, self.token, self.cache_dir, self.offline)
