@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from frodctl import values
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.inputs import kind_of, read_json
 from frodctl.checkpoint.records import TensorInfo as TensorInfo
@@ -45,9 +46,7 @@ class Location:
     offline: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, (str, os.PathLike)) or not (model := os.fspath(self.model)):
-            raise UsageError(f"{self.model!r}: expected a path or a Hub id")
-        object.__setattr__(self, "model", os.fsdecode(model))
+        object.__setattr__(self, "model", values.model(self.model, "model"))
 
     def local_path(self) -> Path | None:
         """The file or folder on disk; None for a Hub id.

@@ -13,13 +13,13 @@ and in its ``__metadata__`` the key ``frodctl``: a JSON object, see `BasisMetada
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
+from frodctl import values
 from frodctl.checkpoint import codec, sink
 from frodctl.checkpoint.inputs import decode_json, kind_of
 from frodctl.errors import InvalidInput, UsageError
@@ -155,13 +155,11 @@ def open_basis(path: str | Path) -> BasisFile:
     Raises
     ------
     UsageError
-        There is nothing at the path.
+        ``path`` is none, or there is nothing.
     InvalidInput
         Not such a file, of another version, truncated, or with tensors missing or of the wrong shape.
     """
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise UsageError(f"`basis`: expected the path of a shared-basis file, not {path!r}")
-    path = Path(os.path.expanduser(path))
+    path = values.path(path, "basis")
     if kind_of(path) is None:
         raise UsageError(f"{path}: no such file (`basis`)")
     header = codec.read_header(path)
