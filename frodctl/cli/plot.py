@@ -51,6 +51,7 @@ def draw(file: str, title: str, rows: Sequence[Row], summaries: Sequence[Mapping
         There is nothing to draw.
     """
     path = Path(file)
+    title = title.encode(errors="replace").decode()  # a path need not be UTF-8, a picture's text must
     groups = _by_role(rows)
     sharing = {
         category["category"]: category["sharing"]
@@ -87,7 +88,9 @@ def _figure(groups: Mapping[str, list[Row]], sharing: Mapping[str, list[float]],
     count = len(groups) + bool(by_depth) + bool(sharing)
     columns = min(_COLUMNS, count)
     lines = -(-count // columns)
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"}):
+    plain = {"text.parse_math": False}  # names may hold dollar signs
+    lines_only = {"axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context({"font.size": 9, "svg.hashsalt": "0", **lines_only, **plain}):
         figure, axes = pyplot.subplots(
             lines, columns, figsize=(3.4 * columns, 2.7 * lines + 0.4), squeeze=False, layout="constrained"
         )

@@ -339,4 +339,4 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
 
 
 def _write_text(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    file.write(text.encode(errors="replace"))

@@ -170,3 +170,28 @@ def test_errors_are_of_our_own_kind() -> None:
     for model in ("nul\0", "org/nul\0", "./nul\0"):
         with pytest.raises(FrodctlError):
             open_checkpoint(Location(model))
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It goes into the basis file, the adapter, the card and the picture, as well as text can have it."""
+    from frodctl.cli.main import main
+    from tests.jobs.test_merge import write_adapter
+
+    base, basis, out = tmp_path / os.fsdecode(b"m\xff"), tmp_path / "b.safetensors", tmp_path / os.fsdecode(b"out\xff")
+    save_checkpoint(base, llama_layers(2), LLAMA_CONFIG)
+    assert main(["decompose", str(base), "-o", str(basis)]) == 0
+    adapter = write_adapter(tmp_path / os.fsdecode(b"a\xff"), base, basis)
+    assert main(["merge", str(base), str(adapter), str(out), "--basis", str(basis), "--dtype", "float16"]) == 0
+    assert "# out?\n\n`m?`" in (out / "README.md").read_text()
+    for file in ("p.png", "p.html"):
+        assert main(["inspect", str(base), "--spectrum", "--plot", str(tmp_path / file)]) == 0
+    assert "unexpected" not in capfd.readouterr().err
+
+
+def test_a_name_that_looks_like_mathematics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from frodctl.cli.main import main
+
+    weights = {f"layers.{i}.$\\frac{{$.weight": tensor for i, tensor in enumerate(llama_layers(1).values())}
+    save_checkpoint(tmp_path / "$x^{$", weights)
+    assert main(["inspect", str(tmp_path / "$x^{$"), "--spectrum", "--plot", str(tmp_path / "p.svg")]) == 0
+    assert "frac{$" in (tmp_path / "p.svg").read_text()
