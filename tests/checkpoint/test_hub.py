@@ -247,19 +247,19 @@ def header(text: bytes) -> bytes:
 NONSENSE = "the Hub's answer is not what it should be"
 #: What may be answered in place of a repository's listing, and what is then said.
 LISTINGS: dict[str, tuple[bytes, str]] = {
-    "no-json": (b"<html>", NONSENSE),
-    "cut-json": (b'{"id": "org/', NONSENSE),
-    "null": (b"null", NONSENSE),
-    "list": (b"[]", NONSENSE),
-    "number": (b"5", NONSENSE),
-    "empty": (b"{}", NONSENSE),
-    "no-files": (listing(None), "no weights here"),
-    "null-file": (listing([None]), NONSENSE),
-    "number-file": (listing([{"rfilename": 5}]), NONSENSE),
-    "outside-file": (listing([{"rfilename": "../../x.safetensors"}]), "files outside the repository"),
-    "no-commit": (listing(sha=None), "names no commit"),
-    "number-commit": (listing(sha=5), NONSENSE),
-    "path-commit": (listing(sha="../../.."), "names no commit"),
+    "no-json-listing": (b"<html>", NONSENSE),
+    "cut-json-listing": (b'{"id": "org/', NONSENSE),
+    "null-listing": (b"null", NONSENSE),
+    "list-listing": (b"[]", NONSENSE),
+    "number-listing": (b"5", NONSENSE),
+    "empty-listing": (b"{}", NONSENSE),
+    "no-files-listing": (listing(None), "no weights here"),
+    "null-file-listing": (listing([None]), NONSENSE),
+    "number-file-listing": (listing([{"rfilename": 5}]), NONSENSE),
+    "outside-file-listing": (listing([{"rfilename": "../../x.safetensors"}]), "files outside the repository"),
+    "no-commit-listing": (listing(sha=None), "names no commit"),
+    "number-commit-listing": (listing(sha=5), NONSENSE),
+    "path-commit-listing": (listing(sha="../../.."), "names no commit"),
 }
 #: The same in place of a shard.
 SHARDS: dict[str, int | bytes] = {
