@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from frodctl.checkpoint.codec import read_into
-from frodctl.checkpoint.source import TensorInfo
+from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import InvalidInput, OutOfResources
 
 TORCH_DTYPES = {
