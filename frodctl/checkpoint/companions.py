@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
+
+from frodctl.checkpoint.inputs import MAX_JSON_BYTES, decode_json, open_input
+from frodctl.errors import InvalidInput
 
 #: Weights in whatever format, what trainers leave behind, and adapters.
 _NOT_COPIED = re.compile(
@@ -47,9 +49,10 @@ def companions(files: Iterable[str], module_folders: Collection[str] = ()) -> li
 def module_folders(modules_json: Path) -> set[str]:
     """The sub-folders that sentence-transformers' ``modules.json`` names; none where there is no such file."""
     try:
-        entries = json.loads(modules_json.read_bytes())
+        with open_input(modules_json) as file:
+            entries = decode_json(file.read(MAX_JSON_BYTES + 1))
         paths = [PurePosixPath(str(entry["path"])) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (InvalidInput, OSError, ValueError, TypeError, KeyError, RecursionError):
         return set()
     return {path.parts[0] for path in paths if path.parts and not path.is_absolute() and ".." not in path.parts}
 

@@ -25,7 +25,8 @@ from typing import IO, Any
 
 from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header, read_json
+from frodctl.checkpoint.inputs import read_json
+from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
 CONFIG_FILE = ADAPTER_FILES[0]
@@ -349,4 +350,4 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
 
 
 def _write_text(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    file.write(text.encode(errors="replace"))

@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
+from frodctl import values
 from frodctl.checkpoint import codec, sink
+from frodctl.checkpoint.inputs import decode_json, kind_of
 from frodctl.errors import InvalidInput, UsageError
 
 VERSION = 1
@@ -78,7 +80,7 @@ class BasisMetadata:
     def from_json(cls, text: str, where: str) -> BasisMetadata:
         """Parse and check; `InvalidInput` names the file."""
         try:
-            value = json.loads(text)
+            value = decode_json(text.encode())
             version = value["version"]
             if version != VERSION:
                 raise InvalidInput(
@@ -154,10 +156,14 @@ def open_basis(path: str | Path) -> BasisFile:
 
     Raises
     ------
+    UsageError
+        ``path`` is none, or there is nothing.
     InvalidInput
         Not such a file, of another version, truncated, or with tensors missing or of the wrong shape.
     """
-    path = Path(path)
+    path = values.path(path, "basis")
+    if kind_of(path) is None:
+        raise UsageError(f"{path}: no such file (`basis`)")
     header = codec.read_header(path)
     if "frodctl" not in header.metadata:
         raise InvalidInput(f"{path}: not a shared-basis file (made by frodctl decompose)")

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ def test_what_goes_wrong_is_one_clear_line(decompose: Decompose, flags: tuple[st
     assert "no revision 'v9'" in error_of(decompose("org/plain@v9", *flags))
     assert "gated" in error_of(decompose("org/gated", *flags))
     assert "token is not valid" in error_of(decompose("org/plain", *flags, "--token", "hf_wrong"))
-    assert "not in the local cache" in error_of(decompose("org/plain", *flags, "--offline"))
+    message = error_of(decompose("org/plain", *flags, "--offline"))
+    assert "no such local file or folder, not in the local cache, and the Hub is off limits (--offline" in message
     assert "not a Hub id" in error_of(decompose("no such thing", *flags))
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
 
@@ -232,3 +234,79 @@ def test_a_local_folder_comes_before_the_hub(decompose: Decompose, hub: HubServe
     save_checkpoint(tmp_path / "org" / "plain", llama_layers(2), LLAMA_CONFIG)
     assert decompose("org/plain", "--dry-run").returncode == 0
     assert not hub.requests
+
+
+def listing(siblings: Any = (), sha: Any = "0" * 40) -> bytes:
+    return json.dumps({"id": "org/x", "sha": sha, "siblings": siblings}).encode()
+
+
+def header(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+NONSENSE = "the Hub's answer is not what it should be"
+#: What may be answered in place of a repository's listing, and what is then said.
+LISTINGS: dict[str, tuple[bytes, str]] = {
+    "no-json-listing": (b"<html>", NONSENSE),
+    "cut-json-listing": (b'{"id": "org/', NONSENSE),
+    "null-listing": (b"null", NONSENSE),
+    "list-listing": (b"[]", NONSENSE),
+    "number-listing": (b"5", NONSENSE),
+    "empty-listing": (b"{}", NONSENSE),
+    "no-files-listing": (listing(None), "no weights here"),
+    "null-file-listing": (listing([None]), NONSENSE),
+    "number-file-listing": (listing([{"rfilename": 5}]), NONSENSE),
+    "outside-file-listing": (listing([{"rfilename": "../../x.safetensors"}]), "files outside the repository"),
+    "no-commit-listing": (listing(sha=None), "names no commit"),
+    "number-commit-listing": (listing(sha=5), NONSENSE),
+    "path-commit-listing": (listing(sha="../../.."), "names no commit"),
+}
+#: The same in place of a shard.
+SHARDS: dict[str, int | bytes] = {
+    "403": 403,
+    "404": 404,
+    "500": 500,
+    "no-bytes": b"",
+    "null-header": header(b"null"),
+    "list-header": header(b"[]"),
+    "number-tensor": header(b'{"a":5}'),
+    "odd-shape": header(b'{"a":{"dtype":"F32","shape":[[]],"data_offsets":[0,0]}}'),
+}
+IN_ONE_PROCESS = """
+import sys
+from frodctl.cli.main import main
+for model in sys.argv[1:]:
+    for flags in ([], ["--dry-run"]):
+        print("code", main(["decompose", model, "-o", "out", *flags]), model, *flags, file=sys.stderr)
+"""
+
+
+def test_answers_that_are_none_are_one_clear_line(hub: HubServer, repos: Path, tmp_path: Path) -> None:
+    """Every one of them, to both ways of reading."""
+    raw = (repos / "plain" / "model.safetensors").read_bytes()
+    shards = {**SHARDS, "short": raw[:-9], "long": raw + bytes(9)}
+    models = [f"org/{name}" for name in (*LISTINGS, *shards)]
+    hub.folders.update({model: {"main": repos / "plain"} for model in models})
+    hub.broken.update({f"GET /api/models/org/{name}": body for name, (body, _) in LISTINGS.items()})
+    places = {name: f"/org/{name}/resolve/{hub.commit(f'org/{name}')}/model.safetensors" for name in shards}
+    hub.broken.update({f"GET {places[name]}": body for name, body in shards.items()})
+    hub.broken.update({f"HEAD {places[name]}": int(name) for name in ("403", "404")})
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ONE_PROCESS, *models], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=hub.env(tmp_path / "home", HF_HUB_OFFLINE="0"),
+    )  # fmt: skip
+    *runs, rest = re.split(r"^code (.*)$", done.stderr, flags=re.MULTILINE)
+    assert not rest.strip()
+    assert len(runs) == 2 * 2 * len(models)
+    for output, ended in zip(runs[::2], runs[1::2], strict=True):
+        code, model, *flags = ended.split()
+        name = model.removeprefix("org/")
+        if flags and name in ("short", "long"):  # the header is whole
+            assert code == "0"
+            continue
+        line = output.strip().splitlines()[-1]
+        assert line.startswith(f"Error: {model}"), ended
+        assert (LISTINGS[name][1] if name in LISTINGS else "model.safetensors") in line
+        assert not name.isdigit() or f"({name})" in line, line
+        assert "unexpected" not in line
+        assert code in ("1", "3")

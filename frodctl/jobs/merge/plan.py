@@ -412,7 +412,7 @@ def _check_ties(
     tasks = [source.adapter.config.get("task_type") for source in sources]
     with_head = not all(task in model_config.TASKS_WITHOUT_LM_HEAD for task in tasks)
     changed = [weight.target.tensor.name for weight in weights] + list(replaced)
-    broken = ties.ties_broken_by(checkpoint, changed, with_head=with_head)
+    broken = checkpoint.ties.broken_by(changed, with_head=with_head)
     if broken:
         raise InvalidInput(
             f"{sources[0].adapter.name}: {broken[0]} is tied to another tensor in {checkpoint.model}, and merging "

@@ -116,7 +116,7 @@ def _write_the_rest(plan: MergePlan, tree: Path, card: str) -> None:
         _write_json(tree / "config.json", plan.config)
     elif plan.checkpoint.config:
         shutil.copyfile(root / "config.json", tree / "config.json")
-    (tree / "README.md").write_text(card, encoding="utf-8")
+    (tree / "README.md").write_text(card, encoding="utf-8", errors="replace")
     manifest.write(tree, f"frodctl {frodctl.__version__}")
 
 
