@@ -20,14 +20,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header, read_json
+from frodctl.checkpoint.inputs import read_json
+from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats.basis_file import check_digest, check_version
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
@@ -141,6 +141,10 @@ class Adapter:
     def categories(self) -> dict[str, int]:
         """The categories and their n."""
         return {module.category: module.n for module in self.modules}
+
+    def files(self) -> list[Path]:
+        """Its config and its weights; none of headers alone."""
+        return [] if self.root is None else [self.root / CONFIG_FILE, self.root / self.modules[0].scales.file]
 
     @property
     def lacking(self) -> list[str]:
@@ -443,9 +447,16 @@ def write_adapter(
         Without ``digests``, which are the tensors'.
     card : str
         README.md; one that is there already is kept.
+
+    Raises
+    ------
+    UsageError
+        The folder holds an adapter that frodctl did not write, or cannot be written to.
     """
     from frodctl.checkpoint.stream import digest
 
+    if (folder / CONFIG_FILE).is_file() and "frodctl" not in read_json(folder / CONFIG_FILE):
+        raise UsageError(f"{folder}: holds an adapter that is not frodctl's; name another folder")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digests = {name: digest(t) for name, t in plain.items() if not name.startswith("base_model.frod_V.")}
     own = asdict(replace(provenance, digests=digests))
@@ -455,14 +466,7 @@ def write_adapter(
         writers["README.md"] = lambda file: _write_text(file, card)
     writers[ADAPTER_FILES[1]] = lambda file: write_tensors(file, plain)
     writers[CONFIG_FILE] = lambda file: _write_text(file, text)
-    is_new = not folder.exists()
-    try:
-        sink.replace_files(folder, writers)
-    except BaseException:
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+    sink.replace_files(folder, writers)
 
 
 def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
@@ -479,4 +483,4 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
 
 
 def _write_text(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    file.write(text.encode(errors="replace"))

@@ -121,9 +121,6 @@ def save_adapter(
         raise UsageError(f"no adapter called {name} is attached; there are: {', '.join(attachment.adapters)}")
     attached = attachment.adapters[name]
     folder = folder if name == "default" else folder / name
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path}: is a file; name a folder")
     self_contained = self_contained or bool(attached.basis.aliases)
     updates = {names.unwrapped(path): update for path, update in updates_of(model, name).items()}
     patterns = {update.basis.category: update.pattern for update in updates.values()}

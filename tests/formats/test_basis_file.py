@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import frodctl
 from frodctl.checkpoint import codec, stream
-from frodctl.errors import InvalidInput
+from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import (
     BasisMetadata,
     ModuleRecord,
@@ -259,3 +259,19 @@ def test_files_without_digests_are_read(tmp_path: Path) -> None:
     basis = open_basis(path)
     basis.verify()
     assert all(torch.equal(basis.tensor(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_path_where_nothing_is_is_wrong_usage(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", str(tmp_path / "missing"), "~/no-such-basis"):
+        with pytest.raises(UsageError, match="no such file"):
+            open_basis(path)
+    for path in ("", 5, None, b"x"):
+        with pytest.raises(UsageError, match="basis"):
+            open_basis(path)  # type: ignore[arg-type]
+
+
+def test_what_is_no_basis_file_is_invalid(tmp_path: Path) -> None:
+    (tmp_path / "garbage").write_bytes(b"garbage")
+    for path in (tmp_path, tmp_path / "garbage"):
+        with pytest.raises(InvalidInput):
+            open_basis(path)
