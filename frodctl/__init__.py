@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from frodctl.jobs.progress import Progress
     from frodctl.training import attach, load_adapter, parameter_groups, save_adapter, select_pattern
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "BasisFile",
