@@ -33,7 +33,14 @@ from frodctl.cli.main import main as frodctl
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-TERMINAL = {"COLUMNS": "100", "LINES": "40", "TERM": "dumb", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8"}
+TERMINAL = {
+    "COLUMNS": "100",
+    "LINES": "40",
+    "TERM": "dumb",
+    "NO_COLOR": "1",
+    "HF_HUB_OFFLINE": "1",
+    "LC_ALL": "C.UTF-8",
+}
 
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]+) -->\s*\Z")

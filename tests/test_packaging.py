@@ -17,8 +17,15 @@ import frodctl
 from tests.conftest import EXAMPLE
 
 ROOT = Path(__file__).parent.parent
-NOT_SOURCES = shutil.ignore_patterns(".git", ".*_cache", ".hypothesis", ".venv", "__pycache__", "build", "dist", "*.egg-info")
-BUILD = "import sys; from setuptools import build_meta as b; print(b.build_wheel(sys.argv[1])); b.build_sdist(sys.argv[1])"
+CACHES = (".*_cache", ".hypothesis", "__pycache__", "build", "dist", "*.egg-info")
+BUILD = """
+import sys
+from setuptools import build_meta
+
+folder = sys.argv[1]
+build_meta.build_wheel(folder)
+build_meta.build_sdist(folder)
+"""
 TOP = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "constraints.txt", "pyproject.toml")
 
 
@@ -26,7 +33,7 @@ TOP = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md"
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The wheel and the sdist, made by the backend itself: no network, nothing left in the working tree."""
     folder = tmp_path_factory.mktemp("build")
-    shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCES)
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(".git", ".venv", *CACHES))
     command = [sys.executable, "-c", BUILD, str(folder)]
     done = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -65,11 +72,13 @@ def test_the_sdist_holds_what_tests_need(built: tuple[Path, Path]) -> None:
 
 
 def test_the_wheel_runs(built: tuple[Path, Path], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PIP_CONFIG_FILE": os.devnull}
+
     def run(*arguments: object) -> str:
+        command = [sys.executable, *map(str, arguments)]
         done = subprocess.run(
-            [sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PIP_CONFIG_FILE": os.devnull},
-        )  # fmt: skip
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
