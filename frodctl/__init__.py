@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from frodctl.jobs.inspect import InspectOptions, InspectResult, inspect
     from frodctl.jobs.merge import MergeOptions, MergePlan, MergeResult, merge
     from frodctl.jobs.progress import Progress
-    from frodctl.training import attach, load_adapter, parameter_groups, save_adapter, select_pattern
+    from frodctl.training import (
+        attach,
+        load_adapter,
+        parameter_groups,
+        print_trainable_parameters,
+        save_adapter,
+        select_pattern,
+    )
 
 __version__ = "0.1.0"
 
@@ -47,6 +54,7 @@ __all__ = [
     "merge",
     "open_basis",
     "parameter_groups",
+    "print_trainable_parameters",
     "save_adapter",
     "select_pattern",
 ]
@@ -58,7 +66,7 @@ _HOMES = {
     "frodctl.jobs.inspect": "InspectOptions InspectResult inspect",
     "frodctl.jobs.merge": "MergeOptions MergePlan MergeResult merge",
     "frodctl.jobs.progress": "Progress",
-    "frodctl.training": "attach load_adapter parameter_groups save_adapter select_pattern",
+    "frodctl.training": "attach load_adapter parameter_groups print_trainable_parameters save_adapter select_pattern",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -52,7 +52,8 @@ def test_only_the_command_line_prints(path: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")
     ]
-    if path.relative_to(ROOT).parts[0] != "cli":
+    prints = str(path.relative_to(ROOT)) == "training/report.py"  # print_trainable_parameters, as PEFT has it
+    if path.relative_to(ROOT).parts[0] != "cli" and not prints:
         assert not printing + streams
 
 
@@ -80,6 +81,8 @@ def test_no_torch_at_import_time_outside_the_numbers() -> None:
         "training/peft.py",
         "training/peft_layers.py",
         "training/products.py",
+        "training/reads.py",
+        "training/report.py",
         "training/saving.py",
         "training/selection.py",
         "training/trainer.py",

@@ -28,11 +28,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name}: not a device; say auto, cpu, cuda or cuda:1") from None
+        raise UsageError(f"`device` {name}: not a device; say auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: no such GPU here ({torch.cuda.device_count()} found)")
+        raise UsageError(f"`device` {name}: no such GPU here ({torch.cuda.device_count()} found)")
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: only cpu and cuda have the float64 arithmetic that is needed")
+        raise UsageError(f"`device` {name}: only cpu and cuda have the float64 arithmetic that is needed")
     return device
 
 
@@ -59,7 +59,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
         if not ours:
             raise
         raise OutOfResources(
-            f"out of memory on {device}; choose fewer or narrower target modules, or a smaller --cache-size"
+            f"out of memory on {device}; choose fewer or narrower target modules, or a smaller `cache_size`"
         ) from None
 
 

@@ -5,6 +5,7 @@
 
 from frodctl.training.attachment import attach, detach, disabled, merge_, set_adapter, set_scale, trainable_parameters
 from frodctl.training.groups import parameter_groups
+from frodctl.training.report import print_trainable_parameters
 from frodctl.training.saving import load_adapter, save_adapter
 from frodctl.training.selection import select_pattern
 
@@ -15,6 +16,7 @@ __all__ = [
     "load_adapter",
     "merge_",
     "parameter_groups",
+    "print_trainable_parameters",
     "save_adapter",
     "select_pattern",
     "set_adapter",

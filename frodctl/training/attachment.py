@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from frodctl import values
 from frodctl.checkpoint import names
 from frodctl.checkpoint.stream import digest
-from frodctl.checkpoint.targets import module_matcher
+from frodctl.checkpoint.targets import DEFAULT_TARGETS, module_matcher
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
 from frodctl.method.pattern import patterns
 from frodctl.training import trainer
 from frodctl.training.check import check_gradient, check_layer
-from frodctl.training.layer import Basis, FrodLinear, Pattern, SavedModule, Update, in_features, is_dense
+from frodctl.training.layer import (
+    Basis,
+    FrodLinear,
+    Pattern,
+    SavedModule,
+    Update,
+    holds_matrix,
+    in_features,
+    is_dense,
+    multiplies,
+)
+from frodctl.training.reads import weight_uses
 
 Model = TypeVar("Model", bound=nn.Module)
 _ATTRIBUTE = "_frod_attachment"
+_NAME = re.compile(r"[\w.\-]+")
 
 
 @dataclass(frozen=True)
@@ -55,14 +68,14 @@ class Attachment:
 
 def attach(
     model: Model,
-    basis: str | Path | BasisFile,
-    adapter: str | Path | None = None,
+    basis: values.PathLike | BasisFile,
     *,
-    target_modules: str | Sequence[str] | None = None,
-    sparsity: float | Mapping[str, float] | None = None,
-    seed: int | None = None,
-    modules_to_save: Sequence[str] = (),
-    dropout: float = 0.0,
+    target_modules: values.Names | None = None,
+    exclude_modules: values.Names | None = None,
+    sparsity: values.Number | Mapping[str, values.Number] | None = None,
+    seed: int | str | None = None,
+    modules_to_save: values.Names = (),
+    dropout: values.Number = 0.0,
     adapter_name: str = "default",
 ) -> Model:
     """Make a model trainable at full rank with few numbers: y = W (x + D diag(λ)⁻¹ (S + diag(λ' − λ)) Vᵀ x).
@@ -71,23 +84,26 @@ def attach(
     was there. δ = λ' − λ and the values of S are trained, in float32 and from 0, so that the model's outputs are at
     first the base's, bit for bit; everything else is frozen. V and D are held once for each category. As long as
     adapters are attached, ``model.save_pretrained`` (and so transformers' Trainer) saves the adapter, not the base.
+    A saved adapter is taken up again by `load_adapter`.
 
     Parameters
     ----------
     model : Module
-        Any model whose targeted modules compute W x (`torch.nn.Linear`, transformers' Conv1D, quantized layers).
+        Any model whose targeted modules compute W x (`torch.nn.Linear`, transformers' Conv1D, quantized layers). One
+        that multiplies by a layer's ``weight`` instead of calling the layer (Mamba's ``dt_proj``) gets W' there.
     basis : path or BasisFile
         The shared-basis file of the model's checkpoint (``frodctl decompose``).
-    adapter : path, optional
-        A saved adapter to go on from: its own targets, sparsity, seed and saved modules are taken (`load_adapter`).
-    target_modules : str or sequence of str, optional
+    target_modules : str or iterable of str, optional
         Names of modules, or a regular expression for their whole path, in the model or in the checkpoint; by
-        default all that the basis has.
+        default, and for ``all-linear``, all that the basis has; for ``default`` those of them that ``frodctl
+        decompose`` would take by default.
+    exclude_modules : str or iterable of str, optional
+        Names or a regular expression of modules to leave out.
     sparsity : float or mapping by category, optional
         Share of S that is trained; by default the basis file's.
     seed : int, optional
         Of the pattern; by default the basis file's.
-    modules_to_save : sequence of str
+    modules_to_save : str or iterable of str
         Names of modules that are trained as a whole, in their own dtype: a new head.
     dropout : float
         Probability with which an element of a correction's input is dropped in training.
@@ -102,7 +118,7 @@ def attach(
     Raises
     ------
     UsageError
-        Nothing, or one of several names, matches; or an option makes no sense.
+        Nothing, or one of several names, matches; or an option makes no sense. The model is as it was then.
     InvalidInput
         The model is not the one that the basis was made from, or has layers that cannot be trained.
 
@@ -111,29 +127,30 @@ def attach(
     >>> import frodctl
     >>> model = frodctl.attach(model, "my-model.frod.safetensors")  # doctest: +SKIP
     """
-    if adapter is not None:
-        from frodctl.training.saving import load_adapter
-
-        return load_adapter(model, adapter, basis, dropout=dropout, adapter_name=adapter_name)
+    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")
     opened = resolved(basis)
-    chosen = choose(model, opened, target_modules)
-    seed, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
-    attached = Attached(opened, chosen, rates, seed, tuple(modules_to_save), dropout)
+    chosen = choose(model, opened, target_modules, exclude_modules)
+    drawn, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
+    saved = values.names(modules_to_save, "modules_to_save")
+    attached = Attached(opened, chosen, rates, drawn, saved, checked_dropout(dropout))
     return install(model, attached, indices, adapter_name)
 
 
-def resolved(basis: str | Path | BasisFile) -> BasisFile:
+def resolved(basis: values.PathLike | BasisFile) -> BasisFile:
     """The basis file, found again whatever the working directory is later."""
-    opened = basis if isinstance(basis, BasisFile) else open_basis(basis)
-    return replace(opened, path=opened.path.resolve())
+    file = values.basis(basis, "basis").resolve()
+    values.require(file.is_file(), "basis", file, "is a folder" if file.is_dir() else "no such file")
+    return replace(basis, path=file) if isinstance(basis, BasisFile) else open_basis(file)
 
 
 def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], adapter_name: str) -> Model:
     """Put an adapter's layers into the model and make it the active one; nothing is changed where that fails."""
-    _check_options(model, attached, adapter_name)
+    attachment = attachment_of(model)
+    if checked_name(adapter_name) in (attachment.adapters if attachment else ()):
+        raise UsageError(f"an adapter called {adapter_name} is attached already; give another `adapter_name`")
+    gives_weight = _check_uses(model, attached.modules)
     layers = _layers(model, attached, indices)
     saved = _saved_modules(model, attached)
-    attachment = attachment_of(model)
     if attachment is None:
         attachment = Attachment(frozenset(n for n, p in model.named_parameters() if p.requires_grad))
         setattr(model, _ATTRIBUTE, attachment)
@@ -141,7 +158,7 @@ def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], ada
     for path, update in layers.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, FrodLinear):
-            layer = _replace(model, path, FrodLinear(layer))
+            layer = _replace(model, path, FrodLinear(layer, gives_weight[path]))
         layer.adapters[adapter_name] = update
     for path in saved:
         module = model.get_submodule(path)
@@ -187,7 +204,7 @@ def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
 def set_adapter(model: nn.Module, name: str) -> None:
     """Make an attached adapter the active one: it alone is applied, and trained."""
     attachment = require_attachment(model)
-    if name not in attachment.adapters:
+    if values.text(name, "name") not in attachment.adapters:
         raise UsageError(f"no adapter called {name} is attached; there are: {', '.join(attachment.adapters)}")
     attachment.active = name
     model.requires_grad_(False)
@@ -201,11 +218,12 @@ def set_adapter(model: nn.Module, name: str) -> None:
             module.modules_to_save[name].requires_grad_(True)
 
 
-def set_scale(model: nn.Module, scale: float) -> None:
+def set_scale(model: nn.Module, scale: values.Number) -> None:
     """Apply s times what the active adapter changes: W + s (W' − W). Modules trained as a whole are not scaled."""
     attachment = require_attachment(model)
+    factor = values.share(scale, "scale")
     for update in updates_of(model, attachment.active).values():
-        update.scale = float(scale)
+        update.scale = factor
 
 
 @contextmanager
@@ -246,18 +264,25 @@ def merge_(model: Model) -> Model:
     Raises
     ------
     UsageError
-        A base layer holds no floating-point matrix (a quantized one): merge the saved adapter into the checkpoint
-        instead (`frodctl.merge`). Nothing is changed then.
+        A base layer holds no floating-point matrix (a quantized one), or does something else than multiply by it:
+        merge the saved adapter into the checkpoint instead (`frodctl.merge`). Nothing is changed then.
     """
     attachment = require_attachment(model)
     layers = updates_of(model, attachment.active)
     for path in layers:
-        if not is_dense(_base_layer(model, path)):
+        base = _base_layer(model, path)
+        if not holds_matrix(base):
             raise UsageError(f"{path}: not a floating-point weight; merge the saved adapter instead (frodctl merge)")
+        if not multiplies(base):
+            kind = type(base).__name__
+            raise UsageError(
+                f"{path}: {kind} does not compute W x + b; merge the saved adapter instead (frodctl merge)"
+            )
     for path, update in layers.items():
-        base: Any = _base_layer(model, path)
+        base = _base_layer(model, path)
         if update.scale and (update.delta.any() or update.values.any()):
-            base.weight.copy_(update.merged_weight(base))
+            weight: Any = base.weight
+            weight.copy_(update.merged_weight(base))
     for module in saved_modules(model).values():
         module.original_module = module.chosen()
     return detach(model)
@@ -265,6 +290,7 @@ def merge_(model: Model) -> Model:
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """How many numbers are trained, and how many the model has without its adapters."""
+    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = added_prefixes(model)
     return trained, sum(_numel(p) for name, p in model.named_parameters() if not name.startswith(added))
@@ -293,31 +319,68 @@ def _base_layer(model: nn.Module, path: str) -> nn.Module:
     return found.base_layer if isinstance(found, FrodLinear) else found
 
 
-def choose(model: nn.Module, opened: BasisFile, target_modules: str | Sequence[str] | None) -> dict[str, ModuleRecord]:
+def choose(
+    model: nn.Module,
+    opened: BasisFile,
+    target_modules: values.Names | None,
+    exclude_modules: values.Names | None = None,
+) -> dict[str, ModuleRecord]:
     """The modules to train, by path in the model."""
     records = {record.name: record for record in opened.metadata.modules}
     live = live_paths(model, records)
-    wanted = list(records)
-    if target_modules is not None:
-        text = target_modules if isinstance(target_modules, str) else ",".join(target_modules)
-        parts = [text] if isinstance(target_modules, str) else list(target_modules)
-        matches = module_matcher(text)
-        wanted = [name for name in records if matches(name) or (name in live and matches(live[name]))]
-        for part in parts:
-            single = module_matcher(part)
-            if not any(single(name) or single(live.get(name, name)) for name in wanted):
-                raise UsageError(f"target_modules {part}: matches no module of {opened.path}")
-    for name in wanted:
+
+    def matching(given: values.Names, parameter: str) -> set[str]:
+        found: set[str] = set()
+        for part, matches in _tests(given, parameter, model):
+            fits = {n for n in records if matches(re.sub(r"\[\d+\]$", "", n)) or matches(live.get(n, n))}
+            values.require(bool(fits), parameter, part, f"matches no module of {opened.path}")
+            found |= fits
+        return found
+
+    wanted = set(records) if target_modules is None else matching(target_modules, "target_modules")
+    if exclude_modules is not None:
+        wanted -= matching(exclude_modules, "exclude_modules")
+    if not wanted:
+        raise UsageError("`target_modules`, `exclude_modules`: no module is left to train")
+    for name in (name for name in records if name in wanted):
         if name.endswith("]"):
             raise InvalidInput(
-                f"{name}: a slice of fused experts, which is no module of its own; leave it out with target_modules"
+                f"{name}: a slice of fused experts, which is no module of its own; leave it out with `exclude_modules`"
             )
         if name not in live:
             raise InvalidInput(
-                f"{name}: {type(model).__name__} has no such module, or several; leave it out with target_modules, or "
-                f"give the basis of this model instead of {opened.path}"
+                f"{name}: {type(model).__name__} has no such module, or several; leave it out with `exclude_modules`, "
+                f"or give the basis of this model instead of {opened.path}"
             )
-    return {live[name]: records[name] for name in wanted}
+    return {live[name]: record for name, record in records.items() if name in wanted}
+
+
+def _tests(given: values.Names, parameter: str, model: nn.Module) -> list[tuple[str, Callable[[str], bool]]]:
+    """What is asked for, part by part, each with its test for a module's path."""
+    if isinstance(given, str):
+        text = values.text(given, parameter).strip()
+        if text == "all-linear":
+            return [(text, lambda path: True)]
+        if text == "default":
+            return [(text, module_matcher(_default_targets(model, parameter)))]
+        split = [part.strip() for part in text.split(",")]
+        parts = split if all(map(_NAME.fullmatch, split)) else [text]
+    else:
+        parts = list(values.names(given, parameter))
+        values.require(bool(parts), parameter, given, "names no module")
+    try:
+        return [(part, module_matcher(part)) for part in parts]
+    except UsageError as error:
+        raise UsageError(f"`{parameter}`: {error}") from None
+
+
+def _default_targets(model: nn.Module, parameter: str) -> str:
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    if model_type not in DEFAULT_TARGETS:
+        raise UsageError(
+            f"`{parameter}` default: there is none for model type {model_type!r}; say all-linear, or names of modules"
+        )
+    return DEFAULT_TARGETS[model_type]
 
 
 def live_paths(model: nn.Module, known: Mapping[str, Any]) -> dict[str, str]:
@@ -332,24 +395,24 @@ def live_paths(model: nn.Module, known: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _patterns(
-    opened: BasisFile, categories: set[str], sparsity: float | Mapping[str, float] | None, seed: int | None
+    opened: BasisFile, categories: set[str], sparsity: values.Number | Mapping[str, values.Number] | None, given: Any
 ) -> tuple[int | None, dict[str, float], dict[str, Tensor]]:
     """Seed, sparsity and positions by category; the seed None where the positions are the basis file's alone."""
     rates = {category: float(opened.metadata.sparsity[category]) for category in categories}
+    seed = None if given is None else values.seed(given, "seed")
     if sparsity is None and seed is None:
         drawn = opened.indices()
         stored = any(f"indices.{category}" in opened.header.tensors for category in drawn)
         replayable = not stored and categories == set(drawn)
         return opened.metadata.seed if replayable else None, rates, {c: drawn[c] for c in categories}
     if isinstance(sparsity, Mapping):
-        rates |= {category: float(rate) for category, rate in sparsity.items()}
-        for category in rates.keys() - categories:
-            raise UsageError(f"sparsity of {category}: no such category among the trained ones")
+        for category, rate in sparsity.items():
+            values.require(
+                category in categories, "sparsity", category, f"the categories are {', '.join(sorted(categories))}"
+            )
+            rates[category] = values.share(rate, "sparsity", at_least=0, at_most=1)
     elif sparsity is not None:
-        rates = dict.fromkeys(categories, float(sparsity))
-    for rate in rates.values():
-        if not 0 <= rate <= 1:
-            raise UsageError(f"sparsity {rate}: must be between 0 and 1")
+        rates = dict.fromkeys(categories, values.share(sparsity, "sparsity", at_least=0, at_most=1))
     seed = opened.metadata.seed if seed is None else seed
     return seed, rates, draw(opened, rates, seed)
 
@@ -360,14 +423,34 @@ def draw(opened: BasisFile, rates: Mapping[str, float], seed: int) -> dict[str, 
     return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
 
 
-def _check_options(model: nn.Module, attached: Attached, adapter_name: str) -> None:
-    attachment = attachment_of(model)
-    if attachment is not None and adapter_name in attachment.adapters:
-        raise UsageError(f"an adapter called {adapter_name} is attached already; give another adapter_name")
-    if not adapter_name or "." in adapter_name or "/" in adapter_name:
-        raise UsageError(f"adapter_name {adapter_name!r}: must be a name without dots and slashes")
-    if not 0 <= attached.dropout < 1:
-        raise UsageError(f"dropout {attached.dropout}: must be at least 0 and below 1")
+def checked_name(adapter_name: Any) -> str:
+    """The name of an adapter: of a module and of a folder, too."""
+    name = values.text(adapter_name, "adapter_name")
+    values.require(not set(name) & set("./\\"), "adapter_name", name, "must be a name without dots and slashes")
+    values.require(not hasattr(nn.ModuleDict(), name), "adapter_name", name, "torch.nn.ModuleDict takes no such name")
+    return name
+
+
+def checked_dropout(dropout: Any) -> float:
+    """A probability below 1."""
+    found = values.number(dropout, "dropout", at_least=0)
+    values.require(found < 1, "dropout", dropout, "must be below 1")
+    return found
+
+
+def _check_uses(model: nn.Module, modules: Mapping[str, Any]) -> dict[str, bool]:
+    """By path whether the layer's weight must be W': not where the model asks for its dtype, device or shape alone."""
+    gives = {}
+    for path in modules:
+        uses = weight_uses(model, path)
+        gives[path] = "values" in uses or "description" not in uses
+        if "values" in uses and "layer" not in uses and not holds_matrix(_base_layer(model, path)):
+            parent = type(model.get_submodule(path.rpartition(".")[0])).__name__
+            raise InvalidInput(
+                f"{path}: {parent} multiplies by its weight instead of calling it, which can be trained only where the "
+                "weight is a floating-point matrix; leave it out with `exclude_modules`"
+            )
+    return gives
 
 
 def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor]) -> dict[str, Update]:
@@ -411,12 +494,9 @@ def _check_module(model: nn.Module, path: str, base: nn.Module, n: int, uses: Ma
     found = in_features(base)
     if found not in (None, n):
         raise InvalidInput(f"{path}: takes {found} features, but its basis is of width {n}: another model")
-    parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        raise InvalidInput(f"{path}: torch.nn.MultiheadAttention does not call it; leave it out with target_modules")
     weight = getattr(base, "weight", None)
     if weight is not None and uses.get(id(weight), 1) > 1:
-        raise InvalidInput(f"{path}: its weight is tied to another module's; leave it out with target_modules")
+        raise InvalidInput(f"{path}: its weight is tied to another module's; leave it out with `exclude_modules`")
 
 
 def _uses(model: nn.Module) -> dict[int, int]:
@@ -430,8 +510,8 @@ def _uses(model: nn.Module) -> dict[int, int]:
 
 
 def _input_dtype(model: nn.Module, base: nn.Module) -> torch.dtype:
-    """The dtype that the layer is given: its own if it is dense, else what most of the model computes in."""
-    if is_dense(base):
+    """The dtype that the layer is given: its weight's if that is a matrix, else what most of the model computes in."""
+    if holds_matrix(base):
         weight: Any = base.weight
         return weight.dtype  # type: ignore[no-any-return]
     of_layer = getattr(base, "compute_dtype", None)
@@ -459,17 +539,17 @@ def _saved_modules(model: nn.Module, attached: Attached) -> list[str]:
     for name in attached.modules_to_save:
         paths = [p for p in outer if p == name or p.endswith(f".{name}")]
         if not paths:
-            raise UsageError(f"modules_to_save {name}: no such module in {type(model).__name__}")
+            raise UsageError(f"`modules_to_save` {name}: no such module in {type(model).__name__}")
         for path in paths:
             module = model.get_submodule(path)
             targeted = [target for target in attached.modules if target == path or target.startswith(f"{path}.")]
             if targeted:
-                raise UsageError(f"modules_to_save {name}: {targeted[0]} in it is a target; leave one of them out")
+                raise UsageError(f"`modules_to_save` {name}: {targeted[0]} in it is a target; leave one of them out")
             original = module.original_module if isinstance(module, SavedModule) else module
             inside = _uses(original)
             if any(uses[key] > count for key, count in inside.items()) and not isinstance(module, SavedModule):
-                raise UsageError(f"modules_to_save {name}: {path} is tied to another module; untie it first")
+                raise UsageError(f"`modules_to_save` {name}: {path} is tied to another module; untie it first")
             if any(not p.is_floating_point() for p in original.parameters()):
-                raise UsageError(f"modules_to_save {name}: {path} is quantized and cannot be trained")
+                raise UsageError(f"`modules_to_save` {name}: {path} is quantized and cannot be trained")
         found += paths
     return found

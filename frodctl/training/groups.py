@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from frodctl import values
 from frodctl.training.attachment import require_attachment, updates_of
 
 
@@ -41,8 +42,30 @@ def parameter_groups(
     -------
     list of dict
         With ``params``, ``lr``, ``weight_decay`` and ``name``; no group is empty.
+
+    Raises
+    ------
+    UsageError
+        Nothing is attached, or a rate is no finite number that is at least 0.
+
+    Examples
+    --------
+    In one's own loop, and with transformers' Trainer, whose own optimizer would have one rate for all:
+
+    >>> optimizer = torch.optim.AdamW(frodctl.parameter_groups(model))  # doctest: +SKIP
+    >>> Trainer(model, arguments, ..., optimizers=(optimizer, None))  # doctest: +SKIP
     """
     attachment = require_attachment(model)
+    rho_lambda, rho_sparse, lr, weight_decay, frod_weight_decay = (
+        values.number(value, name, at_least=0)
+        for name, value in (
+            ("rho_lambda", rho_lambda),
+            ("rho_sparse", rho_sparse),
+            ("lr", lr),
+            ("weight_decay", weight_decay),
+            ("frod_weight_decay", frod_weight_decay),
+        )
+    )
     groups: dict[str, dict[str, Any]] = {}
     taken = set()
 

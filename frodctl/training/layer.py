@@ -6,10 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frodctl.method.update import csr_pattern, dual_basis
-from frodctl.training.products import Positions, ignore_beta_warning, input_side, updated_weight, weight_side
+from frodctl.training.products import (
+    Positions,
+    ignore_beta_warning,
+    input_side,
+    trained_weight,
+    updated_weight,
+    weight_side,
+)
 
 
 class KeepsDtype(nn.Module):
@@ -164,6 +172,12 @@ class Update(KeepsDtype):
         bias: Any = base.bias
         return weight_side(x, self.entries(), W, bias, V, D, positions, transposed)
 
+    def weight(self, base: nn.Module) -> Tensor:
+        """W' of a base layer of which `holds_matrix` holds, as it stores its weight; gradients come back through it."""
+        W: Any = base.weight
+        V, D = self.basis.matrices(W.device, _change_dtype(W.dtype))
+        return trained_weight(W, self.entries(), V, D, self.pattern.positions, is_transposed(base))
+
     @torch.no_grad()
     def merged_weight(self, base: nn.Module) -> Tensor:
         """W' of a dense base layer as it stores its weight: with V and D as they are here, rounded once."""
@@ -176,11 +190,18 @@ class FrodLinear(nn.Module):
     """A base layer that computes W x + b, with one trained `Update` of W active at a time, or none.
 
     Attributes that it does not have itself are the base layer's.
+
+    Parameters
+    ----------
+    base_layer : Module
+    gives_weight : bool
+        Whether `weight` is W', and not W, which costs nothing to ask for its dtype.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, gives_weight: bool = True) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.gives_weight = gives_weight
         self.adapters = nn.ModuleDict()
         self.active = ""
         self.enabled = True
@@ -202,9 +223,26 @@ class FrodLinear(nn.Module):
         assert isinstance(found, Update)
         return found
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def weight(self) -> Tensor:
+        """W' of a base layer that holds a matrix, for a model that multiplies by it instead of calling the layer.
+
+        A dropout of the correction's input has no part in it.
+        """
+        update, base = self._applied(), self.base_layer
+        if update is not None and self.gives_weight and holds_matrix(base):
+            return update.weight(base)
+        found: Tensor = base.weight  # type: ignore[assignment]
+        return found
+
+    def _applied(self) -> Update | None:
+        """The update that changes anything now."""
         update = self.update() if self.enabled else None
-        if update is None or update.scale == 0:
+        return None if update is None or update.scale == 0 else update
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        update = self._applied()
+        if update is None:
             return self.base_layer(x, *args, **kwargs)
         if not (args or kwargs) and self._weight_side(update, x):
             return update.product(self.base_layer, x)
@@ -289,11 +327,34 @@ def out_features(module: nn.Module) -> int:
     return int(shape[1] if is_transposed(module) else shape[0])
 
 
+def holds_matrix(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or of a kind derived from it, and its weight a floating-point matrix."""
+    weight = getattr(module, "weight", None)
+    known = isinstance(module, nn.Linear) or is_conv1d(module)
+    return known and type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2
+
+
 def is_dense(module: nn.Module) -> bool:
     """Whether it holds a floating-point matrix W and computes W x + b, nothing else."""
-    weight = getattr(module, "weight", None)
-    known = type(module) is nn.Linear or is_conv1d(module)
-    return known and type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2
+    return holds_matrix(module) and (type(module) is nn.Linear or is_conv1d(module))
+
+
+@torch.no_grad()
+def multiplies(module: nn.Module) -> bool:
+    """Whether a layer that holds a matrix computes W x + b, by a few random x: `is_dense` knows the kinds that do."""
+    if is_dense(module):
+        return True
+    W: Any = module.weight
+    bias: Any = module.bias
+    x = torch.randn(8, W.shape[0 if is_transposed(module) else 1], generator=torch.Generator().manual_seed(0)).to(W)
+    expected = F.linear(x, W.T if is_transposed(module) else W, bias)
+    mode = module.training
+    try:
+        found: Tensor = module.eval()(x)
+    finally:
+        module.train(mode)
+    rounding = 8 * torch.finfo(W.dtype).eps * expected.float().norm()
+    return found.shape == expected.shape and bool((found - expected).float().norm() <= rounding)
 
 
 def is_plain(module: nn.Module, x: Tensor) -> bool:

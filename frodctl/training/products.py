@@ -6,6 +6,8 @@ forms, both exactly the base layer where Q = 0::
     input side    W (x + D Q Vᵀ x)          any W, a few products per token
     weight        (W + W D Q Vᵀ) x          a dense W, fewer products per token, more per layer
 
+and W' = W + W D Q Vᵀ itself, where a model multiplies by a layer's weight instead of calling the layer.
+
 Autograd on its own would keep the dense Q, or a second W, of every layer until its backward pass, and would fill
 all n² entries of Q's gradient; so each form is a function of its own.
 """
@@ -187,6 +189,38 @@ class _WeightSide(torch.autograd.Function):
                 of_W = gradient.reshape(-1, gradient.shape[-1]).T @ rows
                 of_entries = sampled_product(ctx.positions, B.T @ of_W.to(V.dtype), V).to(entries.dtype)
         return of_X, of_entries, None, None, None, None, None, None
+
+
+def trained_weight(W: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions, transposed: bool) -> Tensor:
+    """`updated_weight`, differentiable in W and in ``entries``."""
+    result: Tensor = _TrainedWeight.apply(W, entries, V, D, positions, transposed)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _TrainedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, W: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions, transposed: bool
+    ) -> Tensor:
+        ctx.positions, ctx.transposed = positions, transposed
+        ctx.save_for_backward(W, entries, V, D)
+        return updated_weight(W, entries, V, D, positions, transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        W, entries, V, D = ctx.saved_tensors
+        gradient = gradients[0].T if ctx.transposed else gradients[0]
+        of_W = of_entries = None
+        with torch.autocast(W.device.type, enabled=False):
+            G = gradient.to(V.dtype)
+            if ctx.needs_input_grad[0]:  # G (I + D Q Vᵀ)ᵀ
+                through = G + sparse_product(ctx.positions, entries, G @ V) @ D.T
+                of_W = (through.T if ctx.transposed else through).to(W.dtype)
+            if ctx.needs_input_grad[1]:
+                B = _dual_columns(W, D, ctx.transposed)
+                of_entries = sampled_product(ctx.positions, B.T @ G, V).to(entries.dtype)
+        return of_W, of_entries, None, None, None, None
 
 
 def updated_weight(W: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions, transposed: bool) -> Tensor:

@@ -13,18 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from frodctl import values
 from frodctl.checkpoint import sink
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import write_patterns
 from frodctl.training.attachment import frod_layers, require_attachment, resolved, updates_of
-from frodctl.training.layer import Pattern, Update
+from frodctl.training.layer import Pattern, Update, is_transposed
 
 _ROWS = 1 << 12  # tokens whose gradients are multiplied at a time
 
 
 def loss_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """``model(**batch).loss``, as transformers' models have it."""
-    loss: Tensor = model(**batch).loss
+    if not isinstance(batch, Mapping):
+        raise UsageError(
+            f"`batches`: one of them is a {type(batch).__name__}; give mappings of the model's arguments, or `loss`"
+        )
+    output = model(**batch)
+    if not hasattr(output, "loss"):
+        raise UsageError(
+            f"`loss`: {type(model).__name__} returns a {type(output).__name__} without one; give a function"
+        )
+    loss: Tensor = output.loss
     return loss
 
 
@@ -78,22 +88,27 @@ def select_pattern(
     >>> frodctl.select_pattern(model, itertools.islice(loader, 16))  # doctest: +SKIP
     """
     attachment = require_attachment(model)
-    if isinstance(batches, Mapping | Tensor):
-        raise UsageError("batches is one batch; give a list of them")
+    one = isinstance(batches, Mapping | Tensor | str | bytes)
+    values.require(
+        isinstance(batches, Iterable) and not one, "batches", batches, "expected a list of batches, or a loader"
+    )
+    values.require(callable(loss), "loss", loss, "expected a function of the model and a batch")
+    force = values.flag(force, "force")
+    output = None if output is None else values.path(output, "output")
     attached = attachment.adapters[attachment.active]
     updates = updates_of(model, attachment.active)
     for path, update in updates.items():
         if update.delta.any() or update.values.any():
             raise UsageError(f"{path}: trained already; select the pattern right after attach")
     if output is not None:
-        sink.check_output_file(Path(output), force=force)
+        sink.check_output_file(output, force=force)
     counts = {update.basis.category: update.pattern.nnz for update in updates.values()}
     indices = _steepest(_squares(model, updates, batches, loss), counts)
-    _exchange(updates.values(), indices)
     attached = replace(attached, seed=None, selected=True)
     if output is not None:
-        write_patterns(attached.basis, Path(output), indices, attached.sparsity)
+        write_patterns(attached.basis, output, indices, attached.sparsity)
         attached = replace(attached, basis=resolved(output), selected=False)
+    _exchange(updates.values(), indices)
     attachment.adapters[attachment.active] = attached
     return indices
 
@@ -129,7 +144,7 @@ def _scalar(value: Any) -> Tensor:
         return value
     found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     raise UsageError(
-        f"the loss of a batch is {found}, not a scalar with a gradient; give batches with labels, or loss="
+        f"the loss of a batch is {found}, not a scalar with a gradient; give batches with labels, or `loss`"
     )
 
 
@@ -141,15 +156,24 @@ def _recording(model: nn.Module, updates: Mapping[str, Update], scores: dict[str
         x, *others = inputs
         return (_Observed.apply(x, update, scores), *others)  # type: ignore[no-untyped-call]
 
+    def observed_weight(update: Update, base: nn.Module) -> Tensor:
+        weight: Tensor = _ObservedWeight.apply(  # type: ignore[no-untyped-call]
+            Update.weight(update, base), update, is_transposed(base), scores
+        )
+        return weight
+
     layers = frod_layers(model)
-    hooks = [
-        layers[path].base_layer.register_forward_pre_hook(partial(observe, update)) for path, update in updates.items()
-    ]
+    hooks = []
     try:
+        for path, update in updates.items():
+            hooks.append(layers[path].base_layer.register_forward_pre_hook(partial(observe, update)))
+            update.__dict__["weight"] = partial(observed_weight, update)
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for update in updates.values():
+            update.__dict__.pop("weight", None)
 
 
 class _Observed(torch.autograd.Function):
@@ -172,12 +196,39 @@ class _Observed(torch.autograd.Function):
         with torch.autocast(V.device.type, enabled=False):
             for g, inputs in rows:
                 total += (g.to(V) @ D).T @ (inputs.to(V) @ V)
-            total.mul_(ctx.update.inverse_scales[:, None]).square_()
-        if basis.category in ctx.scores:
-            ctx.scores[basis.category] += total.to(ctx.scores[basis.category])
-        else:
-            ctx.scores[basis.category] = total
+        _add_squares(ctx.scores, ctx.update, total)
         return gradient, None, None
+
+
+class _ObservedWeight(torch.autograd.Function):
+    """W itself, where the model multiplies by it. As ∂L/∂W comes back, Uᵀ (∂L/∂W) V is squared and added."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, update: Update, transposed: bool, scores: dict[str, Tensor]) -> Tensor:
+        ctx.update, ctx.transposed, ctx.scores = update, transposed, scores
+        ctx.save_for_backward(W)
+        return W.view_as(W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (W,) = ctx.saved_tensors
+        V, D = ctx.update.basis.V, ctx.update.basis.D
+        W, G = (tensor.T if ctx.transposed else tensor for tensor in (W, gradients[0]))
+        with torch.autocast(V.device.type, enabled=False):
+            total = ((W.to(V) @ D).T @ (G.to(V) @ V)).float()
+        _add_squares(ctx.scores, ctx.update, total)
+        return gradients[0], None, None, None
+
+
+def _add_squares(scores: dict[str, Tensor], update: Update, gradient: Tensor) -> None:
+    """Add the squares of diag(λ)⁻¹ ``gradient`` (n, n) to the category's sums."""
+    squares = gradient.mul_(update.inverse_scales[:, None]).square_()
+    category = update.basis.category
+    if category in scores:
+        scores[category] += squares.to(scores[category])
+    else:
+        scores[category] = squares
 
 
 def _split(x: Tensor) -> tuple[Tensor, ...]:

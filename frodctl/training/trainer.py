@@ -2,30 +2,112 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from frodctl.training.layer import Basis, Pattern, Update
 
 #: The name under which transformers' Trainer looks for weights as it resumes.
 TRAINER_FILE = "model.safetensors"
 _QUANTIZED_WITH_ADAPTER = "_hf_peft_config_loaded"
+_LOADING = "_frod_loading"
 
 
 def prepare(model: nn.Module) -> None:
-    """Have ``model.save_pretrained`` save the adapter, and the Trainer take a quantized model for trainable."""
+    """Have ``model.save_pretrained`` save the adapter, ``load_state_dict`` take an adapter's state for a whole one, the
+    Trainer take a quantized model for trainable, and the first step of an optimizer be looked at.
+    """
     if hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = SavePretrained(model)
     if getattr(model, "is_quantized", False):
         setattr(model, _QUANTIZED_WITH_ADAPTER, True)
+    hook = model.register_load_state_dict_post_hook(_expect_no_base)  # type: ignore[no-untyped-call]
+    setattr(model, _LOADING, hook)
+    _FIRST_STEPS.watch(model)
 
 
 def restore(model: nn.Module) -> None:
     """Undo `prepare`."""
-    for name in ("save_pretrained", _QUANTIZED_WITH_ADAPTER, "_ddp_params_and_buffers_to_ignore"):
+    model.__dict__[_LOADING].remove()
+    for name in ("save_pretrained", _QUANTIZED_WITH_ADAPTER, "_ddp_params_and_buffers_to_ignore", _LOADING):
         model.__dict__.pop(name, None)
+    _FIRST_STEPS.forget(model)
+
+
+def _expect_no_base(model: nn.Module, keys: Any) -> None:
+    """Where a state has nothing of the base, as in the Trainer's checkpoints, do not call the base missing."""
+    from frodctl.training.attachment import added_prefixes
+
+    added = added_prefixes(model)
+    base = {name for name, _ in model.named_parameters() if not name.startswith(added)}
+    if base <= set(keys.missing_keys):
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name.startswith(added)]
+
+
+class _FirstSteps:
+    """Looks once at every optimizer, before its first step, for what would go wrong silently."""
+
+    def __init__(self) -> None:
+        self._models: WeakSet[nn.Module] = WeakSet()
+        self._seen: WeakSet[torch.optim.Optimizer] = WeakSet()
+        self._hooked = False
+
+    def watch(self, model: nn.Module) -> None:
+        self._models.add(model)
+        if not self._hooked:  # for good: a hook must not go as torch calls it, and a model may go at any time
+            register_optimizer_step_pre_hook(self._before)
+            self._hooked = True
+
+    def forget(self, model: nn.Module) -> None:
+        self._models.discard(model)
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._models and optimizer not in self._seen:
+            self._seen.add(optimizer)
+            for model in list(self._models):
+                updates = {path: module for path, module in model.named_modules() if isinstance(module, Update)}
+                _check_rates(optimizer, updates)
+                _check_gradients(optimizer, updates)
+
+
+_FIRST_STEPS = _FirstSteps()
+
+
+def _check_rates(optimizer: torch.optim.Optimizer, updates: dict[str, Update]) -> None:
+    scales = {id(update.delta) for update in updates.values()}
+    sparse = {id(update.values) for update in updates.values() if update.values.numel()}
+    for group in optimizer.param_groups:
+        taken = {id(parameter) for parameter in group["params"]}
+        if taken & scales and taken & sparse:
+            rate = float(group.get("initial_lr", group["lr"]))  # before a schedule's warm-up
+            warnings.warn(
+                f"one learning rate ({rate:g}) for λ' and S, whose sizes differ: train with "
+                "torch.optim.AdamW(frodctl.parameter_groups(model)), which transformers' Trainer takes as "
+                "optimizers=(optimizer, None)",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+
+
+def _check_gradients(optimizer: torch.optim.Optimizer, updates: dict[str, Update]) -> None:
+    taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {path: u.delta for path, u in updates.items() if id(u.delta) in taken and u.delta.requires_grad}
+    without = [path.rpartition(".adapters.")[0] for path, delta in trained.items() if delta.grad is None]
+    if without and len(without) < len(trained):
+        others = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        warnings.warn(
+            f"{without[0]}{others}: no gradient in the first step: the loss does not depend on what is trained there "
+            "(of experts: no token came to them)",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def leave_buffers_to_each_process(model: nn.Module) -> None:
@@ -44,7 +126,9 @@ class SavePretrained:
     """``model.save_pretrained`` while adapters are attached.
 
     It saves the active adapter (`frodctl.save_adapter`), and beside it, in ``model.safetensors``, the trained numbers
-    exactly as they are: that file transformers' Trainer reads as it resumes. The base model's weights are in neither.
+    exactly as they are: that file alone transformers' Trainer reads as it resumes, by ``load_state_dict``. It cannot be
+    spared: the adapter has λ' = λ + δ, from which nearly every δ comes back otherwise in its last bits, and training
+    would go on differently. The base model's weights are in neither.
     Where parameters are sharded and no gathered ``state_dict`` is given, all processes must call it, as `save_adapter`.
     """
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 import frodctl
 from tests import peft_models
@@ -57,6 +58,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
         return made[family, dtype]
 
     return case
+
+
+def mamba(root: Path) -> tuple[Path, Path]:
+    """A tiny checkpoint of Mamba, which reads the weight of its ``dt_proj``, and its basis."""
+    if not root.exists():
+        torch.manual_seed(0)
+        config = MambaConfig(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=3, time_step_rank=8)
+        MambaForCausalLM(config).save_pretrained(root / "base")
+        frodctl.decompose(str(root / "base"), root / "b.safetensors", target_modules="all-linear", sparsity=0.05)
+    return root / "base", root / "b.safetensors"
 
 
 def perturb(model: Any, size: float = 0.1, seed: int = 5) -> None:

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, MambaForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import frodctl
 from frodctl import training
-from frodctl.errors import InvalidInput, UsageError
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.training import attachment
 from frodctl.training.layer import Basis, FrodLinear, Pattern, Update
 from tests import peft_models
-from tests.training.conftest import Case, Cases, labelled, perturb
+from tests.training.conftest import Case, Cases, labelled, mamba, perturb
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW, MANY = 3, 64  #: tokens in a sequence, of four: below and above what makes the weight's form pay
@@ -253,6 +254,8 @@ class TestTheModule:
             assert not torch.equal(logits(copied), expected)
             assert torch.equal(logits(model), expected)
             training.detach(copied)
+            assert not copied._load_state_dict_post_hooks
+            assert model._load_state_dict_post_hooks
 
     def test_the_state_can_be_loaded(self, cases: Cases) -> None:
         case = cases("bert")
@@ -520,11 +523,59 @@ class TestOptions:
         only = case.attached(target_modules=["down_proj"], sparsity=0.0)
         assert training.trainable_parameters(only)[0] == 3 * 80
 
-    @pytest.mark.parametrize("targets", [["q_proj", "up_proj"], "q_proj,up_proj", r".*\.(q_proj|up_proj)"])
+    @pytest.mark.parametrize("targets", [
+        ["q_proj", "up_proj"], ("up_proj", "q_proj"), {"q_proj", "up_proj"}, (name for name in ("q_proj", "up_proj")),
+        "q_proj,up_proj", " q_proj , up_proj ", r".*\.(q_proj|up_proj)", [r".*\.q_proj", r".*\.up_proj"],
+    ])  # fmt: skip
     def test_targets(self, targets: Any, cases: Cases) -> None:
         model = cases("llama").attached(target_modules=targets)
         assert {path.rsplit(".", 1)[1] for path in layers(model)} == {"q_proj", "up_proj"}
         assert len(layers(model)) == 6
+
+    @pytest.mark.parametrize("excluded", [["q_proj", "up_proj"], "q_proj,up_proj", r".*\.(q_proj|up_proj)"])
+    def test_excluded(self, excluded: Any, cases: Cases) -> None:
+        case = cases("llama")
+        model = case.attached(exclude_modules=excluded)
+        names = {path.rsplit(".", 1)[1] for path in layers(model)}
+        assert names == {"k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"}
+        model = case.attached(target_modules="q_proj,k_proj", exclude_modules=r"model\.layers\.1\..*")
+        assert set(layers(model)) == {
+            f"model.layers.{i}.self_attn.{name}" for i in (0, 2) for name in ("q_proj", "k_proj")
+        }
+
+    def test_the_words_that_decompose_takes(self, cases: Cases) -> None:
+        case = cases("llama")
+        assert set(layers(case.attached(target_modules="all-linear"))) == set(layers(case.attached()))
+        names = {path.rsplit(".", 1)[1] for path in layers(case.attached(target_modules="default"))}
+        assert names == {"q_proj", "v_proj"}
+        model = case.model()
+        model.config.model_type = "another"
+        with pytest.raises(UsageError, match="`target_modules` default: there is none for model type 'another'"):
+            frodctl.attach(model, case.basis, target_modules="default")
+
+    def test_modules_to_save_by_one_name(self, cases: Cases) -> None:
+        case = cases("bert")
+        for given in ("classifier", ["classifier"], ("classifier",), {"classifier"}):
+            assert set(attachment.saved_modules(case.attached(modules_to_save=given))) == {"classifier"}
+
+    def test_text_for_numbers(self, cases: Cases) -> None:
+        """As the command line takes them."""
+        case = cases("llama")
+        plain, text = (
+            case.attached(sparsity=0.02, seed=7, dropout=0.1),
+            case.attached(sparsity="2%", seed="7", dropout="0.1"),
+        )
+        for path, layer in layers(plain).items():
+            first, second = layer.update(), layers(text)[path].update()
+            assert torch.equal(first.pattern.indices(), second.pattern.indices())
+            assert first.dropout.p == second.dropout.p == 0.1
+
+    def test_a_saved_adapter_is_load_adapter_s(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        with pytest.raises(TypeError, match="positional"):
+            frodctl.attach(case.model(), case.basis, tmp_path)
+        with pytest.raises(TypeError, match="adapter"):
+            frodctl.attach(case.model(), case.basis, adapter=tmp_path)
 
     def test_the_pattern_is_the_basis_file_s_or_the_seed_s(self, cases: Cases) -> None:
         case = cases("llama")
@@ -545,12 +596,21 @@ class TestOptions:
     def test_refusals(self, cases: Cases, tmp_path: Path) -> None:
         case = cases("llama")
         for options, message in (
-            ({"target_modules": ["q_proj", "nothing"]}, "nothing: matches no module"),
-            ({"sparsity": 2.0}, "between 0 and 1"),
-            ({"sparsity": {"elsewhere": 0.1}}, "elsewhere: no such category"),
-            ({"dropout": 1.0}, "below 1"),
-            ({"adapter_name": "a.b"}, "without dots"),
-            ({"modules_to_save": ["head"]}, "head: no such module"),
+            ({"target_modules": ["q_proj", "nothing"]}, "`target_modules` nothing: matches no module"),
+            ({"target_modules": "q_proj, nothing"}, "`target_modules` nothing: matches no module"),
+            ({"target_modules": []}, "`target_modules`.*names no module"),
+            ({"exclude_modules": "nothing"}, "`exclude_modules` nothing: matches no module"),
+            ({"target_modules": "q_proj", "exclude_modules": ["q_proj"]}, "no module is left"),
+            ({"sparsity": 2.0}, "`sparsity` 2.0: must "),
+            ({"sparsity": {"elsewhere": 0.1}}, "`sparsity` elsewhere: the categories are mlp_down_proj, "),
+            ({"sparsity": {"mlp_up_proj": "much"}}, "`sparsity` much: expected"),
+            ({"dropout": 1.0}, "`dropout` 1.0: .*below 1"),
+            ({"adapter_name": "a.b"}, "`adapter_name` a.b: .*without dots"),
+            ({"adapter_name": "keys"}, "`adapter_name` keys: torch.nn.ModuleDict takes no such name"),
+            ({"adapter_name": "training"}, "`adapter_name` training: torch.nn.ModuleDict takes no such name"),
+            ({"dropout": "-0.1"}, "`dropout` -0.1: must be at least 0"),
+            ({"modules_to_save": ["head"]}, "`modules_to_save` head: no such module"),
+            ({"modules_to_save": "lm_head"}, "`modules_to_save` lm_head: .*tied"),
             ({"modules_to_save": ["mlp"]}, "is a target"),
             ({"modules_to_save": ["lm_head"]}, "tied"),
         ):
@@ -609,16 +669,11 @@ class TestAnotherModel:
         model.model.layers[1].self_attn.q_proj = nn.Linear(48, 32)
         self.refused(model, case, r"layers\.1\.self_attn\.q_proj: takes 48 features")
 
-    def test_what_does_not_call_its_layers(self, cases: Cases) -> None:
-        case = cases("llama")
-        model = case.model()
-        attention = nn.MultiheadAttention(32, 4)
-        q_proj = model.model.layers[0].self_attn.q_proj
-        attention.q_proj = q_proj
-        model.model.layers[0].self_attn = attention
-        self.refused(
-            model, case, "MultiheadAttention does not call it", target_modules=r"model\.layers\.0\.self_attn\.q_proj"
-        )
+    def test_no_basis_there(self, cases: Cases, tmp_path: Path) -> None:
+        model = cases("llama").model()
+        for basis, message in ((tmp_path / "none", "no such file"), (str(tmp_path), "is a folder")):
+            with pytest.raises(UsageError, match=f"`basis` {tmp_path}.*: {message}"):
+                frodctl.attach(model, basis)
 
     def test_a_tied_layer(self, cases: Cases) -> None:
         case = cases("llama")
@@ -656,3 +711,239 @@ class TestAnotherModel:
         damaged.write_bytes(data)
         with pytest.raises(InvalidInput, match=r"V\.mlp_up_proj is damaged"):
             frodctl.attach(case.model(), damaged)
+
+
+class TestMergeInPlace:
+    """W' goes into the weight of whatever layer computes W x + b."""
+
+    def replaced(self, model: Any, kind: type[nn.Linear]) -> Any:
+        for layer in model.model.layers:
+            linear = layer.mlp.up_proj
+            layer.mlp.up_proj = kind(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
+            layer.mlp.up_proj.load_state_dict(linear.state_dict())
+        return model
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_of_a_kind_of_its_own(self, dtype: torch.dtype, cases: Cases) -> None:
+        case = cases("llama", dtype)
+        model = frodctl.attach(self.replaced(case.model(), FalconLinear), case.basis)
+        assert type(layers(model)["model.layers.0.mlp.up_proj"].base_layer) is FalconLinear
+        perturb(model)
+        merged = self.replaced(training.merge_(case.trained()), FalconLinear)
+        training.merge_(model)
+        for name, tensor in merged.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+    @pytest.mark.parametrize("change", [lambda y: 1.01 * y, torch.relu, lambda y: y + 0.01])
+    def test_of_one_that_does_more(self, change: Any, cases: Cases) -> None:
+        class More(nn.Linear):
+            active = False
+
+            def forward(self, input: torch.Tensor) -> torch.Tensor:
+                y = super().forward(input)
+                return change(y) if self.active else y
+
+        case = cases("llama")
+        model = frodctl.attach(self.replaced(case.model(), More), case.basis)
+        perturb(model)
+        More.active = True
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(UsageError, match=r"up_proj: More does not compute W x \+ b; merge the saved adapter"):
+            training.merge_(model)
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+class TestWeightsThatAreRead:
+    """A model may multiply by a layer's weight instead of calling the layer: that weight is then W', and trained."""
+
+    @pytest.fixture
+    def base(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+        return mamba(tmp_path_factory.getbasetemp() / "mamba")
+
+    def model(self, base: Path, dtype: torch.dtype = torch.float32) -> Any:
+        return MambaForCausalLM.from_pretrained(base, dtype=dtype).eval()
+
+    def test_mamba(self, base: tuple[Path, Path], tmp_path: Path) -> None:
+        """Exact at the start, a gradient for every number, and merged, in place and in files, as it was trained."""
+        for dtype in (torch.float32, torch.bfloat16):
+            plain, model = self.model(base[0], dtype), frodctl.attach(self.model(base[0], dtype), base[1])
+            assert "backbone.layers.0.mixer.dt_proj" in layers(model)
+            assert torch.equal(logits(model), logits(plain))
+        model = frodctl.attach(self.model(base[0]), base[1])
+        model(input_ids=ids(16), labels=ids(16)).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert not parameter.requires_grad or parameter.grad.norm() > 0, name
+        perturb(model)
+        expected = logits(model)
+        only = frodctl.attach(self.model(base[0]), base[1], target_modules="dt_proj")
+        perturb(only)
+        assert not torch.equal(logits(only), logits(self.model(base[0])))
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        frodctl.merge(str(base[0]), str(tmp_path / "adapter"), tmp_path / "out", basis=base[1])
+        for merged in (self.model(tmp_path / "out"), training.merge_(model)):
+            assert (logits(merged) - expected).norm() <= 1e-5 * expected.norm()
+
+    def test_the_gradient_is_that_of_the_weight(self, base: tuple[Path, Path]) -> None:
+        """∂L/∂Q = (W D)ᵀ (∂L/∂W') V at the positions, from the merged model's own gradient."""
+        model = frodctl.attach(self.model(base[0]), base[1], target_modules="dt_proj")
+        perturb(model)
+        merged = training.merge_(copy.deepcopy(model)).requires_grad_(True)
+        for trained in (model, merged):
+            trained(input_ids=ids(16), labels=ids(16)).loss.backward()
+        for path, layer in layers(model).items():
+            update, G = layer.update(), merged.get_submodule(path).weight.grad
+            basis, W = update.basis, layer.base_layer.weight
+            inner = update.inverse_scales[:, None] * ((W @ basis.D).T @ G @ basis.V)
+            assert torch.allclose(update.delta.grad, inner.diagonal(), rtol=1e-3, atol=1e-7)
+            rows, columns = update.pattern.indices()
+            assert torch.allclose(update.values.grad, inner[rows, columns], rtol=1e-3, atol=1e-7)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_distributed_data_parallel(self, base: tuple[Path, Path], tmp_path: Path) -> None:
+        """Every parameter takes part, or the second step fails."""
+        model = frodctl.attach(self.model(base[0]), base[1])
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            for _ in range(2):
+                parallel(input_ids=ids(16), labels=ids(16)).loss.backward()
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def test_the_base_s_is_read_where_nothing_is_applied(self, base: tuple[Path, Path]) -> None:
+        model = frodctl.attach(self.model(base[0]), base[1])
+        layer = layers(model)["backbone.layers.0.mixer.dt_proj"]
+        W = layer.base_layer.weight
+        assert torch.equal(layer.weight, W)
+        perturb(model)
+        assert not torch.equal(layer.weight, W)
+        assert torch.allclose(layer.weight, layer.update().merged_weight(layer.base_layer), rtol=1e-6)
+        with training.disabled(model):
+            assert layer.weight is W
+        training.set_scale(model, 0)
+        assert layer.weight is W
+
+    def test_a_dtype_costs_nothing(self, cases: Cases) -> None:
+        """T5 asks for ``self.wo.weight.dtype`` and calls the layer."""
+        case = cases("llama")
+
+        class Asks(nn.Module):
+            def __init__(self, inner: Any) -> None:
+                super().__init__()
+                self.gate_proj, self.up_proj, self.down_proj = inner.gate_proj, inner.up_proj, inner.down_proj
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+                return self.down_proj(y.to(self.down_proj.weight.dtype))
+
+        model = case.model()
+        for layer in model.model.layers:
+            layer.mlp = Asks(layer.mlp)
+        frodctl.attach(model, case.basis)
+        perturb(model)
+        assert torch.equal(logits(model), logits(case.trained()))
+        layer = model.model.layers[0].mlp.down_proj
+        assert layer.weight is layer.base_layer.weight
+
+    def encoder(self, root: Path) -> tuple[Any, Path]:
+        torch.manual_seed(0)
+
+        class Encoder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+                self.layers = nn.ModuleList(copy.deepcopy(block) for _ in range(2))
+                for parameter in self.parameters():
+                    parameter.data.normal_(std=0.2)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                for layer in self.layers:
+                    x = layer(x)
+                return x
+
+        from tests.conftest import save_checkpoint
+
+        model = Encoder().eval()
+        base = save_checkpoint(root / "base", model.state_dict(), {})
+        frodctl.decompose(str(base), root / "b.safetensors", target_modules="out_proj,linear1,linear2", sparsity=0.05)
+        return model, root / "b.safetensors"
+
+    def test_torch_s_attention_and_its_fast_path(self, tmp_path: Path) -> None:
+        """torch's encoder calls linear1 in training and reads its weight in evaluation, and always out_proj's."""
+        model, basis = self.encoder(tmp_path)
+        x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            before = model(x)
+            frodctl.attach(model, basis)
+            assert len(layers(model)) == 6
+            assert torch.equal(model(x), before)
+        model.train()(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert not parameter.requires_grad or parameter.grad.norm() > 0, name
+        perturb(model)
+        with torch.no_grad():
+            fast, slow = model.eval()(x), model.train()(x)
+            assert (fast - before).norm() > 0.02 * before.norm()
+            assert torch.allclose(fast, slow, atol=1e-4)
+            assert torch.allclose(training.merge_(model)(x), slow, atol=1e-4)
+
+
+MISTAKES: tuple[Any, ...] = (
+    None, 1.5, float("nan"), float("inf"), -1, 0, 10**30, True, "x", "", " ", "..", "a/b", "(", "\ud800", "\0", b"",
+    b"x", [], [""], [None], [1.5], (), set(), {}, {"x": 1}, {1: None}, object(), Path("/no/such"), lambda: None,
+    torch.zeros(2), torch.float32,
+)  # fmt: skip
+
+
+class TestWhateverIsGiven:
+    """Of every type for every parameter: a `FrodctlError` and the model as it was, or it works."""
+
+    PARAMETERS = (
+        "basis", "target_modules", "exclude_modules", "sparsity", "seed", "modules_to_save", "dropout", "adapter_name",
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("parameter", PARAMETERS)
+    def test_attach(self, parameter: str, cases: Cases) -> None:
+        case = cases("llama")
+        model = case.model()
+        modules, attributes = dict(model.named_modules()), set(model.__dict__)
+        refused = []
+        for value in MISTAKES:
+            try:
+                frodctl.attach(model, **{"basis": case.basis, parameter: value})
+            except FrodctlError as error:
+                refused.append(str(error))
+            else:
+                training.detach(model)
+            assert dict(model.named_modules()) == modules, value
+            assert set(model.__dict__) == attributes, value
+            assert all(p.requires_grad for p in model.parameters())
+        assert all(parameter in message for message in refused), refused
+        assert len(refused) >= 20
+
+    @pytest.mark.parametrize("value", MISTAKES, ids=lambda value: ascii(value)[:20])
+    def test_attach_to(self, value: Any, cases: Cases) -> None:
+        with pytest.raises(UsageError, match="`model`"):
+            frodctl.attach(value, cases("llama").basis)
+
+    def test_what_acts_on_attached_models(self, cases: Cases) -> None:
+        model = cases("llama").trained()
+        expected = logits(model)
+        for value in MISTAKES:
+            for function in (training.set_scale, training.set_adapter):
+                try:
+                    function(model, value)
+                except UsageError:
+                    assert torch.equal(logits(model), expected), value
+                else:
+                    training.set_scale(model, 1)
+                    assert function is training.set_scale
+        for scale in (float("nan"), float("-inf"), "nan", None, True, "x"):
+            with pytest.raises(UsageError, match="`scale`"):
+                training.set_scale(model, scale)
+        training.set_scale(model, "50%")
+        assert {layer.update().scale for layer in layers(model).values()} == {0.5}
+        for function in (training.set_scale, training.set_adapter):
+            for value in (None, 7, "x", object(), nn.Linear(2, 2)):
+                with pytest.raises(UsageError, match="attach first"):
+                    function(value, "default")

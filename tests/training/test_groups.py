@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -65,3 +67,25 @@ def test_only_the_active_adapter(cases: Cases) -> None:
 def test_nothing_attached(cases: Cases) -> None:
     with pytest.raises(UsageError, match="no adapter is attached"):
         frodctl.parameter_groups(cases("llama").model())
+
+
+@pytest.mark.parametrize("rate", [
+    float("nan"), float("inf"), -1e-3, "-1", "nan", "fast", "", None, True, b"", [], {}, object(), torch.zeros(()),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["rho_lambda", "rho_sparse", "lr", "weight_decay", "frod_weight_decay"])
+def test_what_is_no_rate(name: str, rate: Any, cases: Cases) -> None:
+    with pytest.raises(UsageError, match=f"`{name}`"):
+        frodctl.parameter_groups(cases("llama").attached(), **{name: rate})
+
+
+def test_text_for_a_rate(cases: Cases) -> None:
+    """As everywhere; it does not reach the optimizer as text."""
+    model = cases("llama").attached()
+    given, plain = (frodctl.parameter_groups(model, rho_lambda=rho, rho_sparse=0) for rho in ("2e-3", 2e-3))
+    assert [group["lr"] for group in given] == [group["lr"] for group in plain]
+
+
+@pytest.mark.parametrize("model", [None, 1.5, "x", [], {}, object(), True, b"", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_with_an_adapter(model: Any) -> None:
+    with pytest.raises(UsageError, match="attach first"):
+        frodctl.parameter_groups(model)

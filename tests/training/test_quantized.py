@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaForCausalLM
 
 import frodctl
 from frodctl import training
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.training.attachment import frod_layers
 from frodctl.training.layer import FrodLinear
-from tests.training.conftest import Case, batch, perturb
+from tests.training.conftest import Case, batch, mamba, perturb
 
 
 def int8(model: Any) -> Any:
@@ -184,3 +184,19 @@ def test_another_model(quantize: Any, case: Case) -> None:
         layer.mlp.up_proj.weight.data.mul_(1.3)
     with pytest.raises(InvalidInput, match=r"mlp\.up_proj: its weight is not the one"):
         frodctl.attach(quantize(model), case.basis)
+
+
+def test_a_weight_that_is_read_instead_of_called(quantize: Any, tmp_path: Any) -> None:
+    """Where it is packed there is no W' to give: Mamba's dt_proj is refused, and the rest is trained without it."""
+    base, basis = mamba(tmp_path / "mamba")
+
+    def model() -> Any:
+        found = MambaForCausalLM.from_pretrained(base).eval()
+        for block in found.backbone.layers:
+            inner = nn.ModuleDict({"dt_proj": block.mixer.dt_proj})
+            block.mixer.dt_proj = quantize(inner)["dt_proj"]
+        return found
+
+    with pytest.raises(InvalidInput, match=r"dt_proj: MambaMixer multiplies by its weight .* `exclude_modules`"):
+        frodctl.attach(model(), basis)
+    assert len(frod_layers(frodctl.attach(model(), basis, exclude_modules="dt_proj"))) == 9

@@ -58,8 +58,6 @@ class TestEveryFamily:
         assert (logits(fresh) - logits(model)).norm() > 0.02 * logits(model).norm()
         assert frodctl.load_adapter(fresh, tmp_path / "adapter", case.basis) is fresh
         assert (logits(fresh) - logits(model)).abs().max() <= 1e-5
-        again = frodctl.attach(case.model(), case.basis, tmp_path / "adapter")
-        assert torch.equal(logits(again), logits(fresh))
 
     @pytest.mark.parametrize("self_contained", [False, True])
     def test_merging(self, family: str, self_contained: bool, cases: Cases, tmp_path: Path) -> None:

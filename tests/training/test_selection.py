@@ -15,13 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import MambaForCausalLM
 
 import frodctl
 import frodctl.training.peft as bridge
-from frodctl.errors import InvalidInput, UsageError
+from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
+from frodctl.training import selection
 from frodctl.training.attachment import frod_layers
 from tests import peft_models
-from tests.training.conftest import Case, Cases, labelled, perturb
+from tests.training.conftest import Case, Cases, labelled, mamba, perturb
 
 
 def batches(family: str) -> list[dict[str, Tensor]]:
@@ -60,6 +62,28 @@ def test_the_largest_gradients(family: str, cases: Cases) -> None:
         rest = score.clone().fill_diagonal_(0)
         rest[rows, columns] = 0
         assert score[rows, columns].min() >= 0.999 * rest.max()
+
+
+def test_of_a_weight_that_is_read(tmp_path: Path) -> None:
+    """Mamba multiplies by the weight of its dt_proj: ∂L/∂W comes back to the weight itself."""
+    base, basis = mamba(tmp_path / "mamba")
+
+    def model() -> Any:
+        return MambaForCausalLM.from_pretrained(base).eval()
+
+    data = {name: tensor % 64 for name, tensor in labelled("llama").items()}
+    attached = frodctl.attach(model(), basis, target_modules="dt_proj", sparsity=0.2)
+    (indices,) = frodctl.select_pattern(attached, [data]).values()
+    plain, score = model(), torch.zeros(8, 8)
+    plain(**data).loss.backward()
+    for path, layer in frod_layers(attached).items():
+        weight, update = plain.get_submodule(path).weight, layer.update()
+        V, D = update.basis.V, update.basis.D
+        score += (update.inverse_scales[:, None] * ((weight @ D).T @ weight.grad @ V)).square().detach()
+    score.fill_diagonal_(-1)
+    rows, columns = indices
+    assert len(rows) == 12
+    assert score[rows, columns].min() >= 0.999 * score.flatten().sort(descending=True).values[11]
 
 
 def test_nothing_else_changes(cases: Cases) -> None:
@@ -288,7 +312,7 @@ class TestRefused:
         model = cases("llama").attached()
         with pytest.raises(UsageError, match=r"NoneType, not a scalar .* labels"):
             frodctl.select_pattern(model, [batch])
-        with pytest.raises(UsageError, match=r"shape \[.*loss="):
+        with pytest.raises(UsageError, match=r"shape \[.*`loss`"):
             frodctl.select_pattern(model, [batch], loss=lambda m, b: m(**b).logits)
         with pytest.raises(UsageError, match=r"shape \[\], not a scalar with a gradient"):
             frodctl.select_pattern(model, [batch], loss=lambda m, b: m(**b).logits.detach().sum())
@@ -301,6 +325,38 @@ class TestRefused:
             frodctl.select_pattern(model, batches("llama"), loss=lambda m, b: m(**b).loss * float("nan"))
         assert all(frod_layers(model)[path].update().pattern is pattern for path, pattern in before.items())
         assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_whatever_is_given(self, cases: Cases, tmp_path: Path) -> None:
+        """A `FrodctlError`, and the model and its optimizer's parameters are as they were."""
+        model = cases("llama").attached()
+        before = {path: layer.update().pattern for path, layer in frod_layers(model).items()}
+        right = {"output": (None, "x"), "force": (True,)}
+        mistakes = (
+            None, 1.5, -1, float("nan"), True, "x", "", b"", b"x", [], [None], ["x"], [1], {}, {"x": 1}, object(),
+        )  # fmt: skip
+        for parameter in ("batches", "loss", "output", "force"):
+            for value in mistakes:
+                if any(value is good for good in right.get(parameter, ())):
+                    continue
+                given = {"batches": batches("llama"), parameter: value}
+                with pytest.raises(FrodctlError, match="batch" if parameter == "batches" else f"`{parameter}`"):
+                    frodctl.select_pattern(model, **given)
+                assert all(frod_layers(model)[path].update().pattern is pattern for path, pattern in before.items())
+                assert not any(layer.base_layer._forward_pre_hooks for layer in frod_layers(model).values())
+                assert not any("weight" in layer.update().__dict__ for layer in frod_layers(model).values())
+
+    def test_a_full_disk(self, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The pattern is exchanged once its file is there."""
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OutOfResources("no space left")
+
+        monkeypatch.setattr(selection, "write_patterns", full)
+        model = cases("llama").attached()
+        before = {path: layer.update().pattern for path, layer in frod_layers(model).items()}
+        with pytest.raises(OutOfResources):
+            frodctl.select_pattern(model, batches("llama"), output=tmp_path / "out.safetensors")
+        assert all(frod_layers(model)[path].update().pattern is pattern for path, pattern in before.items())
 
     def test_without_an_adapter(self, cases: Cases) -> None:
         with pytest.raises(UsageError, match="attach first"):
