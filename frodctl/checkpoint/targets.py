@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.requests import Request
 from frodctl.checkpoint.source import Checkpoint, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
 
@@ -45,11 +46,9 @@ _EMBEDDING = re.compile(
     r"embed(?!.*proj)|^(wte|wpe|shared|relative_attention_bias|rel_pos.*|pos_emb.*)$", re.IGNORECASE
 )
 _NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
-_HEAD = re.compile(r"^(lm_)?head$|^embed_out$")
 _ROUTER = re.compile(r"^(routers?|shared_expert_gate)$")
 #: Fused experts (experts, out_features, in_features) whose path does not say so: GraniteMoE's, JetMoE's.
 _FUSED_EXPERTS = ("input_linear", "output_linear")
-_NAMES = re.compile(r"\s*[\w.\-]+(\s*,\s*[\w.\-]+)*\s*")
 
 
 @dataclass(frozen=True)
@@ -126,34 +125,25 @@ def select(
     Raises
     ------
     UsageError
-        Nothing, or one of several names, matches; the message lists the names that exist.
+        Nothing, or one of several names, matches, or a block does not exist; the message says what there is.
     """
-    wanted, wording = _matcher(checkpoint, target_modules)
-    excluded = module_matcher(exclude_modules) if exclude_modules else lambda module: False
-    in_layers = _layer_numbers(layers) if layers else lambda layer: True
+    modules = [name.removesuffix(".weight") for name in checkpoint.tensors]
+    default = _default_targets(checkpoint) if target_modules == "default" else None
+    request = Request(target_modules, exclude_modules, layers, modules, default)
     targets: list[Target] = []
     left_out: list[LeftOut] = []
-    matched: list[str] = []
+    linear: list[str] = []
     for info in sorted(checkpoint.tensors.values(), key=lambda t: names.natural_key(t.name)):
         module = info.name.removesuffix(".weight")
         reason = _not_linear(info, checkpoint)
         if reason is None:
-            matched.append(module)
-            if not wanted(module):
-                reason = wording
-            elif target_modules == "all-linear" and _HEAD.match(module.rsplit(".", 1)[-1]):
-                reason = "a head"
-            elif excluded(module):
-                reason = "excluded by --exclude-modules"
-            elif not in_layers(names.layer_index(module)):
-                reason = "its block is not among --layers"
+            linear.append(module)
+            reason = request.reason_against(module)
         if reason is None:
             targets += _targets(info, checkpoint)
         elif len(info.shape) > 1:
             left_out.append(LeftOut(info.name, info.shape, reason))
-    if exclude_modules and not any(map(excluded, matched)):
-        raise UsageError(f"--exclude-modules {exclude_modules}: matches no linear layer")
-    _require_matches(target_modules, matched, bool(targets))
+    request.require_matches(linear)
     return Selection(tuple(targets), tuple(left_out))
 
 
@@ -250,52 +240,10 @@ def _in_tower(tower: str, parts: Collection[str]) -> bool:
     return any(alias in parts for alias in (tower, f"{tower}_model", *aliases.get(tower, ())))
 
 
-def _matcher(checkpoint: Checkpoint, target_modules: str) -> tuple[Callable[[str], bool], str]:
-    """The test for a targeted module, and the reason to give for those that fail it."""
-    if target_modules == "all-linear":
-        return names.in_block, "outside the repeated blocks"
-    if target_modules == "default":
-        model_type = str(checkpoint.config.get("model_type", ""))
-        if model_type not in DEFAULT_TARGETS:
-            what = f"no default targets for model type {model_type!r}" if model_type else "no config.json here"
-            raise UsageError(f"{what}: say --target-modules all-linear, names or a regular expression")
-        return module_matcher(DEFAULT_TARGETS[model_type]), "not a default target"
-    return module_matcher(target_modules), "not among --target-modules"
-
-
-def module_matcher(text: str) -> Callable[[str], bool]:
-    """A test for module paths: comma-separated names match path endings, anything else is a regex."""
-    if _NAMES.fullmatch(text):
-        endings = [name.strip() for name in text.split(",")]
-        return lambda module: any(module == e or module.endswith("." + e) for e in endings)
-    try:
-        regex = re.compile(text)
-    except re.error as error:
-        raise UsageError(f"{text!r} is neither module names nor a regular expression ({error})") from None
-    return lambda module: regex.fullmatch(module) is not None
-
-
-def _layer_numbers(text: str) -> Callable[[int | None], bool]:
-    ranges: list[range] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match:
-            raise UsageError(f"--layers {text}: expected block numbers such as 0-11 or 0,2,8-11")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UsageError(f"--layers {text}: {first}-{last} runs backwards")
-        ranges.append(range(first, last + 1))
-    return lambda layer: any(layer in numbers for numbers in ranges)
-
-
-def _require_matches(target_modules: str, linear: list[str], any_target: bool) -> None:
-    """Raise `UsageError` with the names that exist if the request, or one name of it, matches nothing."""
-    missing = []
-    if target_modules not in ("default", "all-linear") and _NAMES.fullmatch(target_modules):
-        missing = [t for t in target_modules.split(",") if not any(map(module_matcher(t), linear))]
-    if any_target and not missing:
-        return
-    what = ",".join(missing) or target_modules
-    roles = sorted({names.role(module).rsplit(".", 1)[-1] for module in linear})
-    there = f"linear layers here: {', '.join(roles)}" if roles else "there are no linear layers here"
-    raise UsageError(f"target modules {what}: nothing is left to decompose; {there}")
+def _default_targets(checkpoint: Checkpoint) -> str:
+    """PEFT's default for the type of this model."""
+    model_type = str(checkpoint.config.get("model_type", ""))
+    if model_type not in DEFAULT_TARGETS:
+        what = f"no default targets for model type {model_type!r}" if model_type else "no config.json here"
+        raise UsageError(f"{what}; give `target_modules`: all-linear, names or a regular expression")
+    return DEFAULT_TARGETS[model_type]

@@ -16,11 +16,6 @@ from frodctl.jobs import inspect as job
 EXIT_DIFFERENT = 5
 
 _FIRST = ("name", "shape", "dtype", "parameters")
-_FIGURES = (
-    "spectral_norm", "frobenius_norm", "nuclear_norm", "stable_rank", "effective_rank", "numerical_rank",
-    "condition_number", "energy_rank_90", "energy_rank_95", "energy_rank_99", "marchenko_pastur_edge", "above_edge",
-    "power_law_alpha", "power_law_distance", "power_law_xmin",
-)  # fmt: skip
 _ESTIMATED = (
     "spectral_norm", "nuclear_norm", "stable_rank", "effective_rank", "energy_rank_90", "energy_rank_95",
     "energy_rank_99",
@@ -129,15 +124,6 @@ def _sharing(row: Mapping[str, Any]) -> str:
     return f"{found['p05']:.1f}–{found['p95']:.1f}" if found and found["p05"] is not None else ""
 
 
-#: What a picture shows of each kind.
-_DRAWN = {
-    "checkpoint": "singular values of W",
-    "basis": "singular values of V",
-    "adapter": "singular values of W' − W",
-    "comparison": "singular values of the difference",
-}
-
-
 @click.command("inspect")
 @click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
 @click.option("--spectrum", is_flag=True, help="Exact norms, ranks and spectra of every matrix.")
@@ -196,9 +182,9 @@ def command(
         pictures.check_request(plot, estimate=options["estimate"], force=force)
         options["spectrum"] = True
     chosen = job.InspectOptions.of(**options)
-    shown: list[job.Row] = []
     with Reporter(quiet) as report:
         found = list(job.reports(targets, chosen, report))
+        shown: list[list[job.Row]] = [[] for _ in found]
         if out.format in ("tsv", "csv", "jsonl"):
             rows = _kept(found, shown)
             # sorted rows come all at once, and a key that no row has is said before anything is printed
@@ -207,31 +193,35 @@ def command(
         else:
             summaries = _emit(out, found, chosen, shown, report)
         if plot is not None:
-            title = ", ".join(f"{item.target}: {_DRAWN[item.kind]}" for item in found)
-            pictures.draw(plot, title, shown, summaries)
+            parts = zip(found, shown, summaries, strict=True)
+            results = [job.TargetResult(item.target, item.kind, tuple(rows), said) for item, rows, said in parts]
+            pictures.draw(plot, results)
             report.note(f"Drew {plot}")
     different = check and any(summary["different"] for summary in summaries)
     return EXIT_DIFFERENT if different else 0
 
 
-def _kept(found: Sequence[job.Report], shown: list[job.Row]) -> Iterator[dict[str, Any]]:
+def _kept(found: Sequence[job.Report], shown: Sequence[list[job.Row]]) -> Iterator[dict[str, Any]]:
     """Every report's rows with the target they are of, and the errors of estimates as columns."""
-    for item in found:
+    for item, kept in zip(found, shown, strict=True):
         for row in item.rows:
-            shown.append(row)
+            kept.append(row)
             errors = {f"{key}_error": value for key, value in (row.values.get("errors") or {}).items()}
             yield row.values | errors | {"target": item.target}
 
 
 def _emit(
-    out: Output, found: Sequence[job.Report], options: job.InspectOptions, shown: list[job.Row], report: Reporter
+    out: Output,
+    found: Sequence[job.Report],
+    options: job.InspectOptions,
+    shown: Sequence[list[job.Row]],
+    report: Reporter,
 ) -> list[dict[str, Any]]:
     """Print the reports as JSON or as tables."""
     summaries = []
     entries = []
-    for item in found:
-        rows = list(item.rows)
-        shown += rows
+    for item, rows in zip(found, shown, strict=True):
+        rows += item.rows
         summaries.append(item.summary())
         values = [row.values for row in rows]
         entries.append({"target": item.target, "kind": item.kind, "tensors": values, "summary": summaries[-1]})
@@ -244,7 +234,7 @@ def _emit(
 
 def _keys(found: Sequence[job.Report], options: job.InspectOptions) -> list[str]:
     """The columns of separated values."""
-    figures = _FIGURES if options.spectrum or options.estimate else ()
+    figures = job.FIGURES if options.spectrum or options.estimate else ()
     keys = list(_FIRST)
     for item in found:
         if item.kind == "checkpoint":
@@ -261,7 +251,9 @@ def _keys(found: Sequence[job.Report], options: job.InspectOptions) -> list[str]
                 "base_digest",
             ]
         elif item.kind == "adapter":
-            changes = () if options.headers_only else (*_CHANGES, "relative_change", *(f"delta_{k}" for k in _FIGURES))
+            changes = (
+                () if options.headers_only else (*_CHANGES, "relative_change", *(f"delta_{k}" for k in job.FIGURES))
+            )
             keys += ["category", "layer", "nnz", *changes]
         else:
             keys += ["other_name", "other_dtype", "status", "relative_difference", "cosine", "max_difference"]

@@ -19,7 +19,7 @@ from click.shell_completion import shell_complete
 
 import frodctl
 from frodctl.cli.options import as_flags
-from frodctl.cli.output import NO_CONTROL
+from frodctl.cli.output import printable
 from frodctl.errors import FrodctlError, OutOfResources
 
 _COMMANDS = {
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        click.UsageError(printable(error.format_message()), getattr(error, "ctx", None)).show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return _interrupted(arguments, 130)
@@ -88,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _closed_pipe(error):
             return 0
         if "--debug" in arguments:
-            traceback.print_exc()
+            _show_traceback()
         message, code = _explain(error)
         with suppress(BrokenPipeError):
-            click.echo(f"Error: {message.translate(NO_CONTROL)}", err=True)
+            click.echo(f"Error: {printable(message)}", err=True)
         return code
 
 
@@ -131,6 +131,12 @@ def _closed_pipe(error: BaseException) -> bool:
     # Whatever is left in the buffer cannot be written; without this the interpreter complains at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
+
+
+def _show_traceback() -> None:
+    """Set in, as no line of an exception's text is to pass for one of ours."""
+    for line in traceback.format_exc().split("\n"):
+        click.echo(f"  {printable(line)}", err=True)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,28 @@ class OutputClosed(Exception):
     """The reader of stdout has gone."""
 
 
-#: A column of names is broken over lines rather than wider than this, where there is no room.
-_NARROWEST_NAME = 24
-_FIRST_FEW = 5
 _GAP = 2  # between columns
+#: So narrow a column of names may get, so that so many columns are shown: whole names, if that leaves a few figures.
+_LAYOUTS = ((None, 5), (24, 4), (16, 3), (12, 3), (8, 1))
+#: What names are broken into, the best first.
+_PIECES = tuple(map(re.compile, (r"[^./]*[./]+|[^./]+", r"[^\s_,-]*[\s_,-]+|[^\s_,-]+", r".")))
 
 #: What would break a line of tab-separated values, as spaces.
 _NO_BREAKS = str.maketrans("\t\n\r", "   ")
-#: Names come from strangers' files, and a terminal obeys what it is sent.
-NO_CONTROL = dict.fromkeys([*range(10), *range(11, 32), *range(127, 160)], "?")
+
+
+def printable(text: str) -> str:
+    """One line that shows all there is in the text: what a terminal would obey or hide is written as in Python.
+
+    Names come from strangers' files. Control characters, line breaks, reversed directions and invisible characters
+    in them would colour the screen, forge a message, or show one name as another.
+
+    >>> printable("layers.0\\x1b[2J\\nError: none\\u202e")
+    'layers.0\\\\x1b[2J\\\\nError: none\\\\u202e'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -43,59 +57,69 @@ class Output:
     """Standard output in one of the formats."""
 
     def __init__(self, format_: str | None, as_json: bool) -> None:
-        default = "human" if sys.stdout is not None and sys.stdout.isatty() else "tsv"
-        self.format = "json" if as_json else format_ or default
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.format = "json" if as_json else format_ or ("human" if self.terminal else "tsv")
 
     def emit(self, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
         """Print the result: ``document`` as JSON, or ``rows`` in the format that was asked for."""
         if self.format == "json":
-            self._write(json.dumps(_plain(document), indent=2, allow_nan=False) + "\n")
+            self._write(_json(document, indent=2) + "\n")
         elif self.format == "human":
             self.table(rows, columns)
         else:
             self.stream(rows, [column.key for column in columns])
 
     def stream(self, rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> None:
-        """Print each row as it comes: as a JSON object, or what it has under ``keys`` as separated values."""
+        """Print each row as it comes: as a JSON object, or what it has under ``keys`` as separated values.
+
+        Those are exact in a pipe; on a terminal they are made printable.
+        """
+
+        def cell(value: Any) -> str:
+            return printable(_cell(value)) if self.terminal else _cell(value)
+
         if self.format == "jsonl":
             for row in rows:
-                self._write(json.dumps(_plain(row), allow_nan=False) + "\n")
+                self._write(_json(row) + "\n")
         elif self.format == "csv":
             writer = csv.writer(_Lines(self._write))
             writer.writerow(keys)
-            writer.writerows([_cell(row.get(key)) for key in keys] for row in rows)
+            writer.writerows([cell(row.get(key)) for key in keys] for row in rows)
         else:
             self._write("\t".join(keys) + "\n")
             for row in rows:
-                self._write("\t".join(_cell(row.get(key)).translate(_NO_BREAKS) for key in keys) + "\n")
+                self._write("\t".join(cell(row.get(key)).translate(_NO_BREAKS) for key in keys) + "\n")
 
     def line(self, text: str) -> None:
         """Print a line of text."""
-        self._write(text.translate(NO_CONTROL) + "\n")
+        self._write(printable(text) + "\n")
 
     def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[str]:
-        """Print a table that fits the terminal; the titles of the columns there was no room for."""
+        """Print a table that fits the terminal; the titles of the columns there was no room for.
+
+        The first column has the names, which are broken where the terminal is narrow; figures stay whole.
+        """
         from rich import box
         from rich.console import Console
         from rich.table import Table
 
         console = Console(markup=False, highlight=False)
         wanted = [column for column in columns if column.title]
-        shown = _fitting(rows, wanted, console.width)
+        cells = [[column.title, *(_shown(column, row) for row in rows)] for column in wanted]
+        widths = _layout([max(map(_width, column)) for column in cells], console.width)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        for column in shown:
+        for number, width in widths.items():
+            column = wanted[number]
+            cells[number] = [wrapped(cell, width) for cell in cells[number]]
             table.add_column(
-                column.title,
-                justify="left" if column.left else "right",
-                overflow="fold",
-                no_wrap=not column.left,  # numbers stay whole, names break where the terminal is narrow
+                cells[number][0], justify="left" if column.left else "right", width=width, no_wrap=True, overflow="crop"
             )
-        for row in rows:
-            table.add_row(*(_shown(column, row) for column in shown))
+        for number in range(1, len(rows) + 1):
+            table.add_row(*(cells[column][number] for column in widths))
         with console.capture() as capture:
-            console.print(table)
+            console.print(table, crop=False)
         self._write(capture.get())
-        return [column.title for column in wanted if column not in shown]
+        return [column.title for number, column in enumerate(wanted) if number not in widths]
 
     def _write(self, text: str) -> None:
         if sys.stdout is None:
@@ -111,23 +135,61 @@ class Output:
 
 
 def _shown(column: Column, row: Mapping[str, Any]) -> str:
-    return (column.show(row) if column.show else _cell(row.get(column.key))).translate(NO_CONTROL)
+    return printable(column.show(row) if column.show else _cell(row.get(column.key)))
 
 
-def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], width: int) -> list[Column]:
-    """As many of the columns, from the left, as the width has room for; names are broken only to save the first few."""
-    shown: list[Column] = []
-    for longest_name in (width, _NARROWEST_NAME):
-        left, shown = width, []
-        for column in columns:
-            needed = max(len(column.title), *(len(_shown(column, row)) for row in rows), 0)
-            left -= (min(needed, longest_name) if column.left else needed) + _GAP
-            if left < -_GAP and len(shown) > 1:  # the last column needs no gap after it
-                break
-            shown.append(column)
-        if len(shown) >= min(_FIRST_FEW, len(columns)):
+def _layout(needed: Sequence[int], width: int) -> dict[int, int]:
+    """Which of the columns there is room for, the first ones first, and how wide each is made.
+
+    Parameters
+    ----------
+    needed : sequence of int
+        The widths of the columns' longest cells, that of names first.
+    width : int
+        Of the terminal.
+    """
+    names, *figures = needed
+    shown: dict[int, int] = {}
+    for narrowest, enough in _LAYOUTS:
+        name = min(names, narrowest or names, width)
+        shown, left = {0: name}, width - name
+        for number, figure in enumerate(figures, 1):
+            if figure + _GAP <= left:
+                shown[number] = figure
+                left -= figure + _GAP
+        shown[0] = min(names, name + left)
+        if len(shown) >= min(enough, len(needed)):
             break
     return shown
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines that fit: broken after dots, else after underscores, and inside of words only if need be."""
+    if _width(text) <= width:
+        return text
+    indent = " " * min(2, width // 8)  # of the further lines, so that each row is seen to begin
+    lines = [""]
+
+    def put(text: str, pieces: Sequence[re.Pattern[str]]) -> None:
+        for piece in pieces[0].findall(text):
+            if _width(lines[-1] + piece) <= width:
+                lines[-1] += piece
+            elif len(pieces) == 1 or _width(indent + piece) <= width:
+                lines.append(indent + piece)
+            else:
+                put(piece, pieces[1:])
+
+    put(text, _PIECES)
+    return "\n".join(line for line in lines if line.strip())
+
+
+def _width(text: str) -> int:
+    """How many cells of a terminal the text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 class _Lines:
@@ -141,6 +203,11 @@ class _Lines:
 
     def write(self, line: str) -> None:
         self._write(line.removesuffix("\r\n") + "\n")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON in ASCII without control characters."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from frodctl.cli.options import as_flags
+from frodctl.cli.output import printable
 from frodctl.jobs.progress import Progress
 
 
@@ -43,7 +44,7 @@ class Reporter:
         if self.quiet:
             return
         context = click.get_current_context(silent=True)
-        text = as_flags(text, context.command if context else None)
+        text = printable(as_flags(text, context.command if context else None))
         try:
             if self.bar is not None:
                 self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -53,6 +54,7 @@ class Reporter:
             self.quiet = True
 
     def _update_bar(self, report: Progress) -> None:
+        text = printable(report.text)
         if self.bar is None:
             from rich import progress
             from rich.console import Console
@@ -67,9 +69,9 @@ class Reporter:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self.task = self.bar.add_task(report.text, total=report.total)
+            self.task = self.bar.add_task(text, total=report.total)
             self.bar.start()
-        self.bar.update(self.task, description=report.text, completed=min(report.done, report.total))
+        self.bar.update(self.task, description=text, completed=min(report.done, report.total))
 
     def __enter__(self) -> Reporter:
         return self

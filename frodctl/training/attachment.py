@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from frodctl import values
 from frodctl.checkpoint import names
+from frodctl.checkpoint.requests import module_matcher
 from frodctl.checkpoint.stream import digest
-from frodctl.checkpoint.targets import DEFAULT_TARGETS, module_matcher
+from frodctl.checkpoint.targets import DEFAULT_TARGETS
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
 from frodctl.method.pattern import patterns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_FROD_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -329,28 +332,66 @@ def test_targets_come_in_natural_order() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
-    [("0", {0}), ("0-2", {0, 1, 2}), ("10-99", {10, 11}), ("0,2,8-9", {0, 2, 8, 9}), (" 1 , 3 ", {1, 3})],
+    [("0", {0}), ("0-2", {0, 1, 2}), ("10-11", {10, 11}), ("0,2,8-9", {0, 2, 8, 9}), (" 1 , 3 ", {1, 3})],
 )
 def test_layers(layers: str, expected: set[int]) -> None:
     selection = select(LLAMA, "q_proj", layers=layers)
     assert {target.layer for target in selection.targets} == expected
-    reasons = {item.reason for item in selection.left_out if "q_proj" in item.name}
-    assert reasons == {"its block is not among --layers"}
+    assert {item.reason for item in selection.left_out if "q_proj" in item.name} == {"in another block"}
 
 
-@pytest.mark.parametrize("layers", ["x", "1-", "-1", "1,,2", "1.5", "5-3", "3-0,99"])
+@pytest.mark.parametrize("layers", ["x", "1-", "-1", "1,,2", "1.5", "5-3", "3-0,99", "9" * 5000, "٣"])
 def test_layers_that_make_no_sense_are_a_usage_error(layers: str) -> None:
-    with pytest.raises(UsageError, match="--layers"):
+    with pytest.raises(UsageError, match="`layers`"):
         select(LLAMA, "q_proj", layers=layers)
 
 
-def test_a_wide_range_of_layers_costs_nothing() -> None:
+@pytest.mark.parametrize(
+    ("layers", "missing"),
+    [("12", "12"), ("9-12", "12"), ("0-99", "12-99"), ("0,99", "99"), ("0-999999999999", "12-999999999999"),
+     ("20-21,3,30", "20-21, 30")],
+)  # fmt: skip
+def test_blocks_that_do_not_exist_are_named(layers: str, missing: str) -> None:
     tracemalloc.start()
     try:
-        assert len(select(LLAMA, "q_proj", layers="0-999999").targets) == 12
+        with pytest.raises(UsageError) as caught:
+            select(LLAMA, "q_proj", layers=layers)
         assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
         tracemalloc.stop()
+    assert str(caught.value) == f"`layers` {layers}: there is no block {missing}; the model has blocks 0-11"
+
+
+@given(
+    blocks=st.sets(st.integers(0, 30), min_size=1),
+    wanted=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), min_size=1, max_size=4),
+)
+def test_any_blocks_are_there_and_taken_or_refused_by_number(blocks: set[int], wanted: list[tuple[int, int]]) -> None:
+    checkpoint = checkpoint_of(*(f"layers.{block}.q_proj.weight" for block in blocks))
+    text = ",".join(f"{first}-{first + more}" for first, more in wanted)
+    asked = {number for first, more in wanted for number in range(first, first + more + 1)}
+    if asked <= blocks:
+        assert {target.layer for target in select(checkpoint, "q_proj", layers=text).targets} == asked
+        return
+    with pytest.raises(UsageError) as caught:
+        select(checkpoint, "q_proj", layers=text)
+    missing, there = str(caught.value).split("there is no block ")[1].split("; the model has blocks ")
+    for said, meant in ((missing, asked - blocks), (there, blocks)):
+        spans = [part.split("-") for part in said.split(", ") if part != "…"]
+        numbers = {number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)}
+        assert numbers == meant or ("…" in said and numbers < meant)
+
+
+def test_blocks_are_those_of_the_whole_model() -> None:
+    """A block without a linear layer, and one that has other layers, are there; a list of layers is no block."""
+    checkpoint = checkpoint_of("h.0.q.weight", "h.1.conv1d.bias", "h.2.k.weight", "classifier.9.weight")
+    assert [target.module for target in select(checkpoint, "q", layers="0-2").targets] == ["h.0.q"]
+    with pytest.raises(UsageError, match=r"no block 9; the model has blocks 0-2"):
+        select(checkpoint, "q", layers="9")
+    with pytest.raises(UsageError, match=r"`layers` 1-2: `target_modules` q is not in there, but in blocks 0$"):
+        select(checkpoint, "q", layers="1-2")
+    with pytest.raises(UsageError, match="the model has no numbered blocks"):
+        select(checkpoint_of("classifier.9.weight"), "9", layers="0")
 
 
 @pytest.mark.parametrize("request_", ["q_proj,v_proj", "q_proj, v_proj", r".*\.(q|v)_proj", r".*_proj(?<!k_proj)"])
@@ -370,8 +411,11 @@ def test_a_name_may_be_the_end_of_a_path_and_a_regex_is_for_all_of_it() -> None:
 def test_excluded_modules() -> None:
     selection = select(LLAMA, "all-linear", exclude_modules="k_proj,v_proj")
     assert modules(selection) == [f"{i}.q_proj" for i in range(12)]
-    assert Counter(item.reason for item in selection.left_out)["excluded by --exclude-modules"] == 24
+    assert Counter(item.reason for item in selection.left_out)["excluded"] == 24
     assert modules(select(LLAMA, "q_proj", exclude_modules=r".*\.(?!3\.)\d+\.self_attn.*")) == ["3.q_proj"]
+    assert len(select(LLAMA, "all-linear", exclude_modules="lm_head").targets) == 36
+    with pytest.raises(UsageError, match="`exclude_modules` q_proj: leaves nothing of `target_modules` q_proj"):
+        select(LLAMA, "q_proj", exclude_modules="q_proj")
 
 
 @pytest.mark.parametrize("request_", ["qproj", "q_proj,qproj", r".*\.qproj", "default"])
@@ -382,9 +426,37 @@ def test_what_matches_nothing_lists_the_names_there_are(request_: str) -> None:
     ) as caught:
         select(checkpoint, request_)
     assert caught.value.exit_code == 2
+    assert "`target_modules`" in str(caught.value)
+    assert request_ != "default" or "default (query,value): matches nothing" in str(caught.value)
 
 
-@pytest.mark.parametrize("request_", ["(", "*", "[a"])
+@pytest.mark.parametrize("parameter", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ("q_proj,v_prj", "nothing is called v_prj (did you mean v_proj?)"),
+        ("qproj", "nothing is called qproj (did you mean q_proj?)"),
+        ("q_prj, v_proj ,k_poj", "nothing is called q_prj, k_poj (did you mean q_proj, k_proj?)"),
+        ("self_attn.q_prj", "(did you mean self_attn.q_proj?)"),
+        ("wholly_different", "nothing is called wholly_different; linear layers here"),
+        ("self_attn", "nothing is called self_attn"),
+        ("q_proj|v_proj", "a regular expression must match the whole path, as '.*\\.(q_proj|v_proj)' does"),
+        ("[qv]_pro", "must match the whole path, as '.*([qv]_pro).*' does"),
+        ("(?i)Q_PROJ", "must match the whole path; linear layers here"),
+        ("nothing|at_all", "must match the whole path; linear layers here"),
+    ],
+)
+def test_what_is_nearly_right_is_put_right(parameter: str, request_: str, said: str) -> None:
+    chosen = {"target_modules": "all-linear", parameter: request_}
+    with pytest.raises(UsageError) as caught:
+        select(LLAMA, **chosen)
+    assert str(caught.value).startswith(f"`{parameter}` {request_}: ")
+    assert said in str(caught.value)
+    for suggested in re.findall(r"did you mean (.*)\?\)|as '(.*)' does", str(caught.value)):
+        assert select(LLAMA, "".join(suggested)).targets
+
+
+@pytest.mark.parametrize("request_", ["(", "*", "[a", "a{99999999999}"])
 def test_what_is_no_regular_expression_is_a_usage_error(request_: str) -> None:
     with pytest.raises(UsageError, match="regular expression"):
         select(LLAMA, request_)
@@ -405,7 +477,7 @@ def test_default_for_a_known_type() -> None:
     ("config", "why"), [({"model_type": "new"}, "'new'"), ({}, "no config"), ({"model_type": []}, "")]
 )
 def test_default_for_an_unknown_type_asks_for_targets(config: dict[str, Any], why: str) -> None:
-    with pytest.raises(UsageError, match=f"{why}.*--target-modules all-linear"):
+    with pytest.raises(UsageError, match=f"{why}.*`target_modules`: all-linear"):
         select(checkpoint_of("layers.0.q_proj.weight", config=config))
 
 

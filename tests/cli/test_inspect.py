@@ -26,7 +26,7 @@ def pipeline(command: str, example: Path, **env: str) -> str:
     python = f'frodctl() {{ "{sys.executable}" -m frodctl "$@"; }}; set -o pipefail; {command}'
     done = subprocess.run(
         ["bash", "-c", python], env={**os.environ, "MODEL": str(example), **env}, capture_output=True, text=True,
-        timeout=60, check=True,
+        timeout=600, check=True,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     return done.stdout
@@ -226,4 +226,4 @@ def test_names_cannot_command_the_terminal_and_any_encoding_will_do(tmp_path: Pa
     done = frodctl("inspect", "m.safetensors", "--spectrum", "--format", "human", env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
-    assert "evil?[2Jname" in done.stdout
+    assert r"evil\x1b[2Jname" in done.stdout

@@ -330,7 +330,17 @@ def test_selection_and_order(example: Path) -> None:
     ("options", "text"),
     [
         ({"spectrum": True, "estimate": True}, "exclude each other"),
-        ({"sort": "beauty"}, "no such column; there are: name"),
+        ({"sort": "beauty"}, "^`sort` beauty: no such column; there are: name, shape"),
+        ({"sort": "stable_rank"}, "^`sort` stable_rank: no such column without `spectrum`; there are: name"),
+        ({"sort": "-above_edge"}, "no such column without `spectrum`"),
+        ({"sort": "delta_stable_rank"}, "which is of an adapter with its `base`"),
+        ({"sort": "difference_stable_rank"}, "which is of a checkpoint `against` another, with `spectrum`"),
+        (
+            {"include": "*q_prj*"},
+            r"^`include` \*q_prj\*: matches no name in .*tiny-llama; names there are model.embed_",
+        ),
+        ({"include": ["*q_proj*", "nothing", "*prj"]}, r"^`include` nothing, \*prj: matches no name"),
+        ({"include": "*q_prj*", "spectrum": True}, "matches no name"),
         ({"top": 0}, "must be positive"),
         ({"base": "x"}, "goes with a basis or an adapter"),
         ({"spectrum": True, "device": "tpu"}, "not a device"),
@@ -339,6 +349,40 @@ def test_selection_and_order(example: Path) -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], text: str, example: Path) -> None:
     with pytest.raises(UsageError, match=text):
         rows(example, **options)
+
+
+def test_what_is_included_must_be_somewhere(example: Path, tmp_path: Path) -> None:
+    """In one of the targets, whatever their kind; and it is known before any row is computed."""
+    save_file({"experts.up": torch.ones(2, 4, 4), "norm": torch.ones(4)}, tmp_path / "other.safetensors")
+    frodctl.decompose(str(example), tmp_path / "basis.safetensors", target_modules="q_proj")
+    other, basis = tmp_path / "other.safetensors", tmp_path / "basis.safetensors"
+    counts = {
+        ("*q_proj*", "norm"): [8, 0, 10],
+        ("experts.up*",): [0, 2, 0],
+        ("experts.up[[]1]",): [0, 1, 0],
+        ("tau.*", "experts.up"): [0, 0, 1],  # the tensor is there, and its matrices have names of their own
+    }
+    for include, expected in counts.items():
+        found = frodctl.inspect(example, other, basis, include=include, spectrum=True)
+        assert [len(target.rows) for target in found.targets] == expected
+    save_file({"broken": torch.full((4, 4), torch.nan)}, tmp_path / "broken.safetensors")
+    with pytest.raises(UsageError, match=r"`include` \*x: matches no name in .*broken.safetensors"):
+        frodctl.inspect(tmp_path / "broken.safetensors", other, include=["b*", "*x"], spectrum=True)
+    compared = frodctl.inspect(other, against=example, include="*embed*").targets[0]
+    assert [row.values["status"] for row in compared.rows] == ["only there"]
+    with pytest.raises(UsageError, match="matches no name"):
+        frodctl.inspect(other, against=example, include="*prj*")
+    assert frodctl.inspect(other, exclude="*").targets[0].rows == ()
+
+
+def test_targets_are_taken_one_by_one_or_as_a_list(example: Path) -> None:
+    expected = frodctl.inspect(example, str(example)).as_dict()
+    assert (
+        frodctl.inspect([example, example]).as_dict() == frodctl.inspect((example, str(example))).as_dict() == expected
+    )
+    for wrong in ((), ([],), (None,), (3,), ([example, None],)):
+        with pytest.raises(UsageError, match="`targets`"):
+            frodctl.inspect(*wrong)
 
 
 def test_targets_that_are_none(tmp_path: Path) -> None:

@@ -2,7 +2,17 @@
 
 from frodctl.jobs.inspect.api import inspect
 from frodctl.jobs.inspect.options import InspectOptions
-from frodctl.jobs.inspect.report import SCHEMA_VERSION, Report, Row
-from frodctl.jobs.inspect.run import InspectResult, reports
+from frodctl.jobs.inspect.report import FIGURES, SCHEMA_VERSION, Report, Row
+from frodctl.jobs.inspect.run import InspectResult, TargetResult, reports
 
-__all__ = ["SCHEMA_VERSION", "InspectOptions", "InspectResult", "Report", "Row", "inspect", "reports"]
+__all__ = [
+    "FIGURES",
+    "SCHEMA_VERSION",
+    "InspectOptions",
+    "InspectResult",
+    "Report",
+    "Row",
+    "TargetResult",
+    "inspect",
+    "reports",
+]

@@ -37,8 +37,9 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
     else:
         basis = open_basis(options.basis) if options.basis is not None else None
         rows = _alone(adapter, basis, options)
-    count = sum(options.selects(module.module) for module in adapter.modules)
-    return Report(name, "adapter", rows, lambda: headers.adapter_summary(adapter), count)
+    there = [module.module for module in adapter.modules]
+    count = sum(map(options.selects, there))
+    return Report(name, "adapter", rows, lambda: headers.adapter_summary(adapter), count, there)
 
 
 def _alone(adapter: Adapter, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:

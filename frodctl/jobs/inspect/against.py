@@ -33,6 +33,7 @@ def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progr
     ]
     taken = set(matched.values())
     pairs += [(None, info) for tensor, info in other.tensors.items() if tensor not in taken]
+    there = [_either(pair).name for pair in pairs]
     pairs = [pair for pair in pairs if options.selects(_either(pair).name)]
     pairs.sort(key=lambda pair: names.natural_key(_either(pair).name))
     counts = Counter[str]()
@@ -48,7 +49,7 @@ def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progr
         different = sum(count for status, count in counts.items() if status != "equal")
         return {"against": other.model, "equal": counts["equal"], "different": different, "statuses": dict(counts)}
 
-    return Report(name, "comparison", rows(), summary, len(pairs))
+    return Report(name, "comparison", rows(), summary, len(pairs), there)
 
 
 def _either(pair: tuple[TensorInfo | None, TensorInfo | None]) -> TensorInfo:

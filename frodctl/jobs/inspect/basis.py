@@ -29,7 +29,8 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
         location = options.location_of_other(options.base)
         checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
     figures = _BasisFigures(basis, checkpoint, options)
-    rows = [row for row in headers.basis_rows(basis) if options.selects(row["name"])]
+    there = headers.basis_rows(basis)
+    rows = [row for row in there if options.selects(row["name"])]
 
     def summary() -> dict[str, Any]:
         result = headers.basis_summary(basis, checkpoint.parameters() if checkpoint else None)
@@ -37,7 +38,7 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
             category.update(figures.of_category(category["category"]))
         return result
 
-    return Report(name, "basis", figures.rows(rows), summary, len(rows))
+    return Report(name, "basis", figures.rows(rows), summary, len(rows), [row["name"] for row in there])
 
 
 class _BasisFigures:

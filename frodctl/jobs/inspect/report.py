@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from frodctl.errors import UsageError
 
 SCHEMA_VERSION = 1
+
+#: The figures of a spectrum, in the order of the columns.
+FIGURES = (
+    "spectral_norm", "frobenius_norm", "nuclear_norm", "stable_rank", "effective_rank", "numerical_rank",
+    "condition_number", "energy_rank_90", "energy_rank_95", "energy_rank_99", "marchenko_pastur_edge", "above_edge",
+    "power_law_alpha", "power_law_distance", "power_law_xmin",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Report:
     rows: Iterator[Row]
     summary: Callable[[], dict[str, Any]]
     count: int  #: of rows
+    names: Collection[str]  #: of all that the rows were selected from
 
 
 def arranged(rows: Iterator[Row], sort: str | None, top: int | None) -> Iterator[Row]:
@@ -44,8 +52,20 @@ def arranged(rows: Iterator[Row], sort: str | None, top: int | None) -> Iterator
     key = sort.removeprefix("-")
     found = list(rows)
     if found and not any(key in row.values for row in found):
-        raise UsageError(f"--sort {sort}: no such column; there are: {', '.join(found[0].values)}")
+        columns = [name for name in found[0].values if name not in ("profile", "errors", "estimated")]
+        raise UsageError(f"`sort` {sort}: no such column{_elsewhere(key)}; there are: {', '.join(columns)}")
     known = [row for row in found if row.values.get(key) is not None]
     numbers = all(isinstance(row.values[key], (int, float)) for row in known)
     known.sort(key=lambda row: row.values[key] if numbers else str(row.values[key]), reverse=(sort == key) == numbers)
     yield from [*known, *(row for row in found if row.values.get(key) is None)][:top]
+
+
+def _elsewhere(key: str) -> str:
+    """What has to be asked for, for rows to have this key."""
+    if key in FIGURES:
+        return " without `spectrum`"
+    if key.removeprefix("delta_") in FIGURES:
+        return ", which is of an adapter with its `base`"
+    if key.removeprefix("difference_") in FIGURES:
+        return ", which is of a checkpoint `against` another, with `spectrum`"
+    return ""

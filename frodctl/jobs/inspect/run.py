@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from frodctl.checkpoint import names
@@ -17,6 +18,8 @@ from frodctl.jobs.inspect.report import SCHEMA_VERSION, Report, Row, arranged
 from frodctl.jobs.inspect.target import Target, open_target
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device
+
+_FEW = 4  #: names in a message
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,32 @@ class InspectResult:
 def run_inspect(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> InspectResult:
     """Inspect all the targets and keep every row. Errors are those of `inspect`."""
     finished = []
-    for report in reports(targets, options, progress):
+    for report in list(reports(targets, options, progress)):
         rows = tuple(report.rows)
         finished.append(TargetResult(report.target, report.kind, rows, report.summary()))
     return InspectResult(tuple(finished))
 
 
 def reports(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> Iterator[Report]:
-    """The targets' reports, whose rows come as they are computed. Errors are those of `inspect`."""
+    """The targets' reports, whose rows come as they are computed. Errors are those of `inspect`.
+
+    Only after the last report is it known whether every pattern to include matches something.
+    """
     if not options.headers_only:
         choose_device(options.device)
+    there: list[str] = []
     for name in targets:
         report = _report(open_target(name, options, progress), options, progress)
+        there += report.names
         rows = _counted(report, progress) if not options.headers_only else report.rows
         yield replace(report, rows=arranged(rows, options.sort, options.top))
+    unmatched = [glob for glob in options.include if not any(fnmatchcase(name, glob) for name in there)]
+    if unmatched:
+        few = [*there[:_FEW], "…"] if len(there) > _FEW else there
+        raise UsageError(
+            f"`include` {', '.join(unmatched)}: matches no name in {', '.join(targets)}; names there are "
+            f"{', '.join(few)}"
+        )
 
 
 def _counted(report: Report, progress: Callback) -> Iterator[Row]:
@@ -76,7 +91,7 @@ def _report(target: Target, options: InspectOptions, progress: Callback) -> Repo
     if target.checkpoint is not None:
         if options.base is not None:
             raise UsageError(
-                f"{target.name}: --base goes with a basis or an adapter; for two checkpoints say --against"
+                f"{target.name}: `base` goes with a basis or an adapter; for two checkpoints give `against`"
             )
         if options.against is not None:
             from frodctl.jobs.inspect.against import comparison
@@ -84,25 +99,38 @@ def _report(target: Target, options: InspectOptions, progress: Callback) -> Repo
             return comparison(target.name, target.checkpoint, options, progress)
         return _checkpoint_report(target.name, target.checkpoint, options)
     if options.against is not None:
-        raise UsageError(f"{target.name}: --against compares checkpoints, and this is none")
+        raise UsageError(f"{target.name}: `against` compares checkpoints, and this is none")
     if options.estimate:
-        raise UsageError(f"{target.name}: --estimate goes with checkpoints; say --spectrum")
+        raise UsageError(f"{target.name}: `estimate` goes with checkpoints; give `spectrum`")
     if target.basis is not None:
         if options.headers_only:
-            rows = [row for row in headers.basis_rows(target.basis) if options.selects(row["name"])]
             basis = target.basis
-            return Report(target.name, "basis", map(Row, rows), lambda: headers.basis_summary(basis, None), len(rows))
+            return _of_headers(
+                target, "basis", headers.basis_rows(basis), lambda: headers.basis_summary(basis, None), options
+            )
         from frodctl.jobs.inspect.basis import basis_report
 
         return basis_report(target.name, target.basis, options, progress)
     assert target.adapter is not None
     if options.headers_only:
-        rows = [row for row in headers.adapter_rows(target.adapter) if options.selects(row["name"])]
         adapter = target.adapter
-        return Report(target.name, "adapter", map(Row, rows), lambda: headers.adapter_summary(adapter), len(rows))
+        return _of_headers(
+            target, "adapter", headers.adapter_rows(adapter), lambda: headers.adapter_summary(adapter), options
+        )
     from frodctl.jobs.inspect.adapter import adapter_report
 
     return adapter_report(target.name, target.adapter, options, progress)
+
+
+def _of_headers(
+    target: Target,
+    kind: str,
+    found: Sequence[dict[str, Any]],
+    summary: Callable[[], dict[str, Any]],
+    options: InspectOptions,
+) -> Report:
+    rows = [row for row in found if options.selects(row["name"])]
+    return Report(target.name, kind, map(Row, rows), summary, len(rows), [row["name"] for row in found])
 
 
 def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOptions) -> Report:
@@ -110,12 +138,15 @@ def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOption
         return headers.checkpoint_summary(checkpoint)
 
     infos = sorted(checkpoint.tensors.values(), key=lambda info: names.natural_key(info.name))
+    there = [info.name for info in infos]
     if options.headers_only:
         infos = [info for info in infos if options.selects(info.name)]
         rows = (Row(headers.tensor_values(info) | headers.place_values(info)) for info in infos)
-        return Report(name, "checkpoint", rows, summary, len(infos))
-    parts = [part for info in infos for part in matrices(info) if options.selects(headers.tensor_values(*part)["name"])]
-    return Report(name, "checkpoint", _spectra(checkpoint, parts, options), summary, len(parts))
+        return Report(name, "checkpoint", rows, summary, len(infos), there)
+    parts = {headers.tensor_values(*part)["name"]: part for info in infos for part in matrices(info)}
+    there += [part for part in parts if part not in checkpoint.tensors]  # experts in one tensor
+    wanted = [part for part_name, part in parts.items() if options.selects(part_name)]
+    return Report(name, "checkpoint", _spectra(checkpoint, wanted, options), summary, len(wanted), there)
 
 
 def matrices(info: TensorInfo) -> list[tuple[TensorInfo, int | None]]:
