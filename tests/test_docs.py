@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -12,6 +13,8 @@ import pytest
 import frodctl
 from frodctl import training
 from frodctl.cli import decompose, inspect, merge
+from frodctl.formats.adapter import Provenance
+from frodctl.formats.basis_file import BasisMetadata, ModuleRecord
 from tests.documents import DOCUMENTS, README, ROOT, Untrue, blocks, run, same, scratch
 
 PAGES = [README, *DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -149,3 +152,9 @@ def test_every_block_that_is_not_run_says_why() -> None:
         text = page.read_text()
         fences = len(re.findall(r"^```(?:console|python)$", text, re.MULTILINE))
         assert fences - len(list(blocks(text))) == len(re.findall("^<!-- not run: ", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("record", [BasisMetadata, ModuleRecord, Provenance])
+def test_every_field_of_the_files_is_described(record: type) -> None:
+    page = (ROOT / "docs" / "formats.md").read_text()
+    assert [field.name for field in fields(record) if f"`{field.name}`" not in page] == []
