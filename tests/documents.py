@@ -75,6 +75,7 @@ class Untrue:
     what: str
     shown: str
     found: str
+    writable: bool = True  #: not where a command failed that did not before
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}\n--- shown\n{self.shown}\n--- found\n{self.found}"
@@ -100,7 +101,7 @@ def run(document: Path, folder: Path, *, write: bool = False) -> list[Untrue]:
             for command in _COMMAND.finditer(block.body):
                 untrue = _console(command["command"], command["output"], where)
                 found += untrue
-                if untrue and write:
+                if write and untrue and untrue[0].writable:
                     start, end = (block.start + shift + at for at in command.span("output"))
                     text = text[:start] + untrue[0].found + text[end:]
                     shift += len(untrue[0].found) - len(command["output"])
@@ -131,7 +132,7 @@ def _console(command: str, shown: str, where: str) -> list[Untrue]:
         code, found = _in_shell(text)
         failed = code != 0
     what = f"$ {text}" + (f" (exit code {code})" if failed else "")
-    return [Untrue(where, what, shown, found)] if failed or not same(shown, found) else []
+    return [Untrue(where, what, shown, found, not (failed and shown))] if failed or not same(shown, found) else []
 
 
 class _Terminal(io.StringIO):

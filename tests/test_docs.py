@@ -100,9 +100,11 @@ def test_what_is_not_so_is_found_and_put_right(tmp_path: Path, monkeypatch: pyte
 def test_a_command_that_fails_is_not_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.documents.ROOT", tmp_path)
     document = tmp_path / "document.md"
-    document.write_text("```console\n$ frodctl inspect nowhere/at/all -q | cat\n```\n")
-    (found,) = run(document, tmp_path)
-    assert "exit code" in found.what
+    text = "```console\n$ frodctl inspect nowhere/at/all -q\na: a checkpoint\n$ frodctl inspect nowhere -q | cat\n```\n"
+    document.write_text(text)
+    found = run(document, tmp_path, write=True)
+    assert ["exit code" in untrue.what for untrue in found] == [True, True]
+    assert "a: a checkpoint\n" in document.read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
