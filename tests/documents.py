@@ -6,8 +6,9 @@ says where README.md and docs/*.md are not true, or with ``--write`` writes what
 document starts where the README ended: the files that its commands made are there. A block after an HTML comment
 ``<!-- not run: REASON -->`` is left alone. In a Python block ``print(...)  # 1.5`` says what is printed last.
 
-`frodctl` alone runs in this process, on what it takes for a terminal 100 columns wide; pipelines and other programs
-run in bash, of which stdout alone is shown. Numbers may differ by a little from machine to machine, times at will.
+`frodctl` alone runs in this process, on what it takes for a terminal 100 columns wide. So does ``python FILE``, while
+pipelines and other programs run in bash; of all these stdout alone is shown. Numbers may differ by a little from
+machine to machine, times at will.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -125,9 +127,13 @@ def same(shown: str, found: str) -> bool:
 def _console(command: str, shown: str, where: str) -> list[Untrue]:
     text = re.sub(r"^> ", "", command, flags=re.MULTILINE).strip()
     words = shlex.split(text, comments=True)
-    if words[0] == "frodctl" and not _OF_A_SHELL & set(re.sub(r"'[^']*'", "", text)):
+    alone = not _OF_A_SHELL & set(re.sub(r"'[^']*'", "", text))
+    if alone and words[0] == "frodctl":
         code, found = _in_process(words[1:])
         failed = code != 0 and "Error: " not in shown
+    elif alone and words[0] == "python":
+        code, found = 0, _script(words[1:])
+        failed = False
     else:
         code, found = _in_shell(text)
         failed = code != 0
@@ -156,6 +162,14 @@ def _in_process(arguments: Sequence[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(_Beside(stdout)):
         code = frodctl(arguments)
     return code, _BAR.sub("", _ESCAPE.sub("", stdout.getvalue()))
+
+
+def _script(arguments: list[str]) -> str:
+    """What a Python program prints; an exception of its is one here."""
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout), patch.object(sys, "argv", arguments):
+        runpy.run_path(arguments[0], run_name="__main__")
+    return stdout.getvalue()
 
 
 def _in_shell(command: str) -> tuple[int, str]:
