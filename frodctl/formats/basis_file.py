@@ -36,6 +36,7 @@ class ModuleRecord:
     shape: tuple[int, int]  #: as stored
     transposed: bool  #: stored as (in_features, out_features)
     digest: str  #: ``sha256:…`` of the stored bytes
+    dtype: str | None = None  #: of the stored bytes, by the safetensors format's name; older files lack it
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class BasisMetadata:
         _require(all(isinstance(rate, (int, float)) for rate in self.sparsity.values()), "sparsity")
         _require(all(isinstance(m.category, str) and isinstance(m.name, str) for m in self.modules), "modules")
         _require(all(type(size) is int for m in self.modules for size in m.shape), "shape")
+        _require(all(m.dtype is None or m.dtype in codec.FLOAT_DTYPES for m in self.modules), "dtype")
 
     @classmethod
     def from_json(cls, text: str, where: str) -> BasisMetadata:
@@ -99,8 +101,8 @@ def _require(holds: bool, what: str) -> None:
 
 def _module_record(value: Mapping[str, Any]) -> ModuleRecord:
     rows, columns = value["shape"]
-    known = {f.name: value[f.name] for f in fields(ModuleRecord)}
-    return ModuleRecord(**known | {"shape": (rows, columns)})
+    known = {f.name: value[f.name] for f in fields(ModuleRecord) if f.name != "dtype"}
+    return ModuleRecord(**known | {"shape": (rows, columns), "dtype": value.get("dtype")})
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,19 @@ class Products:
 
 def frobenius_norm(W: Tensor) -> float:
     """√Σ wᵢⱼ² in float64, some rows of W (m, n) at a time. Raises `NotFinite` if that is NaN or Inf."""
-    rows = max(1, _BLOCK // max(1, W.shape[1]))
-    total = math.sqrt(sum(float(part.to(torch.float64).square().sum()) for part in torch.split(W, rows)))
+    total = _root_of_squares(W, 1.0)
+    if W.dtype == torch.float64 and not 1e-140 < total < 1e140:  # squares leave float64
+        peak = float(W.abs().max()) if W.numel() else 0.0
+        total = peak * _root_of_squares(W, peak) if 0 < peak < math.inf else peak
     if not math.isfinite(total):
         raise NotFinite("the matrix has NaN or Inf among its elements")
     return total
+
+
+def _root_of_squares(W: Tensor, unit: float) -> float:
+    rows = max(1, _BLOCK // max(1, W.shape[1]))
+    parts = (part.to(torch.float64) for part in torch.split(W, rows))
+    return math.sqrt(sum(float((part if unit == 1 else part / unit).square().sum()) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ Three equal formulas for a layer's term of T; shapes and the condition of G choo
 - m < n: with Q_i = W_i R⁻¹, (1/α) (I − Q_iᵀ (Q_i Q_iᵀ + αI)⁻¹ Q_i), by Woodbury's identity.
 - G badly conditioned or singular: R from an eigendecomposition of G, which also splits off its null space;
   then (Q_iᵀ Q_i + αI)⁻¹ or Woodbury, whichever is smaller.
+
+Layers may differ in scale by any factor. Where G is well conditioned that takes no care: whatever is small is small
+in λ_i alone. Where it is not, the sum G has lost what only small layers hold, and R comes from a QR factorisation of
+the layers in turn. Scales as such, of a category or a layer, are taken out by powers of two, which is exact.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from frodctl.method.linalg import (
     full_float32,
     inverse_cholesky,
     mirror_,
+    rough_norm,
     spectral_norm,
     times_upper,
 )
@@ -49,8 +54,18 @@ FLOAT32_CONDITION_TALL = 16.0
 CHOLESKY_CONDITION = 1e3
 #: τ equal to this relative difference are one eigenvalue, whose eigenvectors may be rotated.
 TIE = 1e-6
-#: λ below this fraction of the largest is written as 0.
-NEGLIGIBLE_SCALE = 1e-6
+#: λ_ik is written as 0 where W_i d_k is rounding of its own layer: of ‖W_i‖‖d_k‖, and (times v_k) of ‖W_i‖, no more
+#: than this. A small multiple of float32's ε, as V is stored in it at best.
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+#: λ² = dᵀ G_i d is taken where it is at least this many times ε‖G_i‖‖d‖², else ‖W_i d‖².
+CANCELLATION = 2.0**16
+#: Norms of layers that differ by no more are of one scale: where G is badly conditioned it still has all of them.
+SPREAD = 10.0
+#: The layers but the largest have shares C_i of this size where their norms are so much smaller together; there
+#: rounding to float32 would choose V.
+DOMINANCE = 1e-3
+#: Norms between this and its inverse can be squared and multiplied in float32 without a thought.
+_SAFE_NORM = 2.0**-30
 
 
 #: What torch raises where rounding leaves a matrix without a Cholesky factor.
@@ -59,6 +74,14 @@ NotPositiveDefinite: type[RuntimeError] = torch.linalg.LinAlgError  # type: igno
 
 class NonFiniteWeights(InvalidInput):
     """Some weight holds NaN or Inf; which one, the Gram matrices do not tell."""
+
+
+class Unrepresentable(FrodctlError):
+    """V or, where it has a number, the λ of layer ``layer`` cannot be stored."""
+
+    def __init__(self, message: str, layer: int | None = None) -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class Layers(Protocol):
@@ -93,13 +116,17 @@ class JointBasis:
 
 @dataclass(frozen=True)
 class _Root:
-    """R (r, n) with G = RᵀR on its range, P (n, r) with R P = I, and the null space of G (n, n−r)."""
+    """R (r, n) with G = RᵀR on its range, P (n, r) with R P = I, and the null space of G (n, n−r).
+
+    With a frame E (n, r), EᵀE = I, they are R (r, r) and P (r, r) for the weights W_i E.
+    """
 
     R: Tensor
     P: Tensor
     null: Tensor
     triangular: bool
     condition: float
+    frame: Tensor | None = None
 
 
 @full_float32()
@@ -146,23 +173,23 @@ def joint_basis(
     ------
     NonFiniteWeights
         A weight holds NaN or Inf.
-    FrodctlError
-        V cannot be represented in ``dtype``.
+    Unrepresentable
+        V does not fit ``dtype``, or some λ_i float32: numbers would over- or underflow, or V rounded so is another.
     """
     stack = _Stack(layers, torch.device(device), cache_bytes, advance)
     work = torch.float64 if precision == "float64" or stack.needs_float64 else torch.float32
     G = stack.gram(work)
+    if stack.rescale():
+        G = stack.gram(work)
     root = _cholesky_root(G)
     limit = stack.float32_condition(alpha) if precision == "auto" else CHOLESKY_CONDITION
-    if work == torch.float32 and (root is None or root.condition > limit):
+    if work == torch.float32 and (root is None or root.condition > limit or stack.is_dominated):
         work = torch.float64
         if not all(map(_nearly_square, stack.shapes)):  # theirs were float64 already
             G = stack.gram(work)
             root = _cholesky_root(G)
-    if not bool(torch.isfinite(G).all()):
-        raise NonFiniteWeights("the weights hold NaN or Inf")
     if root is None:
-        root = _eigen_root(G)
+        root = stack.qr_root(G) if stack.spread > SPREAD else _eigen_root(G)
     T = stack.mean_resolvent(G, root, alpha, work)
     stack.scratch.blocks.clear()
     del G
@@ -170,14 +197,15 @@ def joint_basis(
     tau, Z = torch.linalg.eigh(T if stack.any_tall or T.is_cuda else T.to(work))
     del T
     tau = tau.double()
-    V = _untie(root.R.T @ Z.double(), tau)
+    V = _untie(root.R.T @ Z.double(), tau, graded=root.frame is not None)
     del Z
-    V, tau = _append_null(V, tau, root.null, alpha)
+    V, tau = _append_null(V if root.frame is None else root.frame @ V, tau, root.null, alpha)
     rank, condition = root.P.shape[1], root.condition
     del root
-    V = _store(V, dtype)
+    V = _store(V, dtype, stack.factor)
     scales = stack.scales(V, rank, work)
-    return JointBasis(V.cpu(), tau.cpu(), scales, rank, condition, str(work).removeprefix("torch."))
+    _check_rounding(scales, rank, dtype)
+    return JointBasis(V.cpu(), tau.cpu(), scales, rank, condition, _name(work))
 
 
 class _Stack:
@@ -192,6 +220,8 @@ class _Stack:
         self.device = device
         self.advance = advance
         self.scratch = Scratch(device)
+        self.norms = [0.0] * len(self.shapes)  #: ‖W_i‖_F, known after the first pass
+        self.factor = 1.0  #: a power of two, by which all weights are multiplied
         self.grams: dict[int, Tensor] = {}
         self.gram_room = int(cache_bytes // (8 * self.n**2))
 
@@ -217,23 +247,52 @@ class _Stack:
         drowned = 2 * widest > self.n or (self.any_tall and widest > 0)
         return drowned or sum(heights) - max(heights) < self.n
 
-    def stacks(self, step: int, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The weights on the device, with the numbers of their layers; ``step`` is the pass, for progress.
+    def rescale(self) -> bool:
+        """Choose the factor by the norms; whether it is another than before."""
+        if not all(map(math.isfinite, self.norms)):
+            raise NonFiniteWeights("the weights hold NaN or Inf")
+        largest = max(self.norms)
+        if largest == 0 or _SAFE_NORM <= largest <= 1 / _SAFE_NORM:
+            return False
+        self.factor = _inverse_scale(largest)
+        return True
 
-        Wide weights come in the working dtype, several of one height on top of each other, as short matrices do
-        not make the most of the machine; tall ones come as they are.
+    @property
+    def spread(self) -> float:
+        """The largest of the layers' norms over the smallest that is not 0."""
+        return max(self.norms) / min((norm for norm in self.norms if norm), default=1.0)
+
+    @property
+    def is_dominated(self) -> bool:
+        """Whether one layer is so much larger than the others that τ are all but equal in its directions."""
+        largest = max(self.norms)
+        return sum((norm / largest) ** 2 for norm in self.norms) - 1 < DOMINANCE if largest else False
+
+    def stacks(
+        self, step: int, work: torch.dtype, factors: Sequence[float] | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The weights times their factors on the device, with the numbers of their layers; ``step`` is the pass.
+
+        The factors, powers of two, are by default the common one. Wide weights come in the working dtype, several of
+        one height on top of each other, as short matrices do not make the most of the machine; tall ones in any.
         """
         first, held = 0, 0
         for i, W in enumerate(self.layers):
             m, n = self.shapes[i]
             self.advance(layer_flops(m, n)[step])
+            W = W.to(self.device)  # there first: a GPU converts faster
+            if step == 0:
+                self.norms[i] = rough_norm(W)
+            factor = self.factor if factors is None else factors[i]
+            if factor != 1:
+                W = W.double() * factor
             if m >= n:
-                yield slice(i, i + 1), W.to(self.device)
+                yield slice(i, i + 1), W
                 continue
             per_stack = max(1, STACK_ROWS // m)
             first = i if not held else first
             stack = self.scratch.empty("stack", (per_stack * m, n), work)
-            stack[held * m : (held + 1) * m].copy_(W.to(self.device))  # there first: a GPU converts faster
+            stack[held * m : (held + 1) * m].copy_(W)
             held += 1
             if held == per_stack or i + 1 == len(self.shapes) or self.shapes[i + 1][0] != m:
                 yield slice(first, i + 1), stack[: held * m]
@@ -265,29 +324,82 @@ class _Stack:
         terms = _Resolvents(G, root, alpha, work, self.scratch)
         for layers, W in self.stacks(1, work):
             m = self.shapes[layers.start][0]
-            if root.triangular and m >= self.n:
+            if root.triangular and root.frame is None and m >= self.n:
                 gram = self.grams.get(layers.start)
                 terms.add_unwhitened(self.gram_of(W, work, keep=False) if gram is None else gram)
             else:
                 terms.add_whitened(self.scratch.cast("W", W, work), m)
         return terms.mean()
 
+    def qr_root(self, G: Tensor) -> _Root:
+        """R by a QR factorisation of all weights, for layers of different scales whose G is badly conditioned.
+
+        As far as small layers go, G is rounding of the large ones. The null space is that of the Gram matrix of the
+        weights divided by their norms; then R is updated layer by layer, in a frame in which the large layers'
+        directions come first, and with large rows on top: Householder's method is then backward stable row by row.
+        """
+        balanced = torch.zeros_like(G)
+        reciprocals = [_inverse_scale(norm) if norm else 0.0 for norm in self.norms]
+        for _, W in self.stacks(0, torch.float64, reciprocals):
+            add_gram_(balanced, W.double())
+        values, E = torch.linalg.eigh(mirror_(balanced))
+        kept = values > len(G) * torch.finfo(G.dtype).eps * values[-1]
+        null, E = E[:, ~kept], E[:, kept]
+        E = (E @ torch.linalg.eigh(E.T @ G @ E)[1]).flip(1)
+        R = E.new_empty(0, E.shape[1])
+        for _, W in self.stacks(0, torch.float64):
+            rows = torch.cat([R, W.double() @ E])
+            order = torch.argsort(torch.linalg.vector_norm(rows, dim=1), descending=True, stable=True)
+            R = torch.linalg.qr(rows[order], mode="r").R
+        P = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+        return _Root(R, P, null, True, spectral_norm(R) * spectral_norm(P), E)
+
     def scales(self, V: Tensor, rank: int, work: torch.dtype) -> list[Tensor]:
         """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank."""
-        D = torch.linalg.inv(V.double()).T[:, :rank].to(work).contiguous()
-        squares = torch.zeros(len(self.shapes), self.n, dtype=torch.float64, device=self.device)
-        for layers, W in self.stacks(2, work):
+        exact = V.double() * self.factor
+        D = _dual(exact)[:, :rank]
+        lengths, duals = (torch.linalg.vector_norm(X[:, :rank], dim=0).cpu() for X in (exact, D))
+        D = D.to(work).contiguous()
+        del exact
+        factors = [self._own_factor(norm) for norm in self.norms]
+        scales = self._norms_of_products(D, factors, work).cpu()
+        # ‖W_i‖ from λ_i and V: within rounding that matters here, as U's columns are unit vectors
+        sizes = torch.linalg.vector_norm(scales * lengths, dim=1, keepdim=True)
+        rounding = (scales <= ROUNDING * sizes * duals) & (scales * lengths <= ROUNDING * sizes)
+        scales[rounding] = 0
+        scales *= torch.tensor([self.factor / factor for factor in factors], dtype=torch.float64)[:, None]
+        for layer, row in enumerate(scales):
+            if bool(((row > 0) & (row < torch.finfo(torch.float32).tiny)).any()):
+                raise Unrepresentable(
+                    "its weights are so much smaller than others of its category that its scales leave float32", layer
+                )
+        return list(torch.nn.functional.pad(scales, (0, self.n - rank)).float())
+
+    def _own_factor(self, norm: float) -> float:
+        """The factor of a layer of this norm whose products are to be squared."""
+        common = norm * self.factor
+        return self.factor if not common or common >= _SAFE_NORM else _inverse_scale(norm)
+
+    def _norms_of_products(self, D: Tensor, factors: Sequence[float], work: torch.dtype) -> Tensor:
+        """‖f_i W_i d_k‖ (N, r) float64 for the columns d_k of D (n, r), f_i being the factors."""
+        rank = D.shape[1]
+        squares = torch.zeros(len(self.shapes), rank, dtype=torch.float64, device=self.device)
+        for layers, W in self.stacks(2, work, factors):
             m = self.shapes[layers.start][0]
             gram = self.grams.get(layers.start)
-            if gram is not None and gram.dtype == work and m >= 2 * self.n:  # λ² = diag(Dᵀ G_i D) is the cheaper then
+            shared = factors[layers.start] == self.factor
+            if gram is not None and gram.dtype == work and m >= 2 * self.n and shared:  # λ² = dᵀ G_i d is the cheaper
                 GD = torch.mm(mirror_(gram), D, out=self.scratch.empty("Y", (self.n, rank), work))
-                squares[layers, :rank] = GD.mul_(D).sum(dim=0).clamp_(min=0)
+                squares[layers] = GD.mul_(D).sum(dim=0)
+                floor = CANCELLATION * torch.finfo(work).eps * gram.diagonal().max() * D.square().sum(dim=0)
+                lost = squares[layers.start] < floor
+                if bool(lost.any()):
+                    Y = self.scratch.cast("W", W, work) @ D[:, lost]
+                    squares[layers.start, lost] = Y.square_().sum(dim=0).double()
                 continue
             Y = torch.mm(self.scratch.cast("W", W, work), D, out=self.scratch.empty("Y", (len(W), rank), work))
-            squares[layers, :rank] = torch.unflatten(Y.square_(), 0, (-1, m)).sum(dim=1)
-        scales = squares.sqrt_().cpu()
-        scales[scales < NEGLIGIBLE_SCALE * scales.max()] = 0
-        return list(scales.float())
+            squares[layers] = torch.unflatten(Y.square_(), 0, (-1, m)).sum(dim=1).double()
+        return squares.sqrt_()
 
 
 class _Sum:
@@ -353,6 +465,8 @@ class _Resolvents:
     def add_whitened(self, W: Tensor, m: int) -> None:
         """Layers of any one height m, on top of each other in W, by Q_i = W_i P (m, r)."""
         r = self.r
+        if self.root.frame is not None:
+            W = W @ self.root.frame
         Q = self.scratch.empty("Q", (len(W), r), W.dtype)
         Q = times_upper(W, self.P, Q) if self.root.triangular else torch.mm(W, self.P, out=Q)
         self.count += len(W) // m
@@ -416,10 +530,11 @@ def _eigen_root(G: Tensor) -> _Root:
     return _Root(root[:, None] * E.T, E / root, vectors[:, ~kept], False, condition)
 
 
-def _untie(V: Tensor, tau: Tensor) -> Tensor:
+def _untie(V: Tensor, tau: Tensor, *, graded: bool) -> Tensor:
     """Rotate V's columns (n, r) within each cluster of equal τ so that they are orthogonal there.
 
     With V = RᵀZ the rotation diagonalises Zᵀ R Rᵀ Z; the longest column comes first, as in an SVD.
+    ``graded`` says that lengths may differ so much that their squares would hide the short ones.
     """
     values = tau.tolist()
     begin = 0
@@ -429,8 +544,11 @@ def _untie(V: Tensor, tau: Tensor) -> Tensor:
             end += 1
         if end - begin > 1:
             cluster = V[:, begin:end]
-            _, rotation = torch.linalg.eigh(cluster.T @ cluster)
-            V[:, begin:end] = cluster @ rotation.flip(1)
+            if graded:
+                rotation = torch.linalg.svd(cluster, full_matrices=False).Vh.T
+            else:
+                rotation = torch.linalg.eigh(cluster.T @ cluster)[1].flip(1)
+            V[:, begin:end] = cluster @ rotation
         begin = end
     return V
 
@@ -444,10 +562,46 @@ def _append_null(V: Tensor, tau: Tensor, null: Tensor, alpha: float) -> tuple[Te
     return torch.cat([V, null * length], dim=1), torch.cat([tau, ceiling])
 
 
-def _store(V: Tensor, dtype: torch.dtype) -> Tensor:
-    """V rounded to ``dtype``, the largest component of each column (by magnitude) made positive."""
-    V = V.to(dtype)
-    if not bool(torch.isfinite(V).all()):
-        raise FrodctlError(f"the basis does not fit {dtype}; store it as float32 or bfloat16")
-    peaks = V.gather(0, V.abs().argmax(dim=0, keepdim=True))
-    return V * torch.where(peaks < 0, -1, 1).to(dtype)
+def _store(V: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
+    """V/factor rounded to ``dtype``, the largest component of each column (by magnitude) made positive."""
+    stored = (V / factor).to(dtype)
+    if not _holds(stored, V, factor):
+        lengths = torch.linalg.vector_norm(V, dim=0) / factor
+        found = f"columns of V are from {float(lengths.min()):.1e} to {float(lengths.max()):.1e} long"
+        others = [d for d in (torch.float32, torch.bfloat16) if _holds((V / factor).to(d), V, factor)]
+        advice = " or ".join(f"`dtype={_name(d)}`" for d in others)
+        advice = f"give {advice}" if others else "no dtype can store it; rescale the weights"
+        raise Unrepresentable(f"{found}, which does not fit {_name(dtype)}; {advice}")
+    peaks = stored.gather(0, stored.abs().argmax(dim=0, keepdim=True))
+    return stored * torch.where(peaks < 0, -1, 1).to(dtype)
+
+
+def _holds(stored: Tensor, V: Tensor, factor: float) -> bool:
+    """Whether ``stored`` is V/factor to its dtype's rounding, column by column: nothing over- or underflowed."""
+    error = torch.linalg.vector_norm(stored.double().mul_(factor).sub_(V), dim=0)
+    return bool((error <= torch.finfo(stored.dtype).eps * torch.linalg.vector_norm(V, dim=0)).all())
+
+
+def _check_rounding(scales: Sequence[Tensor], rank: int, dtype: torch.dtype) -> None:
+    """See by Σ_i λ_ik² = 1 that V rounded to 16 bits still is the basis."""
+    squares = torch.stack([scale.double().square() for scale in scales]).sum(dim=0)[:rank]
+    if dtype != torch.float32 and bool(((squares - 1).abs() > 0.5).any()):
+        raise Unrepresentable(f"V is too badly conditioned for {_name(dtype)}; give `dtype=float32`")
+
+
+def _dual(V: Tensor) -> Tensor:
+    """V⁻ᵀ (n, n) of a stored V, float64."""
+    inverse: Tensor
+    inverse, failed = torch.linalg.inv_ex(V)
+    if failed or not bool(torch.isfinite(inverse).all()):
+        raise Unrepresentable("V is so badly conditioned that it is singular as it is stored; give `dtype=float32`")
+    return inverse.T
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _inverse_scale(norm: float) -> float:
+    """A power of two by which a matrix of this norm comes near 1."""
+    return math.ldexp(1.0, max(-1000, min(1000, -math.frexp(norm)[1])))

@@ -111,6 +111,17 @@ def times_upper(X: Tensor, P: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def rough_norm(W: Tensor) -> float:
+    """‖W‖_F to a few per cent, whatever W's scale; NaN or infinity where W holds such."""
+    norm = float(torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)))
+    if 1e-15 < norm < 1e15:
+        return norm
+    peak = float(W.abs().max()) if W.numel() else 0.0
+    if not 0 < peak < float("inf"):
+        return peak
+    return peak * float(torch.linalg.vector_norm(W.double() / peak))
+
+
 def spectral_norm(A: Tensor, steps: int = 12) -> float:
     """‖A‖₂ by power iteration on AᵀA from A's largest column: a lower bound, mostly within a few per cent."""
     x = A[:, A.norm(dim=0).argmax()]

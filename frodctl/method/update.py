@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from frodctl.method.linalg import Scratch, full_float32, spectral_norm
+from frodctl.method.linalg import Scratch, full_float32, rough_norm, spectral_norm
 
-#: U is 0 in directions where ‖B[:, k]‖ is no more (as in peft 0.21).
-_NULL = 1e-12
+#: U is 0 in directions where ‖B[:, k]‖ is no more, as peft 0.21 has it: whatever W's scale.
+_PEFT_NULL = 1e-12
 #: The product W V⁻ᵀ is taken in float32 for a bfloat16 V no narrower and no worse conditioned than this. There about
 #: one entry of U in 4,000 is then rounded to the other neighbour, which only a small matrix would feel.
 _FLOAT32_WIDTH = 512
@@ -84,7 +84,7 @@ class CategoryUpdate:
         """
         B, norms = self._project(W, self.dtype)
         K = self._core(scales.to(self.dtype), values.to(self.dtype), None)
-        columns = _reciprocal(norms, _NULL).to(B)
+        columns = _reciprocal(norms, _PEFT_NULL).to(B)
         for rows in _row_blocks(len(W)):
             # float32 first and then V's dtype, as PEFT rounds U
             U = self.scratch.cast("unit", B[rows].mul_(columns), torch.float32)
@@ -100,8 +100,8 @@ class CategoryUpdate:
         scales, values : Tensor, (n,) and (nnz,)
             λ' and S, as in `reconstruct`.
         base_scales : Tensor, (n,), optional
-            λ. By default the column norms of W V⁻ᵀ, and for λ' − λ those norms rounded to V's dtype, where PEFT
-            begins.
+            λ; rows where it is 0 drop out. By default the column norms of W V⁻ᵀ, for λ' − λ those norms rounded to V's
+            dtype, where PEFT begins, and rows drop out where they are rounding of W V⁻ᵀ.
 
         Yields
         ------
@@ -111,8 +111,9 @@ class CategoryUpdate:
         B, norms = self._project(W, W.dtype)
         start = norms.to(self.dtype) if base_scales is None else base_scales
         divisors = norms if base_scales is None else base_scales.to(norms)
+        rounding = self._rounding(W) if base_scales is None else norms.new_zeros(())
         change = scales.to(norms) - start.to(norms)
-        K = self._core(change, values, _reciprocal(divisors, _NULL if base_scales is None else 0))
+        K = self._core(change, values, _reciprocal(divisors, rounding))
         for rows in _row_blocks(len(W)):
             yield rows, self._product(B[rows], K)
 
@@ -127,7 +128,12 @@ class CategoryUpdate:
             X = self.scratch.cast("rows", W[rows].to(dtype), self.D.dtype).to(B.device)
             with full_float32():
                 torch.mm(X, self.D, out=B[rows])
-        return B, torch.linalg.vector_norm(B, dim=0).double()
+        return B, torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)  # float32's squares underflow from 1e-19 on
+
+    def _rounding(self, W: Tensor) -> Tensor:
+        """What the column norms (n,) of W V⁻ᵀ are at most where they should be 0, float64."""
+        lengths: Tensor = torch.linalg.vector_norm(self.D.double(), dim=0)
+        return lengths * (torch.finfo(self.D.dtype).eps * rough_norm(W))
 
     def _core(self, diagonal: Tensor, values: Tensor, row_scales: Tensor | None) -> Tensor:
         """(diag(diagonal) + S) Vᵀ (n, n), its rows scaled."""
@@ -170,17 +176,17 @@ class Factors:
         self._rounded = self.D.float() if in_float32 else None
 
     def __call__(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """U (m, n) in the dtype of W (m, n), 0 in directions where W has no share, and λ (n,) in float32."""
+        """U (m, n) in the dtype of W (m, n), 0 where λ ≤ 1e-12 as in PEFT, and λ (n,) in float32."""
         W = W.detach().to(self.D.device)
         if self._rounded is not None:
             with full_float32():
                 B = W.float() @ self._rounded
             norms = torch.linalg.vector_norm(B, dim=0)
-            if norms.min() > _FACTORS_SHARE * norms.max():
+            if norms.min() > max(_PEFT_NULL, _FACTORS_SHARE * norms.max()):
                 return B.div_(norms).to(W.dtype), norms
         B = W.double() @ self.D
         norms = torch.linalg.vector_norm(B, dim=0)
-        return B.mul_(_reciprocal(norms, _NULL)).float().to(W.dtype), norms.float()
+        return B.mul_(_reciprocal(norms, _PEFT_NULL)).float().to(W.dtype), norms.float()
 
 
 def _row_blocks(m: int) -> list[slice]:
@@ -209,5 +215,5 @@ def csr_pattern(indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     return rows, starts, columns, order
 
 
-def _reciprocal(x: Tensor, threshold: float) -> Tensor:
+def _reciprocal(x: Tensor, threshold: float | Tensor) -> Tensor:
     return torch.where(x > threshold, 1 / x, 0)

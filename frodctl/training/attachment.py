@@ -483,7 +483,7 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor])
         given, mode = _input_dtype(model, base), base.training
         try:
             base.train()  # in evaluation some quantized layers repack their weights for good
-            check_layer(base, basis.D, updates[path].base_scales, given, path, str(opened.path))
+            check_layer(base, basis, updates[path].base_scales, record, given, path, str(opened.path))
             if not is_dense(base):
                 check_gradient(base, basis.n, given, device, path)
         finally:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.stream import TORCH_DTYPES, digest
 from frodctl.errors import InvalidInput
+from frodctl.formats.basis_file import ModuleRecord
+from frodctl.training.layer import Basis, holds_matrix, is_dense, is_transposed
 
-#: How far ‖W D[:, k]‖ may be from λ_k (relative, root mean square), by the dtype of W; None: quantized.
+#: How far ‖W D[:, k]‖ may be from λ_k (relative, root mean square) without a further question, by the dtype of W; None:
+#: quantized.
 _TOLERANCE: dict[torch.dtype | None, float] = {
     torch.float64: 1e-4,
     torch.float32: 1e-4,
@@ -17,14 +24,10 @@ _TOLERANCE: dict[torch.dtype | None, float] = {
     torch.float16: 5e-3,
     None: 1e-1,
 }
+#: Rounding of a quantized weight's elements, relative to their root mean square: that of 4 bits, about.
+_QUANTIZATION = 0.15
 _COLUMNS = 16
-
-
-def columns_to_check(D: Tensor, scales: Tensor) -> Tensor:
-    """The k whose ‖W D[:, k]‖ = λ_k is least touched by rounding W: those of the largest λ_k/‖D[:, k]‖."""
-    gain = scales.to(D) / torch.linalg.vector_norm(D, dim=0)
-    count = int((gain > 0).sum()) or len(gain)
-    return torch.topk(gain, min(_COLUMNS, count)).indices
+_BLOCK_ROWS = 1024
 
 
 def check_gradient(base: nn.Module, n: int, dtype: torch.dtype, device: torch.device, path: str) -> None:
@@ -47,16 +50,27 @@ def check_gradient(base: nn.Module, n: int, dtype: torch.dtype, device: torch.de
 
 
 @torch.no_grad()
-def check_layer(base: nn.Module, D: Tensor, scales: Tensor, dtype: torch.dtype, path: str, where: str) -> None:
-    """Compare ‖W D[:, k]‖ with λ_k on a few columns k, taken through the layer itself, whatever it holds.
+def check_layer(
+    base: nn.Module, basis: Basis, scales: Tensor, record: ModuleRecord, dtype: torch.dtype, path: str, where: str
+) -> None:
+    """Compare ‖W D[:, k]‖ with λ_k on a few columns k; where they differ, find out whether that is rounding.
+
+    Norms that agree to a fixed tolerance settle it. Else, where the layer holds W as a matrix, its digest may: the
+    weight is the recorded one if its bytes are, in the dtype that they had in the checkpoint, and another one if they
+    are not although the model has no fewer bits. Weights that were rounded to fewer bits, and quantized ones, may be
+    off by what that explains (`_tolerance`). Where V is so badly conditioned that this is more than the layers of a
+    category differ by, weights in each other's places are not told apart; another model's are, being off by the
+    condition number.
 
     Parameters
     ----------
     base : Module
         Computes W x + b.
-    D : Tensor, (n, n)
+    basis : Basis
     scales : Tensor, (n,)
         λ of the layer.
+    record : ModuleRecord
+        What the basis file says of the layer.
     dtype : torch.dtype
         Of the layer's input.
     path, where : str
@@ -67,21 +81,101 @@ def check_layer(base: nn.Module, D: Tensor, scales: Tensor, dtype: torch.dtype, 
     InvalidInput
         They differ by more than rounding or quantization explains.
     """
-    chosen = columns_to_check(D, scales)
     weight: Any = getattr(base, "weight", None)
-    dense = type(weight) is nn.Parameter and weight.is_floating_point()
-    tolerance = _TOLERANCE.get(weight.dtype if dense else None, _TOLERANCE[None])
-    columns = D[:, chosen].T
-    # as large as float16 can bear with ease, so that the bias does not swamp them
-    factors = 64 / columns.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
-    inputs = torch.cat([columns * factors, torch.zeros_like(columns[:1])]).to(dtype)
-    outputs = base(inputs).to(torch.float64)
-    norms = torch.linalg.vector_norm((outputs[:-1] - outputs[-1]) / factors.to(outputs), dim=1)
-    expected = scales[chosen].to(norms)
-    error = ((norms - expected) / expected.clamp(min=1e-30)).square().mean().sqrt()
-    if not error <= tolerance:
-        found = f"{float(error):.1e} relative, {tolerance:.0e} allowed"
+    held = weight.dtype if type(weight) is nn.Parameter and weight.dtype in _TOLERANCE else None
+    allowed = _TOLERANCE[held]
+    error = _error(base, basis, scales, _columns(scales, basis.D.abs().amax(dim=0)), dtype)
+    if error <= allowed:
+        return
+    spread = _spread(basis, scales)
+    chosen = _columns(scales, spread)
+    ratio = float((spread[chosen] / scales[chosen]).nan_to_num(0).double().square().mean().sqrt())
+    recorded = _is_recorded(weight, record) if held is not None and holds_matrix(base) else None
+    if recorded is None:
+        error = _error(base, basis, scales, chosen, dtype)
+        noise = ratio * (_QUANTIZATION if held is None else torch.finfo(held).eps / 2)
+        allowed = max(allowed, _tolerance(noise, record))
+    if not (recorded or error <= allowed):
+        found = f"{error:.1e} relative, {allowed:.0e} allowed"
         raise InvalidInput(
             f"{path}: its weight is not the one that {where} was made from (scales differ by {found}); "
             "give the basis of this model, or load the model that the basis names"
         )
+    if ratio * torch.finfo(basis.D.dtype).eps / 2 > 1:
+        kind = str(basis.D.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{record.category}: V is so badly conditioned that its inverse is mostly rounding in {kind}, and steps of "
+            "training have far larger effects than meant; load the model in a dtype of more bits",
+            stacklevel=2,
+        )
+
+
+def _columns(scales: Tensor, spread: Tensor) -> Tensor:
+    """The k where λ_k is largest beside what rounding makes of ‖W D[:, k]‖."""
+    gain = torch.where(scales > 0, scales / spread.to(scales), 0)
+    count = int((gain > 0).sum()) or len(gain)
+    return torch.topk(gain, min(_COLUMNS, count)).indices
+
+
+def _error(base: nn.Module, basis: Basis, scales: Tensor, chosen: Tensor, dtype: torch.dtype) -> float:
+    """(‖W D[:, k]‖ − λ_k)/λ_k over the chosen k, root mean square."""
+    wide = _wide(basis.D.device)
+    columns = basis.D[:, chosen].T.to(wide)
+    products = _dense_products(base, columns) if is_dense(base) else _layer_products(base, columns, dtype)
+    norms, expected = torch.linalg.vector_norm(products, dim=1), scales[chosen].to(wide)
+    differences = torch.where(norms == expected, 0, norms - expected) / expected
+    return float(differences.nan_to_num(nan=0, posinf=math.inf).square().mean().sqrt())
+
+
+def _dense_products(base: nn.Module, columns: Tensor) -> Tensor:
+    """W c (k, m) for each of the columns c (k, n)."""
+    weight: Any = base.weight
+    W = weight.T if is_transposed(base) else weight
+    return torch.cat([columns @ rows.to(columns).T for rows in torch.split(W, _BLOCK_ROWS)], dim=1)
+
+
+def _layer_products(base: nn.Module, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same through the layer itself, whatever it holds."""
+    tiny = torch.finfo(columns.dtype).tiny
+    # as large as float16 can bear with ease, so that the bias does not swamp them
+    factors = torch.exp2(torch.floor(torch.log2(64 / columns.abs().amax(dim=1, keepdim=True).clamp(min=tiny))))
+    inputs = torch.cat([columns * factors, torch.zeros_like(columns[:1])]).to(dtype)
+    outputs: Tensor = base(inputs).to(columns)
+    return (outputs[:-1] - outputs[-1]) / factors
+
+
+def _is_recorded(weight: Tensor, record: ModuleRecord) -> bool | None:
+    """Whether a weight's bytes have the recorded digest; None where rounding to fewer bits may be why they do not."""
+    for name in FLOAT_DTYPES if record.dtype is None else (record.dtype,):
+        cast = weight.detach().cpu().to(TORCH_DTYPES[name])
+        if any(digest(ordered.contiguous()) == record.digest for ordered in (cast, cast.T)):
+            return True
+    has_all_bits = record.dtype is not None and torch.promote_types(weight.dtype, cast.dtype) == weight.dtype
+    return False if has_all_bits else None
+
+
+def _spread(basis: Basis, scales: Tensor) -> Tensor:
+    """How far ‖W D[:, k]‖ (n,) is off, in units of u, where every element of W and D is off by about u of itself.
+
+    Independent errors u w_ij d_jk add up to u² Σ_j ‖W[:, j]‖² d_jk², and ‖W[:, j]‖² is about Σ_k λ_k² v_jk², as U has
+    unit columns: λ and V say how much a rounded W may be off, whatever the W at hand.
+    """
+    wide = _wide(basis.V.device)
+    squares = scales.to(wide).square()
+    lengths = torch.cat([rows.to(wide).square() @ squares for rows in torch.split(basis.V, _BLOCK_ROWS)])
+    blocks = zip(torch.split(lengths, _BLOCK_ROWS), torch.split(basis.D, _BLOCK_ROWS), strict=True)
+    return torch.stack([part @ rows.to(wide).square() for part, rows in blocks]).sum(dim=0).sqrt()
+
+
+def _tolerance(noise: float, record: ModuleRecord) -> float:
+    """How much norms may differ (relative, root mean square) by noise of this size, relative to them.
+
+    Noise e changes the norm of y by ŷᵀe + ‖e‖²/2‖y‖, where ŷᵀe is about ‖e‖/√m, and by no more than ‖e‖. Times a few,
+    as rows may outweigh the others.
+    """
+    m = record.shape[1 if record.transposed else 0]
+    return min(2 * noise, 6 * noise / math.sqrt(m) + noise**2)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which mps does not have

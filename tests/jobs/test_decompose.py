@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import frodctl
 from frodctl.checkpoint import codec
-from frodctl.errors import InvalidInput, UsageError
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.jobs.decompose import DecomposeOptions, DecomposePlan, plan_decompose
 from frodctl.jobs.progress import Progress
 from tests.conftest import LLAMA_CONFIG, PEAK_MEMORY, llama_layers, save_checkpoint
@@ -175,6 +175,28 @@ def test_damaged_weights_are_named(value: float, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or Inf"):
         frodctl.decompose(str(folder), tmp_path / "basis.st", target_modules="all-linear")
     assert not (tmp_path / "basis.st").exists()
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-7, 1e-6, 1e6])
+def test_a_dtype_that_v_does_not_fit_is_refused_with_those_that_it_does(tmp_path: Path, scale: float) -> None:
+    base = save_checkpoint(tmp_path / "base", {k: w * scale for k, w in llama_layers(4).items()}, LLAMA_CONFIG)
+    output = tmp_path / "basis.safetensors"
+    with pytest.raises(FrodctlError, match=r"^self_attn_q_proj: .* float16; give `dtype=float32` or `dtype=bfloat16`$"):
+        frodctl.decompose(base, output, dtype="float16", target_modules="q_proj")
+    assert not output.exists()
+    frodctl.decompose(base, output, dtype="bfloat16", target_modules="q_proj")
+    frodctl.decompose(base, output, dtype="float32", target_modules="q_proj", force=True)
+    check_identities(base, output)
+
+
+def test_a_layer_whose_scales_leave_float32_is_named(tmp_path: Path) -> None:
+    tensors = llama_layers(4)
+    tensors["model.layers.2.mlp.up_proj.weight"] *= 1e-42  # which leaves some bits
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e3
+    base = save_checkpoint(tmp_path / "base", tensors, LLAMA_CONFIG)
+    with pytest.raises(FrodctlError, match=r"^model\.layers\.2\.mlp\.up_proj: its weights are so much smaller"):
+        frodctl.decompose(base, tmp_path / "basis.safetensors", target_modules="up_proj")
+    assert not (tmp_path / "basis.safetensors").exists()
 
 
 def test_header_metadata_is_the_contract(example: Path, tmp_path: Path) -> None:

@@ -203,3 +203,11 @@ def test_as_dict_has_the_names_of_the_exact_one() -> None:
         *("power_law_alpha", "power_law_distance", "power_law_xmin"),
     }
     json.dumps(as_dict, allow_nan=False)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
+def test_float64_matrices_whose_squares_leave_float64(scale: float) -> None:
+    W = torch.randn(40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain, scaled = run(W), run(W * scale)
+    assert scaled.spectral_norm.value == pytest.approx(plain.spectral_norm.value * scale, rel=1e-9)
+    assert scaled.frobenius_norm.value == pytest.approx(plain.frobenius_norm.value * scale, rel=1e-12)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from frodctl.errors import FrodctlError
-from frodctl.method.joint_basis import JointBasis, joint_basis
+from frodctl.method.joint_basis import JointBasis, NonFiniteWeights, Unrepresentable, joint_basis
 from tests.method import reference
 from tests.method.reference import Layers
 
@@ -167,9 +166,157 @@ def test_scales_fit_the_stored_basis(dtype: torch.dtype) -> None:
     check_any(weights, basis)
 
 
-def test_a_basis_that_overflows_its_dtype_is_refused() -> None:
-    with pytest.raises(FrodctlError, match="float32 or bfloat16"):
-        joint_basis(Layers([w * 1e6 for w in random_weights((40, 32), (40, 32))]), dtype=torch.float16)
+# Scales: of a whole category, and of layers within it
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.lists(
+        st.tuples(st.sampled_from([1, 2, 6, 12, 23, 24, 27, 48, 72]), st.floats(-6, 6)), min_size=2, max_size=5
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    cache_bytes=st.sampled_from([0, 1 << 20]),
+    seed=st.integers(0, 1000),
+)
+@example(
+    layers=[(6, 6), (6, 0), (6, -6), (6, 0)], dtype=torch.float32, cache_bytes=0, seed=0
+)  # none shares a direction
+@example(layers=[(64, 0), (64, -6), (64, 0)], dtype=torch.float32, cache_bytes=1 << 20, seed=0)
+@example(layers=[(2, 6), (72, -6)], dtype=torch.bfloat16, cache_bytes=0, seed=0)
+def test_layers_of_any_scales(layers: list[tuple[int, float]], dtype: torch.dtype, cache_bytes: int, seed: int) -> None:
+    """Every layer comes back to rounding of its own, however small it is beside the others.
+
+    What rounding of V to float32 does to ‖W_i d_k‖ is up to ε ‖diag(λ_i) Vᵀ‖ ‖d_k‖.
+    """
+    n = 24
+    plain = random_weights(*((m, n) for m, _ in layers), seed=seed)
+    weights = [(w * 10**exponent).to(dtype) for w, (_, exponent) in zip(plain, layers, strict=True)]
+    basis = joint_basis(Layers(weights), cache_bytes=cache_bytes)
+    assert basis.rank == min(n, sum(m for m, _ in layers))
+    assert (basis.tau.diff() >= 0).all()
+    errors = reference.reconstruction_errors(weights, basis.V, basis.scales)
+    V, D = basis.V.double(), torch.linalg.inv(basis.V.double()).T
+    total, blurred = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    for w, scale, error in zip(weights, basis.scales, errors, strict=True):
+        exact = (w.double() @ D).norm(dim=0)
+        size = max((scale * V.norm(dim=0)).norm(), w.double().norm())
+        assert error * w.double().norm() <= 1e-5 * size
+        rounding = 1e-6 * size * D.norm(dim=0)
+        assert ((exact - scale).abs() <= 1e-5 * exact + rounding).all()
+        assert scale.any()
+        assert not scale[basis.rank :].any()
+        total += scale.double().square()
+        blurred += rounding * (2 * scale + rounding)
+    assert ((total - 1).abs() <= 1e-5 + blurred)[: basis.rank].all()
+
+
+@pytest.mark.parametrize("m", [20, 64, 150], ids=["wide", "square", "tall"])
+@pytest.mark.parametrize("factor", [1e-3, 1e-6, 1e-7, 1e-12, 1e-30])
+def test_the_scales_of_a_small_layer(m: int, factor: float) -> None:
+    """Each is right relative to itself, and none is 0: every row of S can be trained."""
+    weights = random_weights(*[(m, 64)] * 5)
+    weights[1] = weights[1] * factor
+    basis = joint_basis(Layers(weights), cache_bytes=1 << 20)
+    D = torch.linalg.inv(basis.V.double()).T
+    for w, scale in zip(weights, basis.scales, strict=True):
+        exact = (w.double() @ D).norm(dim=0)
+        assert (scale > 0).all()
+        assert ((scale - exact).abs() <= 2e-5 * exact).all()
+
+
+def test_the_scales_of_a_layer_that_is_badly_conditioned_by_itself() -> None:
+    """Its Gram matrix, though it is kept, does not have them: λ² would be a difference of large numbers."""
+    weights = random_weights(*[(150, 64)] * 4)
+    weights[2] = conditioned_weights(1, 150, 64, 1e4)[0]
+    basis = joint_basis(Layers(weights), cache_bytes=1 << 20)
+    assert basis.precision == "float32"
+    exact = (weights[2].double() @ torch.linalg.inv(basis.V.double()).T).norm(dim=0)
+    assert ((basis.scales[2] - exact).abs() <= 1e-4 * exact).all()
+
+
+@pytest.mark.parametrize("exponents", [(0, 0, 0), (-5, 0, 4)])
+def test_scales_are_zero_where_a_layer_has_nothing(exponents: tuple[int, ...]) -> None:
+    """Three layers on columns of their own: every direction is one layer's, and the others' λ are 0 exactly."""
+    weights = random_weights(*[(20, 24)] * 3)
+    for i, (w, exponent) in enumerate(zip(weights, exponents, strict=True)):
+        kept = w[:, 8 * i : 8 * (i + 1)] * 10.0**exponent
+        w.zero_()[:, 8 * i : 8 * (i + 1)] = kept
+    basis = joint_basis(Layers(weights))
+    scales = torch.stack(basis.scales)
+    assert ((scales > 0).sum(dim=0) == 1).all()
+    torch.testing.assert_close(scales.amax(dim=0), torch.ones(24), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("m", [20, 64, 150], ids=["wide", "square", "tall"])
+@pytest.mark.parametrize("exponent", [-95, -60, 60, 115])
+def test_a_power_of_two_scales_v_and_nothing_else(m: int, exponent: int) -> None:
+    """Exactly: squares and products neither over- nor underflow anywhere between."""
+    weights = random_weights(*[(m, 64)] * 4)
+    plain = joint_basis(Layers(weights), cache_bytes=1 << 20)
+    scaled = joint_basis(Layers([w * 2.0**exponent for w in weights]), cache_bytes=1 << 20)
+    assert torch.equal(scaled.V * 2.0**-exponent, plain.V)
+    assert torch.equal(scaled.tau, plain.tau)
+    assert all(map(torch.equal, scaled.scales, plain.scales))
+    assert scaled.precision == plain.precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1e20, 1e30, 1e36])
+def test_weights_of_any_size(dtype: torch.dtype, scale: float) -> None:
+    weights = [(w.double() * scale).to(dtype) for w in random_weights(*[(20, 24)] * 3, (50, 24))]
+    check_full_rank(weights, joint_basis(Layers(weights)))
+    check_full_rank(weights, joint_basis(Layers(weights), precision="float64"))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e-7, 1e-6, 1e6, 1e30])
+def test_a_basis_that_does_not_fit_float16_is_refused(scale: float) -> None:
+    weights = [w * scale for w in random_weights((40, 32), (40, 32))]
+    with pytest.raises(Unrepresentable, match="does not fit float16; give `dtype=float32` or `dtype=bfloat16`"):
+        joint_basis(Layers(weights), dtype=torch.float16)
+    for dtype in (torch.float32, torch.bfloat16):  # as it says
+        check_any(weights, joint_basis(Layers(weights), dtype=dtype))
+
+
+def test_one_small_column_suffices() -> None:
+    """The other columns of V fit; the last, which a small layer has to itself, would be lost."""
+    weights = random_weights((40, 32), (4, 32))
+    weights[0][:, 30:] = 0
+    weights[1] *= 1e-7
+    with pytest.raises(Unrepresentable, match="does not fit float16"):
+        joint_basis(Layers(weights), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-300, 1e-42, 1e-40, 1e39, 1e300])
+def test_weights_that_no_dtype_can_stand_for(dtype: torch.dtype, scale: float) -> None:
+    weights = [w.double() * scale for w in random_weights((40, 32), (40, 32))]
+    with pytest.raises(Unrepresentable, match="no dtype can store it; rescale the weights"):
+        joint_basis(Layers(weights), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_basis_that_rounding_makes_another_is_refused(dtype: torch.dtype) -> None:
+    weights = conditioned_weights(4, 40, 32, 1e6)
+    with pytest.raises(Unrepresentable, match=r"too badly conditioned for b?float16; give `dtype=float32`"):
+        joint_basis(Layers(weights), dtype=dtype)
+    check_any(weights, joint_basis(Layers(weights)))
+
+
+def test_scales_that_float32_cannot_hold_are_refused() -> None:
+    weights = random_weights(*[(40, 32)] * 3)
+    weights[0], weights[2] = weights[0] * 1e20, weights[2] * 1e-21
+    with pytest.raises(Unrepresentable, match="so much smaller than others") as caught:
+        joint_basis(Layers(weights))
+    assert caught.value.layer == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(bad: float) -> None:
+    for m in (20, 32, 100):
+        weights = random_weights(*[(m, 32)] * 3)
+        weights[1][3, 5] = bad
+        with pytest.raises(NonFiniteWeights):
+            joint_basis(Layers(weights))
 
 
 # Null space

@@ -98,6 +98,46 @@ def test_rows_of_a_null_direction_drop_out_and_its_columns_do_not() -> None:
     assert scales.numel() == 16
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["with λ", "without"])
+@pytest.mark.parametrize("factor", [1e-6, 1e-14, 1e-20, 1e-30])
+@pytest.mark.parametrize("n", [24, 520])
+def test_the_change_of_a_weight_far_smaller_than_its_basis(factor: float, given: bool, n: int) -> None:
+    """No row drops out, and the change is right to rounding, relative to itself."""
+    W, V, indices, _, values = problem(30, n, 40, torch.bfloat16, 6)
+    assert (CategoryUpdate(V, indices, CPU).D.dtype == torch.float32) == (n > 512)
+    W = (W.double() * factor).float()
+    B = torch.linalg.solve(V.double(), W.double().T).T
+    start = B.norm(dim=0)
+    base = start.float() if given else start.to(V.dtype)
+    scales = base.float() + 0.1
+    S = torch.zeros(n, n, dtype=torch.float64).index_put_(tuple(indices), values.double(), accumulate=True)
+    change = B / start @ (S + torch.diag(scales.double() - base.double())) @ V.double().T
+    found = assembled(CategoryUpdate(V, indices, CPU).delta(W, scales, values, base if given else None))
+    assert (found - change).norm() <= 1e-5 * change.norm()
+
+
+def test_rows_that_are_rounding_drop_out_of_the_change() -> None:
+    """Where λ is not given: direction 3 is no part of W, at any scale."""
+    W, V, *_ = problem(20, 16, 0, torch.float32, 2)
+    B = torch.linalg.solve(V.double(), W.double().T).T
+    B[:, 3] = 0
+    for factor in (1.0, 1e-20):
+        W = B @ V.double().T * factor
+        for indices, moves in (([[3], [5]], False), ([[5], [3]], True)):
+            update = CategoryUpdate(V, torch.tensor(indices), CPU)
+            start = update.start(W)
+            change = assembled(update.delta(W, start, torch.ones(1)))
+            assert bool(change.abs().max() > 0.01) == moves
+
+
+def test_peft_has_no_columns_of_u_below_1e_12() -> None:
+    """So the operator that it trains has none, nor have the factors that its layers are given."""
+    W, V, indices, scales, values = problem(24, 16, 9, torch.float32, 7)
+    small = W * 1e-14
+    assert not assembled(CategoryUpdate(V, indices, CPU).reconstruct(small, scales, values)).any()
+    assert not Factors(V, CPU)(small)[0].any()
+
+
 def test_a_singular_basis_takes_the_pseudo_inverse() -> None:
     W, V, indices, scales, values = problem(20, 16, 9, torch.float32, 3)
     V[:, 4] = 0

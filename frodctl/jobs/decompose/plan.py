@@ -133,7 +133,9 @@ class DecomposePlan:
             precision=self.options.precision,
             basis=bases,
             modules=[
-                basis_file.ModuleRecord(t.module, c.name, t.layer, t.shape, t.transposed, modules[t.module])
+                basis_file.ModuleRecord(
+                    t.module, c.name, t.layer, t.shape, t.transposed, modules[t.module], t.tensor.dtype
+                )
                 for c in self.categories
                 for t in c.targets
             ],

@@ -126,7 +126,7 @@ class _Parts:
 
     def _compute(self, number: int, category: CategoryPlan) -> dict[str, Any]:
         from frodctl.checkpoint import stream
-        from frodctl.method.joint_basis import NonFiniteWeights, NotPositiveDefinite, joint_basis
+        from frodctl.method.joint_basis import NonFiniteWeights, NotPositiveDefinite, Unrepresentable, joint_basis
 
         options = self.plan.options
         started = time.perf_counter()
@@ -146,8 +146,16 @@ class _Parts:
         except NonFiniteWeights:
             layers.check_finite()
             raise
+        except Unrepresentable as error:
+            where = category.name if error.layer is None else category.targets[error.layer].module
+            raise FrodctlError(f"{where}: {error}") from None
         except NotPositiveDefinite as error:
-            raise FrodctlError(f"{category.name}: {error}; try --precision float64 or a larger --alpha") from None
+            advice = (
+                "try `precision=float64` or a larger `alpha`"
+                if options.precision == "float32"
+                else "try a larger `alpha`"
+            )
+            raise FrodctlError(f"{category.name}: {error}; {advice}") from None
         outcome = Outcome(
             precision=basis.precision,
             rank=basis.rank,
