@@ -97,6 +97,27 @@ def on_a_terminal(*arguments: object, columns: int = 100, cwd: Path | None = Non
     return shown.decode()
 
 
+def snapshot(folder: Path) -> dict[str, bytes | str | None]:
+    """Everything below a folder: the bytes of files, where links lead, None for folders and the like."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def edit_unseen(file: Path, place: int) -> None:
+    """Flip a bit of a file and keep its size and time."""
+    state = file.stat()
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
 #: A program's own peak of resident memory, in bytes. (ru_maxrss would count what its parent had as it forked.)
 PEAK_MEMORY = """
 def peak():

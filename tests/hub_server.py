@@ -104,6 +104,9 @@ class HubServer:
     so an edited file makes a new commit. A client needs `token` to see a `private` repository and to download
     from a `gated` one. With `token` given, a client that sends another one is refused everywhere, as on the
     real Hub; without, every token is that of a guest who may see public repositories only.
+
+    `broken` maps the beginning of a request ("GET /api/models/org/name") to what is answered in place of the truth:
+    a status, or a body.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class HubServer:
             self.folders[repo].update(folders)
         self.private, self.gated, self.token = private, gated, token
         self.requests: list[Request] = []
+        self.broken: dict[str, int | bytes] = {}
         self._server = _Server(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -190,6 +194,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.seen = Request(self.command, self.path, self.headers["Range"], self.headers["Authorization"])
         self.hub.requests.append(self.seen)
+        for request, answer in self.hub.broken.items():
+            if f"{self.command} {self.path}".startswith(request):
+                status, body = (answer, b"{}") if isinstance(answer, int) else (200, answer)
+                return self._send(status, {"Content-Type": "application/json"}, len(body), BytesIO(body))
         token = (self.seen.authorization or "").removeprefix("Bearer ")
         url = urlsplit(self.path)
         try:

@@ -14,10 +14,12 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
+from frodctl.checkpoint.inputs import MAX_JSON_BYTES, decode_json, open_input
 from frodctl.errors import InvalidInput
 
-MAX_HEADER_BYTES = 100_000_000
 _CHUNK_BYTES = 8 << 20
+_MAX_DIMENSIONS = 64  # torch's own limit
+_MAX_NAME = 1000
 
 #: Bits per element, by the format's name of the dtype.
 DTYPE_BITS = {
@@ -57,19 +59,18 @@ def read_header(path: Path) -> Header:
     Raises
     ------
     InvalidInput
-        If the file is truncated or its header is not what the format allows.
+        If it is no ordinary file, truncated, or its header is not what the format allows.
     """
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
             raise InvalidInput(
                 f"{path}: not a safetensors file, or truncated (header of {length} bytes in a file of {size})"
             )
         raw = file.read(length)
     try:
-        # decoded here: json.loads would take UTF-16 and a byte order mark too
-        entries = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
+        entries = decode_json(raw, strict=True)
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: the safetensors header is not valid JSON ({error})") from None
     return check_header(entries, where=str(path), data_start=8 + length, data_bytes=size - 8 - length)
@@ -95,22 +96,35 @@ def check_header(entries: Any, *, where: str, data_start: int, data_bytes: int |
     return Header(tensors, metadata)
 
 
+def check_name(name: str, where: str) -> None:
+    """`InvalidInput` for a tensor's name that could not be shown or written."""
+    if len(name) > _MAX_NAME:
+        raise InvalidInput(f"{where}: a tensor's name has {len(name)} characters, {_MAX_NAME} allowed")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{where}: tensor {name!a}: its name holds half a surrogate pair") from None
+
+
 def _check_entry(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, int]:
+    check_name(name, where)
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise InvalidInput(f"{where}: tensor {name}: the header lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise InvalidInput(f"{where}: tensor {name}: unknown dtype {dtype!r}")
+        raise InvalidInput(f"{where}: tensor {name}: unknown dtype {dtype!r:.40}")
+    if isinstance(shape, (list, tuple)) and len(shape) > _MAX_DIMENSIONS:
+        raise InvalidInput(f"{where}: tensor {name}: {len(shape)} dimensions, {_MAX_DIMENSIONS} allowed")
     numbers = [*shape, begin, end] if isinstance(shape, (list, tuple)) else [None]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise InvalidInput(f"{where}: tensor {name}: shape and data_offsets must be non-negative integers")
     if prod(max(size, 1) for size in shape) >= 2**63:
-        raise InvalidInput(f"{where}: tensor {name}: shape {list(shape)} is beyond 64 bits")
+        raise InvalidInput(f"{where}: tensor {name}: shape {list(shape)!s:.100} is beyond 64 bits")
     spec = TensorSpec(name, dtype, tuple(shape))
     if end - begin != spec.nbytes or prod(spec.shape) * DTYPE_BITS[dtype] % 8:
         raise InvalidInput(
-            f"{where}: tensor {name}: {end - begin} bytes at data_offsets, but {dtype} {list(shape)} "
+            f"{where}: tensor {name}: {end - begin} bytes at data_offsets, but {dtype} {list(shape)!s:.100} "
             f"takes {spec.nbytes}"
         )
     return spec, begin, end
@@ -126,15 +140,6 @@ def _check_spans(spans: list[tuple[int, int, str]], where: str, data_bytes: int 
     if data_bytes is not None and position != data_bytes:
         fault = "truncated" if position > data_bytes else "too long"
         raise InvalidInput(f"{where}: the file is {fault}: {position} bytes of tensors, {data_bytes} there")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    "".join(entries).encode()  # a lone surrogate is a ValueError here, and not wherever the name is shown
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
-    return entries
 
 
 def layout(specs: Iterable[TensorSpec]) -> list[TensorSpec]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
+
+from frodctl.checkpoint.inputs import MAX_JSON_BYTES, decode_json, open_input
+from frodctl.errors import InvalidInput
 
 #: Weights in whatever format, what trainers leave behind, and adapters.
 _NOT_COPIED = re.compile(
@@ -15,7 +17,7 @@ _NOT_COPIED = re.compile(
     | .*\.onnx[._]data.* | variables\.data-.*
     | adapter_(config\.json|model\..*)
     | (optimizer|scheduler|trainer_state|training_args|rng_state|all_results|train_results|eval_results)\b.*
-    | .*\.(lock|incomplete|tmp|partial) | README\.md | events\.out\..*
+    | .*\.(lock|incomplete|tmp|partial) | README\.md | frodctl\.json | events\.out\..*
     """
 )
 #: Folders that are never a part of the model.
@@ -47,29 +49,41 @@ def companions(files: Iterable[str], module_folders: Collection[str] = ()) -> li
 def module_folders(modules_json: Path) -> set[str]:
     """The sub-folders that sentence-transformers' ``modules.json`` names; none where there is no such file."""
     try:
-        entries = json.loads(modules_json.read_bytes())
+        with open_input(modules_json) as file:
+            entries = decode_json(file.read(MAX_JSON_BYTES + 1))
         paths = [PurePosixPath(str(entry["path"])) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (InvalidInput, OSError, ValueError, TypeError, KeyError, RecursionError):
         return set()
     return {path.parts[0] for path in paths if path.parts and not path.is_absolute() and ".." not in path.parts}
 
 
-def files_below(folder: Path) -> list[str]:
+def files_below(folder: Path, *, sub_folders: bool = True) -> list[str]:
     """Relative paths of the ordinary files in a folder and its sub-folders, hidden ones left out.
 
     A link counts if it leads to a file in the folder, or to the blobs of the Hub's cache that the folder is in.
     """
     root = folder.resolve()
-    return _files_below(folder, (root, root.parent.parent / "blobs"))
+    return _files_below(folder, (root, *_blobs(root)), sub_folders)
 
 
-def _files_below(folder: Path, within: tuple[Path, ...]) -> list[str]:
+def _blobs(root: Path) -> list[Path]:
+    """Where the Hub's cache keeps the files of ``models--…/snapshots/COMMIT``, of which the folder is one or below."""
+    for commit in (root, *root.parents):
+        repository = commit.parent.parent
+        blobs = repository / "blobs"
+        if commit.parent.name == "snapshots" and repository.name.startswith("models--") and blobs.is_dir():
+            return [] if blobs.is_symlink() else [blobs]
+    return []
+
+
+def _files_below(folder: Path, within: tuple[Path, ...], sub_folders: bool) -> list[str]:
     found = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir() and not path.is_symlink():
-            found += [f"{path.name}/{inner}" for inner in _files_below(path, within)]
+            inside = _files_below(path, within, True) if sub_folders else ()
+            found += [f"{path.name}/{inner}" for inner in inside]
         elif path.is_file() and (not path.is_symlink() or any(path.resolve().is_relative_to(home) for home in within)):
             found.append(path.name)
     return found

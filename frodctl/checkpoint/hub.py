@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.companions import MODULES_FILE, companions, module_folders
+from frodctl.checkpoint.inputs import read_json
 from frodctl.checkpoint.source import (
     ADAPTER_FILES,
     WEIGHT_FILES,
@@ -30,13 +32,15 @@ from frodctl.checkpoint.source import (
     Location,
     TensorInfo,
     check_complete,
+    check_is_checkpoint,
     choose_weights,
-    read_json,
     shards_of,
 )
 from frodctl.errors import FrodctlError, InvalidInput
 
 _TIMEOUT_SECONDS = 15
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_FILE_IN_URL = re.compile(r"/resolve/[^/]+/([^?]+)")
 
 
 def is_offline(location: Location) -> bool:
@@ -80,7 +84,7 @@ def download_adapter(location: Location, progress: Callable[[str], None] | None 
 def list_files(location: Location) -> list[str]:
     """The paths below the folder (of the repository) that is asked for; offline those in the cache."""
     repo, revision = _repo_and_revision(location)
-    with _clear_errors(repo, revision):
+    with _clear_errors(location):
         if not is_offline(location):
             return _files(location, repo, revision)[1]
         cached = snapshot_download(
@@ -104,7 +108,7 @@ def _snapshot(
     """
     repo, revision = _repo_and_revision(location)
     common: dict[str, Any] = {"token": location.token, "cache_dir": location.cache_dir}
-    with _clear_errors(repo, revision):
+    with _clear_errors(location):
         if is_offline(location):
             only = [_prefixed(location, least)]
             folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=only, **common)
@@ -130,13 +134,13 @@ def _require_cached(folder: Path, repo: str) -> None:
     needed = shards_of(read_json(folder / entry), str(folder / entry)).values() if entry and "index" in entry else ()
     single = entry or any(name.endswith(".safetensors") for name in files)
     if not single or not set(needed) <= set(files):
-        raise FrodctlError(f"{repo}: not in the local cache as a whole; run once without --offline")
+        raise FrodctlError(f"{repo}: not in the local cache as a whole; run once without `offline`")
 
 
 def remote_headers(location: Location) -> Checkpoint:
     """The checkpoint's headers by range requests, without its weights."""
     repo, revision = _repo_and_revision(location)
-    with _clear_errors(repo, revision):
+    with _clear_errors(location):
         commit, files = _files(location, repo, revision)
         config: dict[str, Any] = {}
         files = [file for file in files if "/" not in file]
@@ -152,6 +156,7 @@ def remote_headers(location: Location) -> Checkpoint:
         if entry.endswith(".index.json"):
             shards = dict(shards_of(read_json(_fetch(location, repo, commit, entry)), f"{repo}/{entry}"))
         tensors = _remote_tensors(location, repo, commit, sorted(set(shards.values())))
+    check_is_checkpoint(f"{repo}/{entry}", tensors)
     check_complete(shards, tensors, repo)
     return Checkpoint(repo, commit, None, config, tensors)
 
@@ -162,7 +167,7 @@ def remote_adapter(location: Location, choose: Callable[[list[str]], str]) -> tu
     ``choose`` is given the paths of all adapters' configs and returns one of them.
     """
     repo, revision = _repo_and_revision(location)
-    with _clear_errors(repo, revision):
+    with _clear_errors(location):
         commit, files = _files(location, repo, revision)
         path = choose([file for file in files if PurePosixPath(file).name == ADAPTER_FILES[0]])
         weights = str(PurePosixPath(path).parent / ADAPTER_FILES[1])
@@ -178,9 +183,13 @@ def _remote_tensors(location: Location, repo: str, commit: str, files: list[str]
     def headers(file: str) -> list[TensorInfo]:
         try:
             found = api.parse_safetensors_file_metadata(repo, _prefixed(location, file), revision=commit)
+        except HfHubHTTPError:
+            raise
         except SafetensorsParsingError as error:
             raise InvalidInput(f"{repo}/{file}: {str(error).splitlines()[0]}") from None
-        entries = {name: asdict(tensor) for name, tensor in found.tensors.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:  # of what the client did not expect
+            raise InvalidInput(f"{repo}/{file}: not a safetensors header ({type(error).__name__})") from None
+        entries = {name: vars(tensor) for name, tensor in found.tensors.items()}
         header = codec.check_header(entries, where=f"{repo}/{file}", data_start=0, data_bytes=None)
         return [TensorInfo(s.name, s.dtype, s.shape, file, at) for s, at in header.tensors.values()]
 
@@ -198,9 +207,9 @@ def _files(location: Location, repo: str, revision: str | None) -> tuple[str, li
     info = HfApi(token=location.token).model_info(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
     folder = PurePosixPath(location.subfolder)
     paths = [PurePosixPath(sibling.rfilename) for sibling in info.siblings or ()]
-    if info.sha is None:
-        raise FrodctlError(f"{repo}: the Hub names no commit")
-    return info.sha, [str(path.relative_to(folder)) for path in paths if path.is_relative_to(folder)]
+    if not _COMMIT.fullmatch(info.sha or "") or any(path.is_absolute() or ".." in path.parts for path in paths):
+        raise FrodctlError(f"{repo}: the Hub names no commit, or files outside the repository")
+    return str(info.sha), [str(path.relative_to(folder)) for path in paths if path.is_relative_to(folder)]
 
 
 def _needed(location: Location, commit: str, files: list[str], everything: bool) -> list[str]:
@@ -235,35 +244,55 @@ def _prefixed(location: Location, name: str) -> str:
 
 
 @contextmanager
-def _clear_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn the client's exceptions into one line that says what to do."""
+def _clear_errors(location: Location) -> Iterator[None]:
+    """Turn the client's exceptions into one line that says what to do; none shows the client's own text."""
     try:
         yield
-    except GatedRepoError:
-        raise FrodctlError(
-            f"{repo}: access is gated; accept its terms on the Hub and give a token (--token or HF_TOKEN)"
-        ) from None
-    except RepositoryNotFoundError:
-        raise FrodctlError(
-            f"{repo}: no such local file or folder, and no such model on the Hub "
-            "(if it is private, give a token: --token or HF_TOKEN)"
-        ) from None
-    except RevisionNotFoundError:
-        raise FrodctlError(f"{repo}: no revision {revision!r} on the Hub") from None
-    except HFValidationError:
-        raise FrodctlError(f"{repo}: no such file or folder, and not a Hub id (name or org/name)") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise FrodctlError(f"{repo}: not in the local cache, and the Hub is off limits or out of reach") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        hint = "; the token is not valid" if status == 401 else ""
-        raise FrodctlError(f"{repo}: the Hub refused the request ({status}{hint})") from None
-    except OSError:
+    except FrodctlError:
         raise
     except Exception as error:
-        if _is_connection_error(error):
-            raise FrodctlError(f"{repo}: the Hub is out of reach ({type(error).__name__}); try --offline") from None
-        raise
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        if isinstance(cause, HfHubHTTPError):
+            raise _refusal(location, cause) from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise FrodctlError(_failure(location, error)) from error
+
+
+def _refusal(location: Location, error: HfHubHTTPError) -> FrodctlError:
+    """What to say of an answer that is an error's."""
+    repo, revision = _repo_and_revision(location)
+    if isinstance(error, GatedRepoError):
+        text = "access is gated; accept its terms on the Hub and give a token (`token` or HF_TOKEN)"
+    elif isinstance(error, RepositoryNotFoundError):
+        text = (
+            "no such local file or folder, and no such model on the Hub "
+            "(if it is private, give a token: `token` or HF_TOKEN)"
+        )
+    elif isinstance(error, RevisionNotFoundError):
+        text = f"no revision {revision!r} on the Hub"
+    else:
+        status = error.response.status_code
+        file = _FILE_IN_URL.search(str(error.response.url))
+        hint = "; the token is not valid" if status == 401 else ""
+        text = f"the Hub refused {unquote(file[1]) if file else 'the request'} ({status}{hint})"
+    return FrodctlError(f"{repo}: {text}")
+
+
+def _failure(location: Location, error: Exception) -> str:
+    """What to say where there was no answer, or none that can be used."""
+    repo = _repo_and_revision(location)[0]
+    if isinstance(error, HFValidationError):
+        return f"{repo}: no such file or folder, and not a Hub id (name or org/name)"
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        why = "off limits (`offline` or HF_HUB_OFFLINE)" if is_offline(location) else "out of reach"
+        return f"{repo}: no such local file or folder, not in the local cache, and the Hub is {why}"
+    if _is_connection_error(error):
+        return f"{repo}: the Hub is out of reach ({type(error).__name__}); try `offline=True`"
+    # an answer that is not the JSON expected, or a body that is not as long as announced
+    size = str(error).startswith("Consistency check failed")
+    what = str(error).splitlines()[0] if size else f"the Hub's answer is not what it should be ({type(error).__name__})"
+    return f"{repo}: {what.rstrip('.')}; try again"
 
 
 def _is_connection_error(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from frodctl.checkpoint.codec import DTYPE_BITS
 from frodctl.checkpoint.source import Checkpoint, TensorInfo
 from frodctl.errors import InvalidInput
 
@@ -30,5 +31,5 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _is_packed(info: TensorInfo) -> bool:
-    narrow = info.dtype.startswith(("F8", "F6", "F4"))
+    narrow = info.dtype.startswith("F") and DTYPE_BITS[info.dtype] <= 8
     return narrow or (info.name.endswith(".weight") and info.dtype in ("I8", "U8", "I32", "U32"))

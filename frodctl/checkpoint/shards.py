@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +91,15 @@ class ShardWriter:
         Where the files are, or will be.
     shards : sequence of Shard
     journal : Path
-        The journal's file. What it says of an earlier run is believed where the bytes have the digest it names.
+        The journal's file. What it says of an earlier run is believed where the bytes have the digest it names, and
+        what they were made from still has its own.
+    origin : callable
+        The digest of what a tensor is to be made from, by its name; "" where it depends on nothing that can change.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], journal: Path) -> None:
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard], journal: Path, origin: Callable[[str], str] = lambda name: ""
+    ) -> None:
         self.folder = folder
         self.shards = shards
         self.places = {
@@ -107,12 +112,16 @@ class ShardWriter:
             handle = self._handles[shard.file] = os.open(folder / shard.file, _FLAGS, 0o666)
             os.ftruncate(handle, shard.nbytes)
             _write_at(handle, shard.header, 0)
-        finished = self._finished(journal)
+        try:
+            finished = self._finished(journal, origin)
+        except BaseException:
+            self._close_files()
+            raise
         self.digests: dict[str, str] = {}  #: of the finished tensors, by name
-        self._journal = open(journal, "w")  # noqa: SIM115 (closed by close)
+        self._journal = open(journal, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._lock = threading.Lock()
-        for name, digest in finished.items():
-            self._note(name, digest)
+        for name, (digest, made_from) in finished.items():
+            self._note(name, digest, made_from)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -120,8 +129,11 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def write(self, name: str, chunks: Iterable[Any]) -> None:
-        """Write the tensor's bytes, which come in pieces of any size, and note that it is finished."""
+    def write(self, name: str, chunks: Iterable[Any], origin: Callable[[], str] = lambda: "") -> None:
+        """Write the tensor's bytes, which come in pieces of any size, and note that it is finished.
+
+        ``origin``, asked after the last piece, gives the digest of what they were made from.
+        """
         file, offset, spec = self.places[name]
         sha256 = hashlib.sha256()
         position = offset
@@ -130,7 +142,7 @@ class ShardWriter:
             position += _write_at(self._handles[file], chunk, position)
         if position - offset != spec.nbytes:
             raise AssertionError(f"{name}: wrote {position - offset} bytes where the header says {spec.nbytes}")
-        self._note(name, sha256.hexdigest())
+        self._note(name, sha256.hexdigest(), origin())
 
     def flush(self) -> None:
         """Bring all that was written to the disk."""
@@ -138,28 +150,39 @@ class ShardWriter:
             os.fsync(handle)
 
     def close(self) -> None:
+        self._close_files()
+        self._journal.close()
+
+    def _close_files(self) -> None:
         for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()
-        self._journal.close()
 
-    def _note(self, name: str, digest: str) -> None:
+    def _note(self, name: str, digest: str, made_from: str) -> None:
         with self._lock:
             self.digests[name] = digest
-            self._journal.write(json.dumps([name, digest]) + "\n")
+            self._journal.write(json.dumps([name, digest, made_from]) + "\n")
             self._journal.flush()
 
-    def _finished(self, journal: Path) -> dict[str, str]:
-        noted = {}
-        for line in journal.read_text().splitlines() if journal.is_file() else ():
-            try:
-                name, digest = json.loads(line)
-            except ValueError:  # the line that was being written as the run was killed
-                continue
-            if name in self.places:
-                noted[name] = digest
+    def _finished(self, journal: Path, origin: Callable[[str], str]) -> dict[str, tuple[str, str]]:
+        """The noted tensors that are as they were written, with their digests and those of what they were made from."""
+        noted = {name: rest for name, *rest in _lines(journal) if name in self.places}
         found = _digests(self.folder, {name: self.places[name] for name in noted})
-        return {name: digest for name, digest in noted.items() if found[name] == digest}
+        whole = [name for name, (digest, _) in noted.items() if found[name] == digest]
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            origins = zip(whole, pool.map(origin, whole), strict=True)
+            return {name: (noted[name][0], now) for name, now in origins if now == noted[name][1]}
+
+
+def _lines(journal: Path) -> Iterator[list[str]]:
+    """The entries of a journal; without the line that was being written as the run was killed, and any damaged one."""
+    for line in journal.read_bytes().splitlines() if journal.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, list) and len(entry) == 3 and all(isinstance(item, str) for item in entry):
+            yield entry
 
 
 def verify(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str]) -> None:

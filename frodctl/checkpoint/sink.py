@@ -1,16 +1,26 @@
-"""Output that appears whole or not at all: staged beside its destination, flushed, renamed."""
+"""Output that appears whole or not at all: staged beside its destination, flushed, renamed.
+
+What exists is replaced by ``force`` alone, what is read never, and of a folder only what frodctl or ``save_pretrained``
+made. All that writes passes `check_output_file` or `check_output_folder`, before the work and again as the output gets
+its name.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from frodctl.checkpoint.source import WEIGHT_FILES
+from frodctl.checkpoint import manifest
 from frodctl.errors import FrodctlError, OutOfResources, UsageError
 
 try:
@@ -18,70 +28,91 @@ try:
 except ImportError:  # not on Windows; two runs at once are not told apart there
     fcntl = None  # type: ignore[assignment]
 
-#: Marks the model card of a merge.
-MERGED_BY = "Merged by frodctl"
+_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAMED = 8  # foreign files that a refusal names
 
 
-def check_output_file(path: Path, *, force: bool) -> None:
-    """Refuse, before any work, a destination that cannot or must not be written.
+def check_output_file(path: Path, reads: Iterable[Path] = (), *, force: bool) -> None:
+    """Refuse a destination that cannot or must not be written.
 
     Raises
     ------
     UsageError
-        It exists and ``force`` is not given, it is a folder, or its parent is no folder.
+        It is one of the files in ``reads`` by whatever path, or has the name of a part of a checkpoint or adapter in
+        the folder of one; it exists and ``force`` is not given; it is no ordinary file, or its parent is no folder.
     FrodctlError
         Its parent is not writable.
     """
+    _check_length(path)
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; name a file")
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path}: is not an ordinary file; name another with -o")
-    if path.exists() and not force:
-        raise UsageError(f"{path}: exists; use --force to replace it, or name another file with -o")
+        raise UsageError(f"{path}: is not an ordinary file; name another")
+    for given in reads:
+        if path.exists() and given.exists() and path.samefile(given):
+            raise UsageError(f"{path}: is one of the files that are read; name another")
+    _check_name(path)
+    if os.path.lexists(path) and not force:
+        raise UsageError(f"{path}: exists; `force=True` replaces it, or name another file")
     _check_parent(path)
 
 
-def check_output_folder(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Refuse, before any work, a destination folder that cannot or must not be written.
+def check_output_folder(path: Path, reads: Iterable[Path], *, force: bool) -> None:
+    """Refuse a destination folder that cannot or must not be written.
 
     Raises
     ------
     UsageError
-        It is in the folder of an input or holds one; it exists and ``force`` is not given; it exists and holds
-        more than a checkpoint, so that it can hardly be meant; or its parent is no folder.
+        It is, contains or lies in one of ``reads``, files or folders; it has the name of a part of a checkpoint in the
+        folder of one; it exists and ``force`` is not given; it holds what `manifest.foreign` finds; or its parent is no
+        folder.
     FrodctlError
         Its parent is not writable.
     """
-    target = path.resolve()
-    for given in inputs:
-        source = given.resolve()
-        if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+    _check_length(path)
+    for given in reads:
+        if _lies_in(path, given) or _lies_in(given, path):
             raise UsageError(f"{path}: is, contains or lies in {given}, which is read; name a folder elsewhere")
-    if path.exists() or path.is_symlink():
+    _check_name(path)
+    if os.path.lexists(path):
         if not force:
-            raise UsageError(f"{path}: exists; use --force to replace it, or name another folder")
+            raise UsageError(f"{path}: exists; `force=True` replaces it, or name another folder")
         if not path.is_dir() or path.is_symlink():
             raise UsageError(f"{path}: is not a folder; name another")
-        if not _may_be_replaced(path):
+        foreign = list(islice(manifest.foreign(path), _NAMED + 1))
+        if foreign:
+            names = ", ".join(foreign[:_NAMED]) + (" and more" if len(foreign) > _NAMED else "")
             raise UsageError(
-                f"{path}: holds more than a checkpoint, so --force does not replace it; name another folder"
+                f"{path}: holds more than a checkpoint that frodctl may replace: {names}; move that away, or name "
+                "another folder"
             )
     _check_parent(path)
 
 
-def _may_be_replaced(folder: Path) -> bool:
-    """Whether a folder is empty, an earlier merge, or a checkpoint and nothing else that somebody could miss."""
-    entries = list(folder.iterdir())
-    names = {entry.name for entry in entries}
-    card = folder / "README.md"
-    if not entries or (card.is_file() and MERGED_BY in card.read_text(encoding="utf-8", errors="replace")):
-        return True
-    others = [e for e in entries if e.is_dir() or e.is_symlink() or e.name.startswith((".", "adapter_"))]
-    weights = any(name in WEIGHT_FILES for name in names)
-    bases = any(name.endswith(".frod.safetensors") for name in names)
-    return weights and "config.json" in names and not others and not bases
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a file or folder that exists or, by whatever links, below it."""
+    places = {place for start in (path.resolve(), path.absolute()) for place in (start, *start.parents)}
+    return folder.exists() and any(place.exists() and place.samefile(folder) for place in places)
+
+
+def _check_length(path: Path) -> None:
+    """The names of unfinished work are a little longer than the output's."""
+    try:
+        os.lstat(f"{path}.partial")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{path}: too long a name for a file") from None
+
+
+def _check_name(path: Path) -> None:
+    """A file of such a name would take the place of a part of the model beside it, now or as it is loaded."""
+    if manifest.PART_OF_A_MODEL.fullmatch(path.name) and path.parent.is_dir():
+        others = {entry.name for entry in path.parent.iterdir()} - {path.name}
+        if any(manifest.PART_OF_A_MODEL.fullmatch(name) for name in others):
+            raise UsageError(f"{path}: would be taken for a part of the model in its folder; give it another name")
 
 
 def _check_parent(path: Path) -> None:
@@ -105,20 +136,59 @@ class Staging:
 
     A run that was killed leaves its pieces here, and the same job takes them up. Another job's pieces are
     left alone until OUTPUT is published. One run at a time: a second one is refused. Used in a ``with`` statement.
+
+    Parameters
+    ----------
+    output : Path
+    key : str
+        A digest of everything that the output depends on, in hexadecimal.
+    check : callable
+        Raises where OUTPUT must not be written; asked at once, and as OUTPUT gets its name.
+    resume : bool
+        Take up what there is.
+
+    Raises
+    ------
+    UsageError
+        By ``check``; or OUTPUT.partial holds what is not of here, or links that writing would follow.
+    FrodctlError
+        Another run is writing the output.
+    OutOfResources
+        The disk filled up within the ``with`` statement.
     """
 
-    def __init__(self, output: Path, key: str, *, resume: bool) -> None:
+    def __init__(self, output: Path, key: str, check: Callable[[], None], *, resume: bool) -> None:
         self.output = output
         self.root = output.with_name(output.name + ".partial")
         self.folder = self.root / key
         self._previous = self.root / "previous"
+        self._check = check
+        check()
+        if os.path.lexists(self.root) and (self.root.is_symlink() or not self.root.is_dir()):
+            raise UsageError(f"{self.root}: is not a folder, but unfinished work goes there; remove it")
         self.root.mkdir(exist_ok=True)
         self._lock = _lock(self.root)
-        _put_back(self._previous, output)
+        try:
+            self._prepare(resume)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _prepare(self, resume: bool) -> None:
+        for piece in self.root.iterdir():
+            ours = piece == self._previous or re.fullmatch("[0-9a-f]{16}", piece.name)
+            if not ours or piece.is_symlink() or not piece.is_dir():
+                raise UsageError(f"{piece}: is not of an unfinished run; move it away from there")
+        if _put_back(self._previous, self.output):
+            self._check()
         if not resume:
             for piece in self.root.iterdir():
                 shutil.rmtree(piece)
         self.folder.mkdir(exist_ok=True)
+        for path in self.folder.rglob("*"):
+            state = path.lstat()
+            if not stat.S_ISDIR(state.st_mode) and not (stat.S_ISREG(state.st_mode) and state.st_nlink == 1):
+                raise UsageError(f"{path}: is a link or no ordinary file, and would be written to; remove {self.root}")
 
     def path(self, name: str) -> Path:
         """Where the finished piece ``name`` is, or will be."""
@@ -130,11 +200,20 @@ class Staging:
 
     def write(self, name: str, write: Callable[[IO[bytes]], None]) -> None:
         """Write the piece ``name`` by calling ``write`` with a file; it appears only when complete."""
-        _write_whole(self.path(name), self.folder / (name + ".tmp"), write)
+        temporary = self.folder / (name + ".tmp")
+        _write_new(temporary, write)
+        os.replace(temporary, self.path(name))
+        _sync(self.folder)
 
     def publish(self, write: Callable[[IO[bytes]], None]) -> None:
         """Write the file OUTPUT by calling ``write``, put it in place in one step, and clear the staging away."""
-        _write_whole(self.output, self.folder / "output.tmp", write)
+        temporary = self.folder / "output.tmp"
+        _write_new(temporary, write)
+        try:
+            _put(temporary, self.output, self._check, os.replace)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         shutil.rmtree(self.root, ignore_errors=True)
 
     def publish_folder(self, name: str) -> None:
@@ -145,13 +224,13 @@ class Staging:
         """
         for path in [*self.path(name).rglob("*"), self.path(name)]:
             _sync(path)
-        if not self.output.exists():
-            os.rename(self.path(name), self.output)
-        elif not _exchange(self.path(name), self.output):
-            os.rename(self.output, self._previous)
-            os.rename(self.path(name), self.output)
-        _sync(self.output.parent)
+        _put(self.path(name), self.output, self._check, self._replace_folder)
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _replace_folder(self, new: Path, old: Path) -> None:
+        if not _exchange(new, old):
+            os.rename(old, self._previous)
+            os.rename(new, old)
 
     def __enter__(self) -> Staging:
         return self
@@ -163,27 +242,67 @@ class Staging:
                 folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
+        _refuse_full_disk(self.output, error[1] if error else None, ", and a rerun resumes")
+
+
+def write_file(path: Path, write: Callable[[IO[bytes]], None], reads: Iterable[Path] = (), *, force: bool) -> None:
+    """Write one file by calling ``write``, in one step; errors are those of `check_output_file`."""
+    reads = tuple(reads)
+    check_output_file(path, reads, force=force)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        _write_new(temporary, write)
+        _put(temporary, path, lambda: check_output_file(path, reads, force=force), os.replace)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        _refuse_full_disk(path, error)
+        raise
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[IO[bytes]], None]]) -> None:
     """Write files into a folder that may hold others, so that they are never seen mixed with earlier ones.
 
     All are written beside their places first. The last one is taken for the mark of a whole set: it is removed
-    before the others are replaced, and put in place after them.
+    before the others are replaced, and put in place after them. Folders made for them go again if that fails.
+
+    Raises
+    ------
+    UsageError
+        The folder is a file or lies in one, or one of the files is a folder.
+    OutOfResources
+        The disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder}: is a file, or lies in one; name a folder") from None
+    for name in writers:
+        if (folder / name).is_dir():
+            raise UsageError(f"{folder / name}: is a folder, where a file is to be written; name another folder")
     temporaries = {name: folder / f"{name}.tmp" for name in writers}
     try:
         for name, write in writers.items():
-            _write_whole(temporaries[name], folder / f"{name}.part", write)
+            _write_new(temporaries[name], write)
         (folder / list(writers)[-1]).unlink(missing_ok=True)
         for name, temporary in temporaries.items():
             os.replace(temporary, folder / name)
-    except BaseException:
+    except BaseException as error:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+        for place in missing:
+            with suppress(OSError):  # somebody else's file came in
+                place.rmdir()
+        _refuse_full_disk(folder, error)
         raise
     _sync(folder)
+
+
+def _refuse_full_disk(output: Path, error: object, more: str = "") -> None:
+    """Turn the error of a full disk into `OutOfResources`."""
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        text = f"{output}: {error.strerror}; nothing was left under the final name{more}"
+        raise OutOfResources(text) from None
 
 
 def _lock(folder: Path) -> int | None:
@@ -202,40 +321,50 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _put_back(previous: Path, output: Path) -> None:
+def _put_back(previous: Path, output: Path) -> bool:
     """Mend what a run that was cut between the two steps of `Staging.publish_folder` left."""
-    if previous.exists() and not output.exists():
-        os.rename(previous, output)
+    if not previous.exists() or os.path.lexists(output):
+        return False
+    os.rename(previous, output)
+    return True
 
 
 def _exchange(first: Path, second: Path) -> bool:
     """Exchange two folders in one step; False where the system cannot."""
+    return _renameat2(first, second, _RENAME_EXCHANGE)
+
+
+def _put(new: Path, output: Path, check: Callable[[], None], replace: Callable[[Path, Path], None]) -> None:
+    """Give a finished file or folder its name: over what ``check`` allows, and over nothing that appears after it."""
+    exists = os.path.lexists(output)
+    check()
+    if exists:
+        replace(new, output)
+    elif not _renameat2(new, output, _RENAME_NOREPLACE):
+        check()
+        os.rename(new, output)
+    _sync(output.parent)
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> bool:
+    """Linux's rename with a flag; False where it is not there or did not work."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
-    return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
+    return bool(rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file in one step, over whatever was there."""
-
-    def write(file: IO[bytes]) -> None:
-        file.write(data)
-
-    _write_whole(path, path.with_name(path.name + ".partial"), write)
-
-
-def _write_whole(path: Path, temporary: Path, write: Callable[[IO[bytes]], None]) -> None:
+def _write_new(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file that was not there, or that a killed run left; nothing is written through a link."""
+    path.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with open(path, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
-    os.replace(temporary, path)
-    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -5,17 +5,20 @@ Only headers and configs are read here; the tensors' bytes are read by `frodctl.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from math import prod
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from frodctl import values
 from frodctl.checkpoint import codec
-from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.checkpoint.inputs import kind_of, read_json
+from frodctl.checkpoint.records import TensorInfo as TensorInfo
+from frodctl.checkpoint.ties import Ties, find_ties
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
 #: What transformers and diffusers call their weights, in the order in which one is preferred to another.
 WEIGHT_FILES = (
@@ -28,40 +31,7 @@ WEIGHT_FILES = (
 )
 #: What PEFT calls an adapter's config and weights.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint and where its bytes lie."""
-
-    name: str
-    dtype: str  #: the safetensors format's name of the dtype
-    shape: tuple[int, ...]
-    file: str  #: path of the file inside the checkpoint
-    offset: int  #: of the first byte, in that file
-    stride: tuple[int, ...] | None = None  #: in elements, where a pickled tensor is not contiguous
-    data: Any = field(default=None, repr=False, compare=False)  #: the torch.Tensor of an old-format pickle
-
-    @property
-    def parameters(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes in the file, from its first element to its last."""
-        elements = prod(self.shape)
-        if self.stride is not None and elements:
-            elements = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return elements * codec.DTYPE_BITS[self.dtype] // 8
-
-    def slice(self, index: int) -> TensorInfo:
-        """One slice of the first dimension."""
-        if self.stride is None:
-            step, stride = prod(self.shape[1:]), None
-        else:
-            step, stride = self.stride[0], self.stride[1:]
-        offset = self.offset + index * step * codec.DTYPE_BITS[self.dtype] // 8
-        return replace(self, shape=self.shape[1:], offset=offset, stride=stride)
+_URL = re.compile(r"[a-z]+://|(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -75,11 +45,29 @@ class Location:
     cache_dir: str | None = None
     offline: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", values.model(self.model, "model"))
+
     def local_path(self) -> Path | None:
-        """The file or folder on disk; None for a Hub id."""
+        """The file or folder on disk; None for a Hub id.
+
+        Raises
+        ------
+        FrodctlError
+            There is nothing at the path.
+        UsageError
+            It is a URL.
+        InvalidInput
+            It is neither a file nor a folder.
+        """
         path = Path(os.path.expanduser(self.model))
-        if path.exists():
+        kind = kind_of(path)
+        if kind in ("file", "folder"):
             return path
+        if kind is not None:
+            raise InvalidInput(f"{self.model}: is a {kind}, neither a file nor a folder")
+        if _URL.match(self.model):
+            raise UsageError(f"{self.model}: URLs are not taken; give the Hub id in it, org/name or org/name@revision")
         repo = self.model.partition("@")[0]  # a revision may hold slashes: refs/pr/1
         if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or "\\" in repo:
             raise FrodctlError(f"{self.model}: no such file or folder")
@@ -103,23 +91,24 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     path: Path | None = None  #: the file, of a checkpoint that was named by one
 
+    def files(self) -> list[Path]:
+        """The files that hold its tensors; none of headers alone."""
+        names = sorted({info.file for info in self.tensors.values()})
+        return [self.root / name for name in names] if self.root is not None else []
+
+    @cached_property
+    def ties(self) -> Ties:
+        """The tensors that the model uses as one."""
+        return find_ties(self.tensors, self.config, self.root)
+
     def parameters(self) -> int:
         """Number of parameters: floating-point elements, tied tensors counted once."""
         seen: dict[tuple[str, int], int] = {}
-        copies = self._tied_copies()
         for info in self.tensors.values():
-            if info.dtype in codec.FLOAT_DTYPES and info.name not in copies:
-                place = info.file, info.offset  # where an empty tensor may be beside another
+            if info.dtype in codec.FLOAT_DTYPES and info.name not in self.ties.copies:
+                place = info.file, info.offset  # where an empty tensor may be beside another, and views overlap
                 seen[place] = max(info.parameters, seen.get(place, 0))
         return sum(seen.values())
-
-    def _tied_copies(self) -> Collection[str]:
-        """Heads stored a second time although the config ties them to the input embedding."""
-        parts = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
-        if not any(part.get("tie_word_embeddings") for part in parts):
-            return ()
-        embeddings = any("embed_tokens." in name or "wte." in name for name in self.tensors)
-        return [name for name in self.tensors if embeddings and name.endswith("lm_head.weight")]
 
 
 def open_checkpoint(
@@ -172,6 +161,7 @@ def choose_weights(files: Collection[str], where: str) -> str:
         if name in files:
             return name
     single = sorted(f for f in files if f.endswith(".safetensors") and not f.startswith("adapter_"))
+    single = [f for f in single if not f.endswith(".frod.safetensors")]  # a basis, beside what it was made from
     if len(single) == 1:
         return single[0]
     if single:
@@ -180,32 +170,20 @@ def choose_weights(files: Collection[str], where: str) -> str:
     raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin{hint}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is an `InvalidInput`."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InvalidInput(f"{path}: expected a JSON object")
-    return value
-
-
 def shards_of(index: dict[str, Any], where: str) -> dict[str, str]:
     """The ``weight_map`` of an index, each of its file names checked to lie in the folder itself."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidInput(f"{where}: the index has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file or PurePosixPath(file).name != file or "\\" in file:
+        if not isinstance(file, str) or not file or PurePosixPath(file).name != file or "\\" in file or "\0" in file:
             raise InvalidInput(f"{where}: tensor {name} is said to be in {file!r}, outside the folder")
     return weight_map
 
 
 def _from_file(path: Path, model: str) -> Checkpoint:
-    config = path.parent / "config.json"
     tensors = _read_headers(path.parent, {None: path.name})
-    return Checkpoint(model, None, path.parent, read_json(config) if config.is_file() else {}, tensors)
+    return Checkpoint(model, None, path.parent, _read_config(path.parent), tensors)
 
 
 def _from_folder(folder: Path, model: str, revision: str | None, entry: str | None = None) -> Checkpoint:
@@ -214,22 +192,37 @@ def _from_folder(folder: Path, model: str, revision: str | None, entry: str | No
         shards: dict[Any, str] = dict(shards_of(read_json(folder / entry), str(folder / entry)))
     else:
         shards = {None: entry}
-    config = folder / "config.json"
     tensors = _read_headers(folder, shards)
-    return Checkpoint(model, revision, folder, read_json(config) if config.is_file() else {}, tensors)
+    return Checkpoint(model, revision, folder, _read_config(folder), tensors)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; empty where there is none, which a folder or a broken link of that name is not."""
+    path = folder / "config.json"
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _read_headers(folder: Path, shards: dict[Any, str]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(shards.values())):
         path = folder / file
-        if not path.is_file():
+        if kind_of(path) is None:
             raise InvalidInput(f"{path}: named by the index but missing; download the checkpoint again")
-        for info in read_file_header(path):
+        infos = read_file_header(path)
+        check_is_checkpoint(str(path), [info.name for info in infos])
+        for info in infos:
             if shards.get(info.name, file) == file:
                 tensors[info.name] = info
     check_complete(shards, tensors, str(folder))
     return tensors
+
+
+def check_is_checkpoint(where: str, tensors: Collection[str]) -> None:
+    """`InvalidInput` where a file's tensors are named as those that frodctl or PEFT writes beside a checkpoint."""
+    if tensors and all(name.startswith(("V.", "tau.", "lambda.", "indices.")) for name in tensors):
+        raise InvalidInput(f"{where}: is a shared-basis file, not a checkpoint")
+    if tensors and all(name.startswith("base_model.") for name in tensors):
+        raise InvalidInput(f"{where}: is an adapter, not a checkpoint: name its base model")
 
 
 def check_complete(shards: dict[Any, str], tensors: Collection[str], where: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from frodctl.checkpoint.codec import read_into
-from frodctl.checkpoint.source import TensorInfo
-from frodctl.errors import InvalidInput
+from frodctl.checkpoint.records import TensorInfo
+from frodctl.errors import InvalidInput, OutOfResources
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
@@ -43,20 +43,33 @@ def read_tensor(
     Its bytes go to the beginning of ``buffer`` (uint8) if one is given, else to fresh memory. The result is
     contiguous (except where a pickled tensor was stored with other strides) and aligned regardless of its
     place in the file, so that equal bytes give equal arithmetic.
+
+    Raises
+    ------
+    InvalidInput
+        The file has become shorter than its header says.
+    OutOfResources
+        There is no memory for it.
     """
     if info.data is not None:
         whole: torch.Tensor = info.data
         return whole if index is None else whole[index]
     if index is not None:
         info = info.slice(index)
-    offset, nbytes = info.offset, info.nbytes
-    buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer[:nbytes]
-    with open(root / info.file, "rb", buffering=0) as file:
-        file.seek(offset)
-        path = root / info.file
+    path, nbytes = root / info.file, info.nbytes
+    buffer = _empty(nbytes, info.name) if buffer is None else buffer[:nbytes]
+    with open(path, "rb", buffering=0) as file:
+        file.seek(info.offset)
         read_into(file, tensor_bytes(buffer), f"{path}: tensor {info.name}: the file ends before it; download it again")
     flat = buffer.view(TORCH_DTYPES[info.dtype])
     return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
+
+
+def _empty(nbytes: int, name: str) -> torch.Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except (MemoryError, RuntimeError):
+        raise OutOfResources(f"out of memory: tensor {name} takes {nbytes / 1e9:.2f} GB") from None
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -1,17 +1,43 @@
-"""Weights that a checkpoint stores once and a model uses twice."""
+"""Weights that a checkpoint stores once, or as copies, and a model uses as one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from frodctl.checkpoint import codec
-from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.records import TensorInfo
 
-_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings)\.weight")
-_HEAD = re.compile(r"(.*\.)?(lm_head|embed_out|lm_head\.decoder|cls\.predictions\.decoder|output_projection)\.weight")
+_EMBEDDING = re.compile(
+    r"(.*\.)?(embed_tokens|wte|(word_)?embeddings?|shared|embed_in|tok_embeddings|tokens_embed|w)\.weight"
+)
+_HEAD = re.compile(
+    r"(.*\.)?(lm_head|embed_out|lm_head\.decoder|predictions\.decoder|output_projection|output_layer|generator_lm_head"
+    r"|vocab_projector|lm_loss|pred_layer\.proj|proj_out|ff_out)\.weight"
+    r"|((language_)?model\.)?(output|head|decoder)\.weight"
+)
 _WITH_HEAD = re.compile(r"ForCausalLM|LMHead|ForMaskedLM|ForConditionalGeneration|ForPreTraining|ForSpeechSeq2Seq")
+_OTHER_TOWERS = re.compile(r"vision|audio|image|video|speech")
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Which of a checkpoint's tensors stand for one parameter."""
+
+    copies: frozenset[str]  #: stored although another tensor stands for them
+    words: frozenset[str]  #: input embeddings and language-modelling heads that are one with each other
+    shared: frozenset[str]  #: other tensors that are one: they lie at the same place, or are embeddings alike
+
+    def broken_by(self, changed: Collection[str], *, with_head: bool = True) -> list[str]:
+        """Those of the ``changed`` tensors that are tied to another, sorted.
+
+        Without ``with_head`` the model is used without its language-modelling head.
+        """
+        tied = self.shared | self.words if with_head else self.shared
+        return sorted(tied & set(changed))
 
 
 def is_head(tensor: str) -> bool:
@@ -19,44 +45,86 @@ def is_head(tensor: str) -> bool:
     return _HEAD.fullmatch(tensor) is not None
 
 
-def ties_broken_by(checkpoint: Checkpoint, changed: Collection[str], *, with_head: bool = True) -> list[str]:
-    """Those of the ``changed`` tensors that are tied to one that is not changed alike.
+def find_ties(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], root: Path | None) -> Ties:
+    """Find the tied tensors of a checkpoint.
 
-    A tie is read off the config; where that is silent, off a language model without a head of its own, or with one
-    that has the embedding's bytes; and off tensors of a pickled checkpoint that share theirs. Without ``with_head`` the
-    model is used without its language-modelling head.
+    Tensors of a pickled checkpoint are tied where they share their bytes, input embeddings also where theirs are equal.
+    A head is tied to the embedding of its shape where the config says so. Where it does not, or its parts disagree (for
+    many kinds of model transformers leaves out what is its default), the head is tied if it has the embedding's bytes,
+    and a language model's embedding if no head is stored.
+
+    Parameters
+    ----------
+    tensors, config : mapping
+        The checkpoint's.
+    root : Path or None
+        Folder of its files; None where they are not here, and then their bytes are not compared.
     """
-    embeds = [name for name in checkpoint.tensors if _EMBEDDING.fullmatch(name)]
-    heads = [name for name in checkpoint.tensors if is_head(name)]
-    ours = [name for name in changed if is_head(name) or _EMBEDDING.fullmatch(name)]
-    tied = ours if with_head and ours and _is_tied(checkpoint, embeds, heads) else []
+    embeddings = [info for name, info in tensors.items() if _EMBEDDING.fullmatch(name) and len(info.shape) == 2]
+    heads = [info for name, info in tensors.items() if is_head(name) and len(info.shape) == 2]
+    firsts = {info.shape: info for info in reversed(embeddings)}
+    twins = _alike([info for info in embeddings if info is not firsts[info.shape]], firsts, root)
+    said = _said(config)
+    if said is None:
+        tied = _alike(heads, firsts, root)
+    else:
+        tied = {head.name: firsts[head.shape].name for head in heads if said and head.shape in firsts}
+    words = {*tied, *tied.values()}
+    if said or (said is None and not heads and _has_head(config)):  # the head need not be stored
+        words.update(info.name for info in embeddings)
+    together, again = _at_one_place(tensors.values())
+    shared = together | {*twins, *twins.values()}
+    return Ties(frozenset(again | {*twins, *tied} | _biases(tied, tensors)), frozenset(words), frozenset(shared))
+
+
+def _biases(tied: Collection[str], tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """BERT and its kin store the bias of a tied head's decoder a second time, one level up."""
+    paths = [name.removesuffix(".decoder.weight") for name in tied if name.endswith(".decoder.weight")]
+    return {f"{path}.decoder.bias" for path in paths if f"{path}.bias" in tensors}
+
+
+def _said(config: Mapping[str, Any]) -> bool | None:
+    """What the config and its parts say of tie_word_embeddings; None where they do not, or not all the same."""
+    found, parts = set(), [config]
+    while parts:
+        part = parts.pop()
+        flag = part.get("tie_word_embeddings")
+        found |= {flag} if isinstance(flag, bool) else set()
+        parts += [value for key, value in part.items() if isinstance(value, dict) and not _OTHER_TOWERS.search(key)]
+    return found.pop() if len(found) == 1 else None
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    architectures = config.get("architectures")
+    return isinstance(architectures, list) and any(_WITH_HEAD.search(str(name)) for name in architectures)
+
+
+def _at_one_place(tensors: Collection[TensorInfo]) -> tuple[set[str], set[str]]:
+    """The names of tensors that lie at the same place in the same shape; and without the first of each place."""
     places: dict[Any, list[str]] = {}
-    for info in checkpoint.tensors.values():
+    for info in tensors:
         if info.nbytes:
             places.setdefault((info.file, info.offset, info.shape, info.stride), []).append(info.name)
-    shared = {name for group in places.values() if len(group) > 1 for name in group}
-    return sorted({*tied, *(shared & set(changed))})
+    groups = [names for names in places.values() if len(names) > 1]
+    return {name for names in groups for name in names}, {name for names in groups for name in names[1:]}
 
 
-def _is_tied(checkpoint: Checkpoint, embeddings: Sequence[str], heads: Sequence[str]) -> bool:
-    parts = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
-    flags = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
-    if flags:
-        return any(flags)
-    if heads:
-        return any(_same_bytes(checkpoint, head, embedding) for head in heads for embedding in embeddings)
-    architectures = checkpoint.config.get("architectures") or ()
-    return any(_WITH_HEAD.search(str(name)) for name in architectures)
+def _alike(
+    tensors: Collection[TensorInfo], firsts: Mapping[tuple[int, ...], TensorInfo], root: Path | None
+) -> dict[str, str]:
+    """Those of the tensors that have the same bytes as the first embedding of their shape, and its name."""
+    pairs = [(info, firsts[info.shape]) for info in tensors if info.shape in firsts]
+    return {info.name: first.name for info, first in pairs if root is not None and _same_bytes(root, info, first)}
 
 
-def _same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
-    if (one.shape, one.dtype) != (other.shape, other.dtype) or checkpoint.root is None or one.data is not None:
+def _same_bytes(root: Path, one: TensorInfo, other: TensorInfo) -> bool:
+    if (one.dtype, one.stride) != (other.dtype, other.stride) or (one.data is None) != (other.data is None):
         return False
-    root = checkpoint.root
+    if one.data is not None:
+        return bool(one.data.equal(other.data))
     pieces = zip(
         codec.read_chunks(root / one.file, one.offset, one.nbytes),
         codec.read_chunks(root / other.file, other.offset, other.nbytes),
-        strict=False,
+        strict=True,
     )
-    return all(a == b for a, b in pieces)
+    return all(first == second for first, second in pieces)

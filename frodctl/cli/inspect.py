@@ -195,7 +195,7 @@ def command(
         if plot is not None:
             parts = zip(found, shown, summaries, strict=True)
             results = [job.TargetResult(item.target, item.kind, tuple(rows), said) for item, rows, said in parts]
-            pictures.draw(plot, results)
+            pictures.draw(plot, results, force=force)
             report.note(f"Drew {plot}")
     different = check and any(summary["different"] for summary in summaries)
     return EXIT_DIFFERENT if different else 0

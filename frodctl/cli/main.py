@@ -141,9 +141,11 @@ def _show_traceback() -> None:
 
 def _explain(error: BaseException) -> tuple[str, int]:
     """The text and the exit code for an exception."""
+    from frodctl.jobs.resources import is_out_of_memory
+
     if isinstance(error, FrodctlError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "out of memory; choose fewer target modules", OutOfResources.exit_code
     if isinstance(error, OSError) and error.errno is not None:
         # what the jobs write has a name: without one it was stdout

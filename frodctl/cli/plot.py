@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from frodctl.checkpoint import names, sink
 from frodctl.cli.output import printable
@@ -49,10 +49,7 @@ def check_request(file: str, *, estimate: bool, force: bool) -> None:
     path = Path(file)
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"`plot` {file}: the name must end with one of {', '.join(_SUFFIXES)}")
-    if not path.parent.is_dir() or path.is_dir():
-        raise UsageError(f"`plot` {file}: no such folder, or a folder itself")
-    if path.exists() and not force:
-        raise UsageError(f"`plot` {file}: exists; `force=True` replaces it, or name another")
+    sink.check_output_file(path, force=force)
     if estimate:
         raise UsageError("`plot` draws singular values, which `estimate` does not have; give `spectrum`")
     try:
@@ -71,8 +68,8 @@ class _Curve:
     row: Row
 
 
-def draw(file: str, targets: Sequence[TargetResult]) -> None:
-    """Draw `figure` into a file.
+def draw(file: str, targets: Sequence[TargetResult], *, force: bool = False) -> None:
+    """Draw `figure` into a file, which may exist with ``force``.
 
     Raises
     ------
@@ -94,7 +91,12 @@ def draw(file: str, targets: Sequence[TargetResult]) -> None:
         data = BytesIO()
         drawn.savefig(data, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     title = ", ".join(target.target for target in targets)
-    sink.replace_file(path, _page(title, data.getvalue()) if path.suffix == ".html" else data.getvalue())
+    content = _page(title, data.getvalue()) if path.suffix == ".html" else data.getvalue()
+
+    def write(out: IO[bytes]) -> None:
+        out.write(content)
+
+    sink.write_file(path, write, force=force)
 
 
 def figure(targets: Sequence[TargetResult]) -> Figure | None:

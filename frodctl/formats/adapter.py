@@ -25,7 +25,8 @@ from typing import IO, Any
 
 from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header, read_json
+from frodctl.checkpoint.inputs import read_json
+from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
 CONFIG_FILE = ADAPTER_FILES[0]
@@ -102,6 +103,10 @@ class Adapter:
     def categories(self) -> dict[str, int]:
         """The categories and their n."""
         return {module.category: module.n for module in self.modules}
+
+    def files(self) -> list[Path]:
+        """Its config and its weights; none of headers alone."""
+        return [] if self.root is None else [self.root / CONFIG_FILE, self.root / self.modules[0].scales.file]
 
     @property
     def base(self) -> str | None:
@@ -314,7 +319,14 @@ def write_adapter(
     provenance : Provenance
     card : str
         README.md; one that is there already is kept.
+
+    Raises
+    ------
+    UsageError
+        The folder holds an adapter that frodctl did not write, or cannot be written to.
     """
+    if (folder / CONFIG_FILE).is_file() and "frodctl" not in read_json(folder / CONFIG_FILE):
+        raise UsageError(f"{folder}: holds an adapter that is not frodctl's; name another folder")
     text = json.dumps({**config, "frodctl": asdict(provenance)}, indent=2, sort_keys=True) + "\n"
     writers: dict[str, Callable[[IO[bytes]], None]] = {}
     if not (folder / "README.md").exists():
@@ -338,4 +350,4 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
 
 
 def _write_text(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    file.write(text.encode(errors="replace"))

@@ -19,8 +19,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
+from frodctl import values
 from frodctl.checkpoint import codec, sink
-from frodctl.errors import InvalidInput
+from frodctl.checkpoint.inputs import decode_json, kind_of
+from frodctl.errors import InvalidInput, UsageError
 
 VERSION = 1
 _V_DTYPES = ("F32", "BF16", "F16")
@@ -78,7 +80,7 @@ class BasisMetadata:
     def from_json(cls, text: str, where: str) -> BasisMetadata:
         """Parse and check; `InvalidInput` names the file."""
         try:
-            value = json.loads(text)
+            value = decode_json(text.encode())
             version = value["version"]
             if version != VERSION:
                 raise InvalidInput(
@@ -154,10 +156,14 @@ def open_basis(path: str | Path) -> BasisFile:
 
     Raises
     ------
+    UsageError
+        ``path`` is none, or there is nothing.
     InvalidInput
         Not such a file, of another version, truncated, or with tensors missing or of the wrong shape.
     """
-    path = Path(path)
+    path = values.path(path, "basis")
+    if kind_of(path) is None:
+        raise UsageError(f"{path}: no such file (`basis`)")
     header = codec.read_header(path)
     if "frodctl" not in header.metadata:
         raise InvalidInput(f"{path}: not a shared-basis file (made by frodctl decompose)")
@@ -191,6 +197,12 @@ def _check_tensors(path: Path, header: codec.Header, metadata: BasisMetadata) ->
             raise InvalidInput(f"{path}: tensor {name} is {found.dtype} {list(found.shape)}, expected {list(shape)}")
 
 
+def check_name(path: Path) -> None:
+    """Refuse to write a basis file under a name by which no command would know it (`UsageError`)."""
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: a basis file's name must end in .safetensors")
+
+
 def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata) -> None:
     """Write the shared-basis file from ``parts``, safetensors files that hold its tensors; the last one counts."""
     tensors = {}
@@ -207,19 +219,22 @@ def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata)
     codec.write_file(file, specs, file_metadata(metadata), chunks())
 
 
-def write_patterns(basis: BasisFile, path: Path, indices: Mapping[str, Any], sparsity: Mapping[str, float]) -> None:
+def write_patterns(
+    basis: BasisFile, path: Path, indices: Mapping[str, Any], sparsity: Mapping[str, float], *, force: bool
+) -> None:
     """Write a basis file again, with other patterns for some categories.
 
     Parameters
     ----------
     basis : BasisFile
-        Read as it is written; ``path`` may be its own.
     path : Path
-        Replaced where it exists.
+        Never the basis file's own.
     indices : mapping of str to torch.Tensor
         Positions by category, (2, nnz) int64.
     sparsity : mapping of str to float
         By category.
+    force : bool
+        Replace an existing file.
     """
     from frodctl.checkpoint.stream import tensor_bytes
 
@@ -230,7 +245,9 @@ def write_patterns(basis: BasisFile, path: Path, indices: Mapping[str, Any], spa
         part = Path(folder, "indices.safetensors")
         with part.open("wb") as file:
             codec.write_file(file, specs, {}, (tensor_bytes(names[spec.name]) for spec in specs))
-        sink.replace_files(path.parent, {path.name: lambda file: write_basis(file, [basis.path, part], metadata)})
+        sink.write_file(
+            path, lambda file: write_basis(file, [basis.path, part], metadata), reads=[basis.path], force=force
+        )
 
 
 def file_metadata(metadata: BasisMetadata) -> dict[str, str]:

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING
 
 from frodctl.errors import OutOfResources, UsageError
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     import torch
 
@@ -49,18 +54,22 @@ def require_memory(nbytes: int, device: torch.device) -> None:
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
     """Turn an allocation that failed into `OutOfResources`."""
-    import torch
-
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        signs = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of torch, CUDA, cuBLAS and cuSOLVER
-        ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
-        if not ours:
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise OutOfResources(
             f"out of memory on {device}; choose fewer or narrower target modules, or a smaller `cache_size`"
         ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, of Python, C++, torch, CUDA, cuBLAS, cuSOLVER, or of a library as it is loaded."""
+    signs = ("allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "failed to map segment")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | ImportError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def _available(device: torch.device) -> int | None:
@@ -69,7 +78,7 @@ def _available(device: torch.device) -> int | None:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    limits = [_meminfo(), _cgroup()]
+    limits = [_meminfo(), _cgroup(), _address_space()]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -91,3 +100,15 @@ def _cgroup(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     page_cache = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given back on demand
     return max(0, int(limit) - int((folder / "memory.current").read_text()) + page_cache)
+
+
+def _address_space(status: Path = Path("/proc/self/status")) -> int | None:
+    """What the process may have resident below its limit of virtual memory (``ulimit -v``), with what it has."""
+    if resource is None or not status.is_file():
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    virtual, resident = (int(lines[key].split()[0]) * 1024 for key in ("VmSize", "VmRSS"))
+    return max(0, limit - virtual + resident)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from frodctl import values
 from frodctl.checkpoint import sink
 from frodctl.errors import InvalidInput, UsageError
-from frodctl.formats.basis_file import write_patterns
+from frodctl.formats.basis_file import check_name, write_patterns
 from frodctl.training.attachment import frod_layers, require_attachment, resolved, updates_of
 from frodctl.training.layer import Pattern, Update, is_transposed
 
@@ -101,12 +101,13 @@ def select_pattern(
         if update.delta.any() or update.values.any():
             raise UsageError(f"{path}: trained already; select the pattern right after attach")
     if output is not None:
-        sink.check_output_file(output, force=force)
+        sink.check_output_file(output, [attached.basis.path], force=force)
+        check_name(output)
     counts = {update.basis.category: update.pattern.nnz for update in updates.values()}
     indices = _steepest(_squares(model, updates, batches, loss), counts)
     attached = replace(attached, seed=None, selected=True)
     if output is not None:
-        write_patterns(attached.basis, output, indices, attached.sparsity)
+        write_patterns(attached.basis, output, indices, attached.sparsity, force=force)
         attached = replace(attached, basis=resolved(output), selected=False)
     _exchange(updates.values(), indices)
     attachment.adapters[attachment.active] = attached

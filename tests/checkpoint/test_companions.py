@@ -23,6 +23,7 @@ LEFT = [
     "saved_model/saved_model.pb", "saved_model/variables/variables.data-00000-of-00001", "model.onnx.data", "a.pkl",
     "onnx2/model.onnx_data_1", "model.keras", "x.tar.gz", "model.safetensors.index.fp32.json",
     "tiny-llama.frod.safetensors", "__pycache__/modeling_custom.cpython-311.pyc", "x.partial/key/journal",
+    "frodctl.json",
 ]  # fmt: skip
 
 
@@ -61,9 +62,39 @@ def test_files_below_a_folder(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(tmp_path / "a")
     (tmp_path / "b" / "secret").symlink_to("/etc/hostname")
     assert files_below(tmp_path) == ["a", "b/c", "b/d/e", "linked"]
-    snapshot = tmp_path / "cache" / "snapshots" / "commit"
+    assert files_below(tmp_path, sub_folders=False) == ["a", "linked"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "followed"),
+    [
+        ("models--org--name/snapshots/commit", True),
+        ("models--org--name/snapshots/commit/unet", True),
+        ("models--org--name/snapshot/commit", False),
+        ("name/snapshots/commit", False),
+        ("work/model", False),
+    ],
+)
+def test_links_to_blobs_are_followed_in_the_hub_cache_alone(folder: str, followed: bool, tmp_path: Path) -> None:
+    """A ``blobs`` folder somewhere above an ordinary one is anybody's."""
+    (tmp_path / folder).mkdir(parents=True)
+    for above in (tmp_path / folder).parents:
+        if above.is_relative_to(tmp_path):
+            (above / "blobs").mkdir()
+            (above / "blobs" / "secret").touch()
+    for depth, name in enumerate(("a", "b", "c", "d"), 1):
+        target = tmp_path / folder / ("../" * depth) / "blobs" / "secret"
+        if target.exists():
+            (tmp_path / folder / name).symlink_to("../" * depth + "blobs/secret")
+    depth = folder.count("/") if folder.startswith("models") else 0
+    assert files_below(tmp_path / folder) == (["abcd"[depth - 1]] if followed else [])
+
+
+def test_a_cache_whose_blobs_are_elsewhere_is_none(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--x" / "snapshots" / "commit"
     snapshot.mkdir(parents=True)
-    (tmp_path / "cache" / "blobs").mkdir()
-    (tmp_path / "cache" / "blobs" / "sha").touch()
-    (snapshot / "config.json").symlink_to("../../blobs/sha")
-    assert files_below(snapshot) == ["config.json"]
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key").touch()
+    (tmp_path / "models--x" / "blobs").symlink_to(tmp_path / "secrets")
+    (snapshot / "key").symlink_to("../../blobs/key")
+    assert files_below(snapshot) == []

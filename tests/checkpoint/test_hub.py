@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,20 +93,20 @@ def error_of(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 
 def test_fetched_once_then_reused(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
     """Only what is needed is fetched; the second run downloads nothing, and offline nothing is asked for."""
-    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "1")
+    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "1.safetensors")
     assert done.returncode == 0, done.stderr
     shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     assert downloaded(hub) == {"config.json", "model.safetensors.index.json", *shards}
-    assert open_basis(tmp_path / "1").metadata.revision == hub.commit("org/sharded")
-    assert open_basis(tmp_path / "1").metadata.model == "org/sharded"
+    assert open_basis(tmp_path / "1.safetensors").metadata.revision == hub.commit("org/sharded")
+    assert open_basis(tmp_path / "1.safetensors").metadata.model == "org/sharded"
     hub.clear()
-    assert decompose("org/sharded", "-o", "2", "-q").returncode == 0
+    assert decompose("org/sharded", "-o", "2.safetensors", "-q").returncode == 0
     assert not downloaded(hub)
     hub.clear()
     offline = {"HF_HUB_OFFLINE": "1"}
-    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "3", env=offline)
+    done = decompose("org/sharded", "--target-modules", "all-linear", "-o", "3.safetensors", env=offline)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "3").read_bytes() == (tmp_path / "1").read_bytes()
+    assert (tmp_path / "3.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
     assert decompose("org/sharded", "--dry-run", "--offline").returncode == 0
     assert not hub.requests
 
@@ -152,16 +153,16 @@ def test_a_revision_is_a_branch_a_pull_request_or_a_commit(
 
 def test_a_subfolder(decompose: Decompose, hub: HubServer) -> None:
     assert decompose("org/nested", "--subfolder", "text_encoder", "--dry-run").returncode == 0
-    done = decompose("org/nested", "--subfolder", "text_encoder", "-o", "out")
+    done = decompose("org/nested", "--subfolder", "text_encoder", "-o", "out.safetensors")
     assert done.returncode == 0, done.stderr
     assert downloaded(hub) == {"config.json", "model.safetensors"}
     assert decompose("org/nested", "--subfolder", "text_encoder", "--dry-run", "--offline").returncode == 0
     for flags in ((), ("--subfolder", "unet")):
-        assert "no weights" in error_of(decompose("org/nested", *flags, "-o", "none"), 3)
+        assert "no weights" in error_of(decompose("org/nested", *flags, "-o", "none.safetensors"), 3)
 
 
 def test_a_cache_of_ones_own(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:
-    assert decompose("org/plain", "--cache-dir", "cache", "-o", "1").returncode == 0
+    assert decompose("org/plain", "--cache-dir", "cache", "-o", "1.safetensors").returncode == 0
     assert list((tmp_path / "cache").rglob("model.safetensors"))
     assert not list((tmp_path / "home").rglob("model.safetensors"))
     hub.clear()
@@ -171,7 +172,7 @@ def test_a_cache_of_ones_own(decompose: Decompose, hub: HubServer, tmp_path: Pat
 
 def test_a_pickled_repository(decompose: Decompose) -> None:
     assert "pickled" in error_of(decompose("org/pickled", "--dry-run"))
-    assert decompose("org/pickled", "-o", "out").returncode == 0
+    assert decompose("org/pickled", "-o", "out.safetensors").returncode == 0
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "dry run"])
@@ -180,7 +181,8 @@ def test_what_goes_wrong_is_one_clear_line(decompose: Decompose, flags: tuple[st
     assert "no revision 'v9'" in error_of(decompose("org/plain@v9", *flags))
     assert "gated" in error_of(decompose("org/gated", *flags))
     assert "token is not valid" in error_of(decompose("org/plain", *flags, "--token", "hf_wrong"))
-    assert "not in the local cache" in error_of(decompose("org/plain", *flags, "--offline"))
+    message = error_of(decompose("org/plain", *flags, "--offline"))
+    assert "no such local file or folder, not in the local cache, and the Hub is off limits (--offline" in message
     assert "not a Hub id" in error_of(decompose("no such thing", *flags))
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
 
@@ -198,10 +200,10 @@ def test_a_dry_run_leaves_no_half_checkpoint_for_offline(decompose: Decompose) -
 
 
 def test_a_half_fetched_checkpoint_is_not_in_the_cache(decompose: Decompose, tmp_path: Path) -> None:
-    assert decompose("org/plain", "-o", "1").returncode == 0
+    assert decompose("org/plain", "-o", "1.safetensors").returncode == 0
     (weights,) = (tmp_path / "home").rglob("model.safetensors")
     weights.unlink()
-    assert "not in the local cache" in error_of(decompose("org/plain", "--offline", "-o", "2"))
+    assert "not in the local cache" in error_of(decompose("org/plain", "--offline", "-o", "2.safetensors"))
 
 
 def test_no_server_is_one_clear_line(decompose: Decompose) -> None:
@@ -214,16 +216,16 @@ def test_no_server_is_one_clear_line(decompose: Decompose) -> None:
 def test_a_token_opens_and_appears_nowhere(decompose: Decompose, hub: HubServer, how: str, tmp_path: Path) -> None:
     flags = ("--token", TOKEN) if how == "flag" else ()
     env = {"HF_TOKEN": TOKEN} if how == "environment" else {}
-    for more in (("--dry-run", "--json"), ("-o", "out", "--debug"))[: 2 if flags else 1]:
+    for more in (("--dry-run", "--json"), ("-o", "out.safetensors", "--debug"))[: 2 if flags else 1]:
         done = decompose("org/gated", *flags, *more, env=env)
         assert done.returncode == 0, done.stderr
         assert TOKEN not in done.stdout + done.stderr
     assert any(request.authorization == f"Bearer {TOKEN}" for request in hub.requests)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert (tmp_path / "out" in written) == (how == "flag")
+    assert (tmp_path / "out.safetensors" in written) == (how == "flag")
     assert not any(re.search(TOKEN.encode(), path.read_bytes()) for path in written)
     hub.token = "hf_another"
-    done = decompose("org/gated", *flags, "-o", "2", "--debug", env=env)
+    done = decompose("org/gated", *flags, "-o", "2.safetensors", "--debug", env=env)
     assert done.returncode == 1
     assert TOKEN not in done.stdout + done.stderr
 
@@ -232,3 +234,79 @@ def test_a_local_folder_comes_before_the_hub(decompose: Decompose, hub: HubServe
     save_checkpoint(tmp_path / "org" / "plain", llama_layers(2), LLAMA_CONFIG)
     assert decompose("org/plain", "--dry-run").returncode == 0
     assert not hub.requests
+
+
+def listing(siblings: Any = (), sha: Any = "0" * 40) -> bytes:
+    return json.dumps({"id": "org/x", "sha": sha, "siblings": siblings}).encode()
+
+
+def header(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+NONSENSE = "the Hub's answer is not what it should be"
+#: What may be answered in place of a repository's listing, and what is then said.
+LISTINGS: dict[str, tuple[bytes, str]] = {
+    "no-json-listing": (b"<html>", NONSENSE),
+    "cut-json-listing": (b'{"id": "org/', NONSENSE),
+    "null-listing": (b"null", NONSENSE),
+    "list-listing": (b"[]", NONSENSE),
+    "number-listing": (b"5", NONSENSE),
+    "empty-listing": (b"{}", NONSENSE),
+    "no-files-listing": (listing(None), "no weights here"),
+    "null-file-listing": (listing([None]), NONSENSE),
+    "number-file-listing": (listing([{"rfilename": 5}]), NONSENSE),
+    "outside-file-listing": (listing([{"rfilename": "../../x.safetensors"}]), "files outside the repository"),
+    "no-commit-listing": (listing(sha=None), "names no commit"),
+    "number-commit-listing": (listing(sha=5), NONSENSE),
+    "path-commit-listing": (listing(sha="../../.."), "names no commit"),
+}
+#: The same in place of a shard.
+SHARDS: dict[str, int | bytes] = {
+    "403": 403,
+    "404": 404,
+    "500": 500,
+    "no-bytes": b"",
+    "null-header": header(b"null"),
+    "list-header": header(b"[]"),
+    "number-tensor": header(b'{"a":5}'),
+    "odd-shape": header(b'{"a":{"dtype":"F32","shape":[[]],"data_offsets":[0,0]}}'),
+}
+IN_ONE_PROCESS = """
+import sys
+from frodctl.cli.main import main
+for model in sys.argv[1:]:
+    for flags in ([], ["--dry-run"]):
+        print("code", main(["decompose", model, "-o", "out", *flags]), model, *flags, file=sys.stderr)
+"""
+
+
+def test_answers_that_are_none_are_one_clear_line(hub: HubServer, repos: Path, tmp_path: Path) -> None:
+    """Every one of them, to both ways of reading."""
+    raw = (repos / "plain" / "model.safetensors").read_bytes()
+    shards = {**SHARDS, "short": raw[:-9], "long": raw + bytes(9)}
+    models = [f"org/{name}" for name in (*LISTINGS, *shards)]
+    hub.folders.update({model: {"main": repos / "plain"} for model in models})
+    hub.broken.update({f"GET /api/models/org/{name}": body for name, (body, _) in LISTINGS.items()})
+    places = {name: f"/org/{name}/resolve/{hub.commit(f'org/{name}')}/model.safetensors" for name in shards}
+    hub.broken.update({f"GET {places[name]}": body for name, body in shards.items()})
+    hub.broken.update({f"HEAD {places[name]}": int(name) for name in ("403", "404")})
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ONE_PROCESS, *models], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=hub.env(tmp_path / "home", HF_HUB_OFFLINE="0"),
+    )  # fmt: skip
+    *runs, rest = re.split(r"^code (.*)$", done.stderr, flags=re.MULTILINE)
+    assert not rest.strip()
+    assert len(runs) == 2 * 2 * len(models)
+    for output, ended in zip(runs[::2], runs[1::2], strict=True):
+        code, model, *flags = ended.split()
+        name = model.removeprefix("org/")
+        if flags and name in ("short", "long"):  # the header is whole
+            assert code == "0"
+            continue
+        line = output.strip().splitlines()[-1]
+        assert line.startswith(f"Error: {model}"), ended
+        assert (LISTINGS[name][1] if name in LISTINGS else "model.safetensors") in line
+        assert not name.isdigit() or f"({name})" in line, line
+        assert "unexpected" not in line
+        assert code in ("1", "3")

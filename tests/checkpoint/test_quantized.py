@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+import frodctl
+from frodctl.checkpoint.codec import DTYPE_BITS, TensorSpec, write_file
 from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.source import Location, open_checkpoint
 from frodctl.errors import InvalidInput
+from frodctl.formats.basis_file import open_basis
 from tests.conftest import LLAMA_CONFIG, llama_layers, save_checkpoint
 
 LAYER, EXPERTS = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts"
@@ -59,3 +62,28 @@ def test_an_ordinary_checkpoint_passes(tmp_path: Path, settings: dict[str, Any])
     buffers = {"model.position_ids": torch.arange(4), "model.layers.0.attn.bias": torch.ones(2, 2, dtype=torch.uint8)}
     save_checkpoint(tmp_path, {**llama_layers(1), **buffers}, {**LLAMA_CONFIG, **settings})
     refuse_quantized(open_checkpoint(Location(str(tmp_path))))
+
+
+def test_float64_is_not_narrow(tmp_path: Path) -> None:
+    """A buffer in float64, and a checkpoint of nothing else: it is decomposed as its float32 copy is."""
+    buffer = {"model.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64)}
+    save_checkpoint(tmp_path / "buffer", {**llama_layers(2), **buffer}, LLAMA_CONFIG)
+    refuse_quantized(open_checkpoint(Location(str(tmp_path / "buffer"))))
+    for dtype in (torch.float32, torch.float64):
+        save_checkpoint(tmp_path / str(dtype), {name: t.to(dtype) for name, t in llama_layers(2).items()}, LLAMA_CONFIG)
+        frodctl.decompose(str(tmp_path / str(dtype)), tmp_path / f"{dtype}.basis", precision="float64")
+    one, other = (open_basis(tmp_path / f"{dtype}.basis") for dtype in (torch.float32, torch.float64))
+    assert one.metadata.basis == other.metadata.basis
+
+
+@pytest.mark.parametrize("dtype", [name for name, bits in DTYPE_BITS.items() if name[0] == "F"])
+def test_float_dtypes_below_16_bits_are_narrow(dtype: str, tmp_path: Path) -> None:
+    spec = TensorSpec(f"{LAYER}.weight", dtype, (4, 8))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        write_file(file, [spec], {}, iter([bytes(spec.nbytes)]))
+    checkpoint = open_checkpoint(Location(str(tmp_path)))
+    if DTYPE_BITS[dtype] >= 16:
+        refuse_quantized(checkpoint)
+    else:
+        with pytest.raises(InvalidInput, match="quantized"):
+            refuse_quantized(checkpoint)

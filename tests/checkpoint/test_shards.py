@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -31,6 +31,7 @@ def content(name: str) -> bytes:
     return TENSORS[name].reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 60))
 def test_every_tensor_is_in_one_file_and_none_is_too_large(sizes: list[int], limit: int) -> None:
     specs = [TensorSpec(str(i), "U8", (size,)) for i, size in enumerate(sizes)]
@@ -47,6 +48,7 @@ def test_every_tensor_is_in_one_file_and_none_is_too_large(sizes: list[int], lim
     assert index(planned)["metadata"]["total_size"] == sum(sizes)
 
 
+@settings(deadline=None)
 @given(order=st.permutations(list(TENSORS)), piece=st.integers(1, 30), limit=st.sampled_from([20, 1000]))
 def test_tensors_written_in_any_order_and_pieces(
     order: list[str], piece: int, limit: int, tmp_path_factory: pytest.TempPathFactory
@@ -89,6 +91,59 @@ def test_what_a_killed_run_finished_is_taken_up_if_it_is_whole(tmp_path: Path) -
         for name in set(TENSORS) - set(again.digests):
             again.write(name, [content(name)])
     verify(tmp_path, planned, again.digests)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'["scal',
+        b"\x00\xff\xfe garbage \x80\n",
+        b"\xff" * 40,
+        b"[" * 100_000,
+        b"null\n7\n{}\n[]\n" + b'"ab"\n["b"]\n["b", 1, 2]\n[{}, "x", "y"]\n["b", "x", "y", "z"]\n[null, null, null]',
+        b'["\\ud800", "x", "y"]\n["other", "x", "y"]',
+        b"1" * 10_000,
+        b"NaN\n[NaN, NaN, NaN]",
+    ],
+)
+def test_a_journal_with_an_invalid_tail(tail: bytes, tmp_path: Path) -> None:
+    """What stands before it is believed, and the journal is sound again."""
+    planned = plan_shards(SPECS, 1000)
+    journal = tmp_path / "journal"
+    with ShardWriter(tmp_path, planned, journal) as writer:
+        writer.write("a", [content("a")])
+    journal.write_bytes(journal.read_bytes() + tail)
+    for _ in range(2):
+        with ShardWriter(tmp_path, planned, journal) as again:
+            assert set(again.digests) == {"a"}
+    assert len(journal.read_text().splitlines()) == 1
+
+
+@settings(deadline=None)
+@given(data=st.binary(max_size=60), place=st.integers(0, 200))
+def test_any_bytes_in_a_journal(data: bytes, place: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    planned = plan_shards(SPECS, 1000)
+    with ShardWriter(folder, planned, folder / "journal") as writer:
+        for name in ("a", "b"):
+            writer.write(name, [content(name)])
+    noted = bytearray((folder / "journal").read_bytes())
+    noted[place : place + len(data)] = data
+    (folder / "journal").write_bytes(noted)
+    with ShardWriter(folder, planned, folder / "journal") as again:
+        assert set(again.digests) <= {"a", "b"}
+
+
+def test_a_tensor_made_from_other_bytes_is_not_taken_up(tmp_path: Path) -> None:
+    planned = plan_shards(SPECS, 1000)
+    with ShardWriter(tmp_path, planned, tmp_path / "journal") as writer:
+        writer.write("a", [content("a")], lambda: "one")
+        writer.write("b", [content("b")], lambda: "two")
+        writer.write("c", [content("c")])
+    sources = {"a": "one", "b": "changed", "c": ""}
+    for _ in range(2):
+        with ShardWriter(tmp_path, planned, tmp_path / "journal", sources.__getitem__) as again:
+            assert set(again.digests) == {"a", "c"}
 
 
 def test_too_few_bytes_are_a_fault_of_the_caller(tmp_path: Path) -> None:

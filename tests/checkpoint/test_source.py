@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import frodctl
 from frodctl.checkpoint.source import WEIGHT_FILES, Location, choose_weights, open_checkpoint
-from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from tests.conftest import LLAMA_CONFIG, llama_layers, save_checkpoint
 
 A, B = torch.ones(2, 3), torch.ones(4, 3)
@@ -192,3 +194,65 @@ def test_a_tied_head_counts_once(where: str, tmp_path: Path) -> None:
     weight = torch.ones(6, 4)
     folder = save_checkpoint(tmp_path, {"model.embed_tokens.weight": weight, "lm_head.weight": weight.clone()}, config)
     assert open_checkpoint(Location(str(folder))).parameters() == 24
+
+
+def test_a_shared_basis_file_is_no_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "model", llama_layers(2), LLAMA_CONFIG)
+    (tmp_path / "basis").mkdir()
+    frodctl.decompose(str(tmp_path / "model"), tmp_path / "basis" / "b.safetensors")
+    for model in ("basis", "basis/b.safetensors"):
+        with pytest.raises(InvalidInput, match=r"b\.safetensors: is a shared-basis file, not a checkpoint"):
+            frodctl.decompose(str(tmp_path / model), tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "renamed.safetensors", "adapter_model.bin"])
+def test_an_adapters_file_is_no_checkpoint(file: str, tmp_path: Path) -> None:
+    tensors = {"base_model.model.model.layers.0.self_attn.q_proj.frod_lambda_l": A}
+    save_file(tensors, tmp_path / file) if file.endswith("s") else torch.save(tensors, tmp_path / file)
+    with pytest.raises(InvalidInput, match=f"{file}: is an adapter, not a checkpoint: name its base"):
+        open_checkpoint(Location(str(tmp_path / file)))
+
+
+@pytest.mark.parametrize(
+    "model", ["https://huggingface.co/org/name", "hf://org/name", "HTTP://hf.co/org/name", "huggingface.co/org/name"]
+)
+def test_a_url_is_not_taken(model: str) -> None:
+    with pytest.raises(UsageError, match="give the Hub id in it, org/name"):
+        open_checkpoint(Location(model))
+
+
+@pytest.mark.parametrize("model", ["", b"", 5, None])
+def test_a_model_that_is_no_name(model: Any) -> None:
+    with pytest.raises(UsageError):
+        Location(model)
+
+
+def test_a_path_object_and_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path / "model", {"a": A})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for model in (tmp_path / "model", Path("~/model"), "~/model"):
+        assert open_checkpoint(Location(model)).tensors.keys() == {"a"}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '"a\\u0000b"', '"a/\\ud800"'])
+def test_an_index_whose_names_are_no_names(text: str, tmp_path: Path) -> None:
+    sharded(tmp_path, GOOD_MAP)
+    for content in (f'{{"weight_map": {{"a": {text}}}}}', f'{{"weight_map": {{{text}: "{GOOD_MAP["a"]}"}}}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(InvalidInput) as caught:
+            open_checkpoint(Location(str(tmp_path)))
+        str(caught.value).encode()
+
+
+def test_a_config_with_half_a_surrogate_pair_is_rewritten(tmp_path: Path) -> None:
+    """Merging into another dtype writes the config anew."""
+    from tests.jobs.test_merge import write_adapter
+
+    folder = save_checkpoint(tmp_path / "base", llama_layers(2), LLAMA_CONFIG)
+    frodctl.decompose(str(folder), tmp_path / "b.safetensors")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("{", '{"name": "\\ud800", ', 1))
+    write_adapter(tmp_path / "adapter", folder, tmp_path / "b.safetensors")
+    basis = tmp_path / "b.safetensors"
+    frodctl.merge(str(folder), str(tmp_path / "adapter"), tmp_path / "out", basis=basis, dtype="float16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["name"] == "?"

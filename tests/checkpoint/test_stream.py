@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from frodctl.checkpoint import codec, stream
 from frodctl.checkpoint.source import TensorInfo
-from frodctl.errors import InvalidInput
-from tests.conftest import PEAK_MEMORY
+from frodctl.errors import InvalidInput, OutOfResources
+from tests.conftest import LLAMA_CONFIG, PEAK_MEMORY, llama_layers, save_checkpoint
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,6 +64,49 @@ def test_a_file_that_shrank_since_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InvalidInput, match=r"x\.safetensors.*some\.weight"):
         stream.read_tensor(tmp_path, info)
+
+
+def test_no_memory_for_a_tensor_is_said_with_its_name(tmp_path: Path) -> None:
+    """More than any machine's address space has."""
+    info = TensorInfo("some.weight", "F32", (2**60,), "x.safetensors", 0)
+    with pytest.raises(OutOfResources, match=r"some\.weight"):
+        stream.read_tensor(tmp_path, info)
+
+
+COMMANDS = """
+import os, resource, sys, torch
+from frodctl.cli.main import main
+import frodctl.jobs.decompose.run, frodctl.jobs.inspect.run
+from tests.conftest import *
+
+def limit(megabytes):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + megabytes * 2**20, resource.RLIM_INFINITY))
+
+main(["inspect", "small", "--spectrum", "-q"]), main(["inspect", "small", "--estimate", "-q"])  # all is imported
+main(["decompose", "small", "-o", "small.safetensors", "-q"])
+large = [["inspect", "large", "--spectrum"], ["inspect", "large", "--estimate"]]
+large += [["decompose", "large", "-o", "b.safetensors"]]
+for megabytes, command in [(40, ["inspect", "legacy.bin"]), *((m, command) for m in (40, 100) for command in large)]:
+    limit(megabytes)
+    code = main(command)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    print("code", code, megabytes, *command, file=sys.stderr)
+"""
+
+
+def test_too_little_memory_ends_every_command_with_exit_4(tmp_path: Path) -> None:
+    """One weight of 64 MB where 40 MB are left, and where it can be read but not worked on."""
+    save_checkpoint(tmp_path / "small", llama_layers(2), LLAMA_CONFIG)
+    large = {"model.layers.0.self_attn.q_proj.weight": torch.ones(4000, 4000)}
+    save_checkpoint(tmp_path / "large", large, LLAMA_CONFIG)
+    torch.save(large | {"b": torch.ones(4000, 4000)}, tmp_path / "legacy.bin", _use_new_zipfile_serialization=False)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    codes = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("code ")]
+    assert codes == ["4"] * 7, done.stderr
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

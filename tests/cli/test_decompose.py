@@ -21,6 +21,8 @@ import torch
 import frodctl as package
 from tests.conftest import LLAMA_CONFIG, Run, hear_interrupts, llama_layers, save_checkpoint
 
+COMMAND = [sys.executable, "-m", "frodctl", "decompose"]
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
@@ -146,26 +148,26 @@ def test_stdout_closed_before_anything_is_written(arguments: str, model: Path, t
 def test_a_closed_stderr_does_not_stop_the_work(model: Path, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "frodctl", "decompose", model, "-o", "b.st"]
+    command = [*COMMAND, model, "-o", "b.safetensors"]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, cwd=tmp_path, check=False)
     os.close(writer)
     assert result.returncode == 0
-    package.open_basis(str(tmp_path / "b.st")).verify()
+    package.open_basis(str(tmp_path / "b.safetensors")).verify()
 
 
 def test_a_full_stdout_is_said_to_be_that(frodctl: Run, model: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "frodctl", "decompose", str(model), "-o", "b.st", "-q"]
+        command = [sys.executable, "-m", "frodctl", "decompose", str(model), "-o", "b.safetensors", "-q"]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
     assert (result.returncode, result.stderr) == (4, "Error: stdout: No space left on device\n")
 
 
 def test_existing_output_needs_force(frodctl: Run, model: Path, tmp_path: Path) -> None:
-    (tmp_path / "b.st").write_text("precious")
-    assert "--force" in one_error(frodctl("decompose", model, "-o", "b.st"), 2)
-    assert (tmp_path / "b.st").read_text() == "precious"
-    assert frodctl("decompose", model, "-o", "b.st", "--force").returncode == 0
-    package.open_basis(tmp_path / "b.st").verify()
+    (tmp_path / "b.safetensors").write_text("precious")
+    assert "exists" in one_error(frodctl("decompose", model, "-o", "b.safetensors"), 2)
+    assert (tmp_path / "b.safetensors").read_text() == "precious"
+    assert frodctl("decompose", model, "-o", "b.safetensors", "--force").returncode == 0
+    package.open_basis(tmp_path / "b.safetensors").verify()
 
 
 @pytest.mark.parametrize(
@@ -193,8 +195,10 @@ def test_existing_output_needs_force(frodctl: Run, model: Path, tmp_path: Path) 
         (["model", "--device", "meta"], 2, "float64"),
         (["model", "--cache-size", "much"], 2, "expected a size"),
         (["model", "--nonsense"], 2, "No such option"),
-        (["model", "-o", "nowhere/b.st"], 2, "no such folder"),
+        (["model", "-o", "nowhere/b.safetensors"], 2, "no such folder"),
         (["model", "-o", "."], 2, "is a folder"),
+        (["model", "-o", "b.st"], 2, "must end in .safetensors"),
+        (["model", "-o", "b.bin", "--dry-run"], 2, "must end in .safetensors"),
         (["./missing"], 1, "no such file or folder"),
         (["model/config.json"], 3, "not a checkpoint"),
         (["model/model.safetensors", "--offline", "--subfolder", ""], 0, ""),
@@ -253,12 +257,12 @@ def limit_file_size() -> None:
 
 
 def test_a_full_disk(frodctl: Run, model: Path, tmp_path: Path) -> None:
-    result = frodctl("decompose", model, "-o", "b.st", preexec_fn=limit_file_size)
+    result = frodctl("decompose", model, "-o", "b.safetensors", preexec_fn=limit_file_size)
     one_error(result, 4)
-    assert not (tmp_path / "b.st").exists()
+    assert not (tmp_path / "b.safetensors").exists()
     assert not list(tmp_path.rglob("*.tmp"))
-    assert frodctl("decompose", model, "-o", "b.st").returncode == 0
-    assert not (tmp_path / "b.st.partial").exists()
+    assert frodctl("decompose", model, "-o", "b.safetensors").returncode == 0
+    assert not (tmp_path / "b.safetensors.partial").exists()
 
 
 @contextmanager
@@ -275,7 +279,9 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 def test_a_disk_known_to_be_too_small(tmp_path: Path, frodctl: Run, model: Path) -> None:
     with mounted(tmp_path / "small", "size=16k") as disk:
-        error = one_error(frodctl("decompose", model, "--target-modules", "all-linear", "-o", disk / "b.st"), 4)
+        error = one_error(
+            frodctl("decompose", model, "--target-modules", "all-linear", "-o", disk / "b.safetensors"), 4
+        )
         assert "free" in error
         assert not list(disk.iterdir())
 
@@ -284,13 +290,13 @@ def test_a_target_that_cannot_be_written(frodctl: Run, model: Path) -> None:
     """/proc is there for everyone, and takes no files from anyone."""
     if not Path("/proc/self").exists():
         pytest.skip("no /proc")
-    error = one_error(frodctl("decompose", model, "-o", "/proc/b.st"), 1)
+    error = one_error(frodctl("decompose", model, "-o", "/proc/b.safetensors"), 1)
     assert "/proc" in error
 
 
 def test_a_read_only_disk(tmp_path: Path, frodctl: Run, model: Path) -> None:
     with mounted(tmp_path / "fixed", "ro") as disk:
-        assert "not writable" in one_error(frodctl("decompose", model, "-o", disk / "b.st"), 1)
+        assert "not writable" in one_error(frodctl("decompose", model, "-o", disk / "b.safetensors"), 1)
 
 
 def test_debug_shows_the_traceback(frodctl: Run) -> None:
@@ -305,17 +311,17 @@ def test_interrupted(number: int, code: int, tmp_path: Path) -> None:
     tensors = {f"layers.{i}.{role}.weight": torch.randn(512, 512) for i in range(10) for role in "abcdefghijkl"}
     save_checkpoint(tmp_path / "model", tensors)
     process = subprocess.Popen(
-        [sys.executable, "-m", "frodctl", "decompose", "model", "--target-modules", "all-linear", "-o", "b.st"],
+        [*COMMAND, "model", "--target-modules", "all-linear", "-o", "b.safetensors"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts,
     )  # fmt: skip
-    while process.poll() is None and not list(tmp_path.glob("b.st.partial/*/0000.safetensors")):
+    while process.poll() is None and not list(tmp_path.glob("b.safetensors.partial/*/0000.safetensors")):
         time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate()
     assert (process.returncode, out) == (code, "")
     assert "Traceback" not in err
-    assert not (tmp_path / "b.st").exists()
-    assert list(tmp_path.glob("b.st.partial/*/0000.safetensors"))
+    assert not (tmp_path / "b.safetensors").exists()
+    assert list(tmp_path.glob("b.safetensors.partial/*/0000.safetensors"))
 
 
 def test_version(frodctl: Run) -> None:

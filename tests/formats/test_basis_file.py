@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from frodctl.checkpoint import codec, stream
-from frodctl.errors import InvalidInput
+from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import (
     BasisMetadata,
     ModuleRecord,
@@ -205,3 +205,19 @@ def test_a_flipped_bit_of_v_is_found(tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(InvalidInput, match=r"V\.q_proj is damaged"):
         open_basis(path).verify()
+
+
+def test_a_path_where_nothing_is_is_wrong_usage(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", str(tmp_path / "missing"), "~/no-such-basis"):
+        with pytest.raises(UsageError, match="no such file"):
+            open_basis(path)
+    for path in ("", 5, None, b"x"):
+        with pytest.raises(UsageError, match="basis"):
+            open_basis(path)  # type: ignore[arg-type]
+
+
+def test_what_is_no_basis_file_is_invalid(tmp_path: Path) -> None:
+    (tmp_path / "garbage").write_bytes(b"garbage")
+    for path in (tmp_path, tmp_path / "garbage"):
+        with pytest.raises(InvalidInput):
+            open_basis(path)

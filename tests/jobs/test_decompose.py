@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +20,9 @@ from safetensors.torch import load_file
 import frodctl
 from frodctl.checkpoint import codec
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
-from frodctl.jobs.decompose import DecomposeOptions, DecomposePlan, plan_decompose
+from frodctl.jobs.decompose import DecomposeOptions, DecomposePlan, plan_decompose, run_decompose
 from frodctl.jobs.progress import Progress
-from tests.conftest import LLAMA_CONFIG, PEAK_MEMORY, llama_layers, save_checkpoint
+from tests.conftest import LLAMA_CONFIG, PEAK_MEMORY, edit_unseen, llama_layers, save_checkpoint, snapshot
 from tests.method import reference
 
 ALPHA = 1e-3
@@ -160,7 +162,7 @@ def test_conv1d_is_decomposed_as_its_transpose(tmp_path: Path) -> None:
     conv1d = {f"h.{i}.attn.c_attn.weight": w for i, w in enumerate(weights)}
     a = save_checkpoint(tmp_path / "linear", linear, {"model_type": "gpt_bigcode"})
     b = save_checkpoint(tmp_path / "conv1d", conv1d, {"model_type": "gpt2"})
-    files = [frodctl.decompose(str(f), tmp_path / f"{f.name}.st").output for f in (a, b)]
+    files = [frodctl.decompose(str(f), tmp_path / f"{f.name}.safetensors").output for f in (a, b)]
     first, second = (load_file(f) for f in files)
     assert first["V.attn_c_attn"].shape == (32, 32)
     for name in first:
@@ -173,8 +175,8 @@ def test_damaged_weights_are_named(value: float, tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     folder = save_checkpoint(tmp_path / "model", tensors, LLAMA_CONFIG)
     with pytest.raises(InvalidInput, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN or Inf"):
-        frodctl.decompose(str(folder), tmp_path / "basis.st", target_modules="all-linear")
-    assert not (tmp_path / "basis.st").exists()
+        frodctl.decompose(str(folder), tmp_path / "basis.safetensors", target_modules="all-linear")
+    assert not (tmp_path / "basis.safetensors").exists()
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-7, 1e-6, 1e6])
@@ -203,7 +205,7 @@ def test_header_metadata_is_the_contract(example: Path, tmp_path: Path) -> None:
     import hashlib
     import json
 
-    output = frodctl.decompose(str(example), tmp_path / "b.st", sparsity=0.02, seed=5, alpha=0.01).output
+    output = frodctl.decompose(str(example), tmp_path / "b.safetensors", sparsity=0.02, seed=5, alpha=0.01).output
     with safe_open(output, "pt") as file:
         assert file.metadata()["format"] == "pt"
         metadata = json.loads(file.metadata()["frodctl"])
@@ -229,7 +231,9 @@ def test_collisions_are_said_in_the_file(tmp_path: Path) -> None:
         for i in range(2)
     }
     folder = save_checkpoint(tmp_path / "model", tensors)
-    basis = frodctl.open_basis(frodctl.decompose(str(folder), tmp_path / "b.st", target_modules="q_proj").output)
+    basis = frodctl.open_basis(
+        frodctl.decompose(str(folder), tmp_path / "b.safetensors", target_modules="q_proj").output
+    )
     assert set(basis.metadata.basis) == {"encoder_self_attn_q_proj", "decoder_self_attn_q_proj"}
     assert not basis.metadata.peft_loadable
 
@@ -237,11 +241,11 @@ def test_collisions_are_said_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_budget_is_kept(share: float, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
-    plan = planned(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=share)
+    plan = planned(str(folder), tmp_path / "b.safetensors", target_modules="all-linear", budget=share)
     total = plan.checkpoint.parameters()
     assert share * total - 4 * 3 <= plan.trainable_parameters <= share * total
     with pytest.raises(UsageError, match="scales alone take"):
-        planned(str(folder), tmp_path / "b.st", target_modules="all-linear", budget=1e-4)
+        planned(str(folder), tmp_path / "b.safetensors", target_modules="all-linear", budget=1e-4)
 
 
 class TestAllocate:
@@ -253,8 +257,8 @@ class TestAllocate:
 
     def test_by_spectrum(self, folder: Path, tmp_path: Path) -> None:
         """s in proportion to the RMS singular value of each category's stack; the seed's positions for them."""
-        result = frodctl.decompose(str(folder), tmp_path / "b.st", allocate="spectrum", **self.OPTIONS)
-        uniform = frodctl.decompose(str(folder), tmp_path / "u.st", **self.OPTIONS)
+        result = frodctl.decompose(str(folder), tmp_path / "b.safetensors", allocate="spectrum", **self.OPTIONS)
+        uniform = frodctl.decompose(str(folder), tmp_path / "u.safetensors", **self.OPTIONS)
         basis, weights = frodctl.open_basis(result.output), load_file(folder / "model.safetensors")
         factors = {}
         for category, sparsity in basis.metadata.sparsity.items():
@@ -274,32 +278,32 @@ class TestAllocate:
         assert all(torch.equal(first[name], second[name]) for name in second)
 
     def test_the_plan_knows_the_total_alone(self, folder: Path, tmp_path: Path) -> None:
-        plan = planned(str(folder), tmp_path / "b.st", allocate="spectrum", **self.OPTIONS)
+        plan = planned(str(folder), tmp_path / "b.safetensors", allocate="spectrum", **self.OPTIONS)
         assert plan.trainable_parameters == int(self.OPTIONS["budget"] * plan.checkpoint.parameters())
         assert {category.row()["nnz"] for category in plan.categories} == {None}
 
     def test_it_needs_a_budget(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="needs a `budget`"):
-            planned(str(folder), tmp_path / "b.st", allocate="spectrum")
+            planned(str(folder), tmp_path / "b.safetensors", allocate="spectrum")
 
     def test_resumed(self, folder: Path, tmp_path: Path) -> None:
         """What a run with another allocation finished serves; only the sparsities differ."""
-        one = frodctl.decompose(str(folder), tmp_path / "1.st", allocate="spectrum", **self.OPTIONS)
+        one = frodctl.decompose(str(folder), tmp_path / "1.safetensors", allocate="spectrum", **self.OPTIONS)
 
         def stop(progress: Progress) -> None:
             if progress.text.startswith("writing"):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            frodctl.decompose(str(folder), tmp_path / "2.st", target_modules="all-linear", progress=stop)
-        two = frodctl.decompose(str(folder), tmp_path / "2.st", allocate="spectrum", **self.OPTIONS)
+            frodctl.decompose(str(folder), tmp_path / "2.safetensors", target_modules="all-linear", progress=stop)
+        two = frodctl.decompose(str(folder), tmp_path / "2.safetensors", allocate="spectrum", **self.OPTIONS)
         assert all(category.resumed for category in two.categories)
         assert one.output.read_bytes() == two.output.read_bytes()
 
 
 def test_plan_tells_the_size_of_the_output(example: Path, tmp_path: Path) -> None:
-    plan = planned(str(example), tmp_path / "b.st", target_modules="all-linear", dry_run=True)
-    result = frodctl.decompose(str(example), tmp_path / "b.st", target_modules="all-linear")
+    plan = planned(str(example), tmp_path / "b.safetensors", target_modules="all-linear", dry_run=True)
+    result = frodctl.decompose(str(example), tmp_path / "b.safetensors", target_modules="all-linear")
     assert plan.output_bytes == result.output_bytes == result.output.stat().st_size
 
 
@@ -313,37 +317,198 @@ frodctl.decompose(sys.argv[1], sys.argv[2], target_modules="all-linear", progres
 
 
 def test_a_killed_run_is_taken_up_with_the_same_bytes(example: Path, tmp_path: Path) -> None:
-    undisturbed = frodctl.decompose(str(example), tmp_path / "whole.st", target_modules="all-linear")
+    undisturbed = frodctl.decompose(str(example), tmp_path / "whole.safetensors", target_modules="all-linear")
     names = [category.plan.name for category in undisturbed.categories]
-    output = tmp_path / "killed.st"
+    output = tmp_path / "killed.safetensors"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(example), str(output), names[2]], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not output.exists()
-    assert (tmp_path / "killed.st.partial").is_dir()
+    assert (tmp_path / "killed.safetensors.partial").is_dir()
     resumed = frodctl.decompose(str(example), output, target_modules="all-linear")
     assert [category.resumed for category in resumed.categories] == [True, True] + [False] * (len(names) - 2)
     assert output.read_bytes() == undisturbed.output.read_bytes()
-    assert not (tmp_path / "killed.st.partial").exists()
+    assert not (tmp_path / "killed.safetensors.partial").exists()
 
 
 def test_another_job_does_not_take_up_the_pieces(example: Path, tmp_path: Path) -> None:
-    output = tmp_path / "b.st"
+    output = tmp_path / "b.safetensors"
     subprocess.run([sys.executable, "-c", KILLED, str(example), str(output), "mlp_up_proj"], check=False)
-    assert (tmp_path / "b.st.partial").is_dir()
+    assert (tmp_path / "b.safetensors.partial").is_dir()
     result = frodctl.decompose(str(example), output, target_modules="all-linear", alpha=0.5)
     assert not any(category.resumed for category in result.categories)
-    assert not (tmp_path / "b.st.partial").exists()
+    assert not (tmp_path / "b.safetensors.partial").exists()
 
 
 def test_a_damaged_piece_is_computed_again(example: Path, tmp_path: Path) -> None:
-    output = tmp_path / "b.st"
+    output = tmp_path / "b.safetensors"
     subprocess.run([sys.executable, "-c", KILLED, str(example), str(output), "mlp_up_proj"], check=False)
-    pieces = sorted((tmp_path / "b.st.partial").glob("*/0000.safetensors"))
+    pieces = sorted((tmp_path / "b.safetensors.partial").glob("*/0000.safetensors"))
     assert len(pieces) == 1
     os.truncate(pieces[0], 1000)
     result = frodctl.decompose(str(example), output, target_modules="all-linear")
     assert not result.categories[0].resumed
     check_identities(example, output)
+
+
+# Resuming and publishing, checked by digests
+
+
+def finish_all_but_writing(folder: Path, output: Path, **options: Any) -> None:
+    """Every category finished, and then the run ends."""
+
+    def stop(progress: Progress) -> None:
+        if progress.text.startswith("writing"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        frodctl.decompose(str(folder), output, target_modules="all-linear", progress=stop, **options)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
+
+
+@pytest.mark.parametrize("where", ["V.", "tau.", "lambda.", "record", "end"])
+def test_one_flipped_bit_in_a_piece_is_not_published(where: str, model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "b.safetensors"
+    finish_all_but_writing(model, output)
+    piece = next(tmp_path.glob("b.safetensors.partial/*/0001.safetensors"))
+    header = codec.read_header(piece).tensors
+    places = {name.split(".")[0] + ".": offset + 3 for name, (_, offset) in header.items()}
+    places["record"] = piece.read_bytes().index(b"rms_singular_value") + len('rms_singular_value\\": 1')
+    places["end"] = piece.stat().st_size - 1
+    edit_unseen(piece, places[where])
+    result = frodctl.decompose(str(model), output, target_modules="all-linear")
+    assert [category.resumed for category in result.categories] == [True, False, True, True]
+    whole = frodctl.decompose(str(model), tmp_path / "whole.safetensors", target_modules="all-linear")
+    assert output.read_bytes() == whole.output.read_bytes()
+
+
+def test_a_piece_damaged_before_it_is_published(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "b.safetensors"
+
+    def damage(progress: Progress) -> None:
+        if progress.text.startswith("writing"):
+            piece = next(tmp_path.glob("b.safetensors.partial/*/0001.safetensors"))
+            edit_unseen(piece, piece.stat().st_size - 1)
+
+    with pytest.raises(FrodctlError, match="reads back differently"):
+        frodctl.decompose(str(model), output, target_modules="all-linear", progress=damage)
+    assert not output.exists()
+    result = frodctl.decompose(str(model), output, target_modules="all-linear")
+    assert [category.resumed for category in result.categories] == [True, False, True, True]
+    check_identities(model, output)
+
+
+def test_a_base_edited_in_secret_is_not_mixed_in(model: Path, tmp_path: Path) -> None:
+    """Its size and time are as they were; the category of the changed weight is computed again."""
+    output = tmp_path / "b.safetensors"
+    finish_all_but_writing(model, output)
+    weights = model / "model.safetensors"
+    offset = codec.read_header(weights).tensors["model.layers.1.mlp.up_proj.weight"][1]
+    edit_unseen(weights, offset + 2)
+    result = frodctl.decompose(str(model), output, target_modules="all-linear")
+    changed = {category.plan.name for category in result.categories if not category.resumed}
+    assert changed == {"mlp_up_proj"}
+    whole = frodctl.decompose(str(model), tmp_path / "whole.safetensors", target_modules="all-linear")
+    assert output.read_bytes() == whole.output.read_bytes()
+
+
+# Where output may be
+
+
+def test_the_plan_of_a_dry_run_is_checked_as_it_runs(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "b.safetensors"
+    plan = planned(str(model), output, dry_run=True)
+    output.write_text("precious")
+    with pytest.raises(UsageError, match="exists"):
+        run_decompose(plan)
+    assert output.read_text() == "precious"
+    run_decompose(planned(str(model), output, dry_run=True, force=True))
+    frodctl.open_basis(output).verify()
+
+
+def test_what_appears_during_the_run_is_kept(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "b.safetensors"
+
+    def appear(progress: Progress) -> None:
+        if progress.text.startswith("writing"):
+            output.write_text("precious")
+
+    with pytest.raises(UsageError, match="exists"):
+        frodctl.decompose(str(model), output, progress=appear)
+    assert output.read_text() == "precious"
+    result = frodctl.decompose(str(model), output, force=True)
+    assert all(category.resumed for category in result.categories)
+
+
+def test_headers_alone_cannot_be_decomposed(model: Path, tmp_path: Path) -> None:
+    plan = planned(str(model), tmp_path / "b.safetensors", dry_run=True)
+    remote = replace(plan, checkpoint=replace(plan.checkpoint, root=None))
+    with pytest.raises(UsageError, match="headers alone"):
+        run_decompose(remote)
+
+
+@pytest.mark.parametrize("name", ["b.st", "b.bin", "b", "b.safetensors.bak", ".safetensors", "b.SAFETENSORS"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_name_that_no_command_would_read(name: str, dry_run: bool, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"must end in \.safetensors"):
+        planned(str(model), tmp_path / name, dry_run=dry_run)
+
+
+def inputs(root: Path, example: Path) -> dict[str, Path]:
+    """Checkpoints of several kinds, by their names, and a link to each: as a folder and as a file."""
+    shutil.copytree(example, root / "sharded")
+    save_checkpoint(root / "single", llama_layers(2), LLAMA_CONFIG)
+    save_checkpoint(root / "odd", llama_layers(2), LLAMA_CONFIG)
+    (root / "odd" / "model.safetensors").rename(root / "odd" / "weights.safetensors")
+    (root / "linked").mkdir()  # as in the Hub's cache, every file is a link
+    for file in (root / "single").iterdir():
+        (root / "linked" / file.name).symlink_to(file)
+    return {
+        "sharded": root / "sharded",
+        "index": root / "sharded" / "model.safetensors.index.json",
+        "single": root / "single",
+        "file": root / "single" / "model.safetensors",
+        "odd": root / "odd",
+        "linked": root / "linked",
+    }
+
+
+@pytest.mark.parametrize("kind", ["sharded", "index", "single", "file", "odd", "linked"])
+def test_no_path_to_an_input_is_an_output(
+    kind: str, example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way to name a file of the checkpoint, and the names of weights that it does not have yet."""
+    found = inputs(tmp_path, example)
+    model = found[kind]
+    folder = model if model.is_dir() else model.parent
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    (work / "folder").symlink_to(folder)
+    parts = ("model", "model-00001-of-00005", "adapter_model", "diffusion_pytorch_model", "pytorch_model")
+    outputs = [folder / f"{name}.safetensors" for name in parts]
+    for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        (work / f"link{number}.safetensors").symlink_to(file)
+        os.link(file.resolve(), work / f"hard{number}.safetensors")
+        outputs += [file, file.resolve(), work / f"link{number}.safetensors", work / f"hard{number}.safetensors"]
+    outputs += [work / "folder" / path.name for path in outputs if path.parent == folder]
+    outputs += [Path(os.path.relpath(path, work)) for path in outputs]
+    outputs += [path.parent / ".." / path.parent.name / path.name for path in outputs if path.is_absolute()]
+    before = snapshot(tmp_path)
+    for output in outputs:
+        for force in (False, True):
+            with pytest.raises(UsageError):
+                frodctl.decompose(str(model), output, force=force)
+            with pytest.raises(UsageError):
+                run_decompose(planned(str(model), output, dry_run=True, force=force))
+    assert snapshot(tmp_path) == before
+    elsewhere = tmp_path / "b.safetensors"
+    read = planned(str(model), elsewhere).checkpoint.files()
+    frodctl.decompose(str(model), folder / "basis.frod.safetensors")  # may lie beside the weights, and changes nothing
+    assert planned(str(model), elsewhere).checkpoint.files() == read
 
 
 PEAK = f"""
@@ -360,15 +525,15 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     for count in (12, 24):
         tensors = {f"layers.{i}.up_proj.weight": torch.randn(2048, 1024) for i in range(count)}
         folder = save_checkpoint(tmp_path / str(count), tensors)
-        command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / f"{count}.st")]
+        command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / f"{count}.safetensors")]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] <= 1.1 * peaks[0]
 
 
 def test_the_plan_bounds_the_peak(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "m", {f"layers.{i}.up.weight": torch.randn(512, 1024) for i in range(4)})
-    plan = planned(str(folder), tmp_path / "b.st", target_modules="all-linear", cache_size=16_000_000)
-    command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "b.st")]
+    plan = planned(str(folder), tmp_path / "b.safetensors", target_modules="all-linear", cache_size=16_000_000)
+    command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "b.safetensors")]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 0.6 * plan.peak_memory_bytes <= peak <= 1.1 * plan.peak_memory_bytes
 
@@ -388,7 +553,9 @@ def test_fused_experts_are_one_matrix_each(tmp_path: Path) -> None:
     )
     results = []
     for folder in (straight, turned):
-        output = frodctl.decompose(str(folder), tmp_path / f"{folder.name}.st", target_modules="all-linear").output
+        output = frodctl.decompose(
+            str(folder), tmp_path / f"{folder.name}.safetensors", target_modules="all-linear"
+        ).output
         results.append(load_file(output))
         assert len(frodctl.open_basis(output).metadata.modules) == 2 * experts
     assert results[0]["V.experts_gate_up_proj"].shape == (hidden, hidden)
@@ -398,7 +565,7 @@ def test_fused_experts_are_one_matrix_each(tmp_path: Path) -> None:
 
 
 def test_the_file_is_readable_by_the_safetensors_library(example: Path, tmp_path: Path) -> None:
-    output = frodctl.decompose(str(example), tmp_path / "b.st", dtype="bfloat16").output
+    output = frodctl.decompose(str(example), tmp_path / "b.safetensors", dtype="bfloat16").output
     ours = codec.read_header(output)
     theirs = load_file(output)
     assert set(ours.tensors) == set(theirs)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,13 @@ from transformers import (
 )
 
 import frodctl
+from frodctl.checkpoint import codec, manifest
+from frodctl.checkpoint.source import ADAPTER_FILES
 from frodctl.errors import InvalidInput, UsageError
+from frodctl.jobs.merge import MergeOptions, plan_merge, run_merge
+from frodctl.jobs.progress import Progress
 from tests import peft_models
+from tests.conftest import edit_unseen, snapshot
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -605,11 +613,264 @@ def test_the_rest_of_the_folder(minilm: Path, tmp_path: Path) -> None:
     frodctl.merge(str(base), str(tmp_path / "adapter"), tmp_path / "out")
     found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     originals = {str(p.relative_to(minilm)) for p in minilm.rglob("*") if p.is_file() and p.name[0] != "."}
-    assert found == originals | {"modeling_custom.py", "LICENSE", "chat_template.jinja", "README.md"}
-    for name in found - {"README.md", "model.safetensors", "config.json"}:
+    assert found == originals | {"modeling_custom.py", "LICENSE", "chat_template.jinja", "README.md", manifest.FILE}
+    for name in found - {"README.md", "model.safetensors", "config.json", manifest.FILE}:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit" in card
     assert "old words" not in card
     assert f"frodctl {frodctl.__version__}" in card
     assert str(tmp_path) not in card
+
+
+# Resuming, checked by digests
+
+
+def stopped(case: Case, out: Path, share: float, **options: Any) -> None:
+    """A merge that ends after this share of the arithmetic; 1 for all but the last reading."""
+
+    def stop(progress: Progress) -> None:
+        if progress.text.startswith("reading") or (progress.total and progress.done >= share * progress.total):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        case.merged(out, progress=stop, **options)
+
+
+def private(case: Case, root: Path) -> Case:
+    """The case with a base and an adapter of its own, to be changed."""
+    shutil.copytree(case.base, root / "base")
+    shutil.copytree(case.adapter, root / "adapter")
+    return replace(case, base=root / "base", adapter=root / "adapter")
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"form": "delta"}], ids=str)
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_base_edited_in_secret_is_not_mixed_in(
+    name: str, options: dict[str, Any], cases: Any, tmp_path: Path
+) -> None:
+    """A targeted weight and one that is copied, changed with size and time kept: as if they had always been so."""
+    case = private(cases("llama", torch.float32), tmp_path)
+    stopped(case, tmp_path / "out", 2, **options)
+    weights = case.base / "model.safetensors"
+    edit_unseen(weights, codec.read_header(weights).tensors[name][1] + 1)
+    result = case.merged(tmp_path / "out", **options)
+    assert result.resumed_tensors == len(tensors(case.base)) - 1
+    case.merged(tmp_path / "whole", **options)
+    assert_same_bytes(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["adapter", "basis"])
+def test_what_was_trained_edited_in_secret_is_not_mixed_in(
+    kind: str, based: dict[str, Path], cases: Any, tmp_path: Path
+) -> None:
+    """What an earlier run finished came from another adapter or basis, of the same size and time."""
+    adapter = write_adapter(tmp_path / "adapter", based["base"], based["basis"], 0.1)
+    basis = tmp_path / "basis.safetensors"
+    shutil.copy(based["basis"], basis)
+    case = replace(cases("llama", torch.bfloat16), base=based["base"], adapter=adapter)
+    stopped(case, tmp_path / "out", 2, basis=basis)
+    file = adapter / "adapter_model.safetensors" if kind == "adapter" else basis
+    places = codec.read_header(file).tensors
+    name = next(n for n in places if n.endswith("frod_lambda_l") or n.startswith("tau."))
+    edit_unseen(file, places[name][1] + 1)
+    result = case.merged(tmp_path / "out", basis=basis)
+    assert result.resumed_tensors == 0
+    case.merged(tmp_path / "whole", basis=basis)
+    assert_same_bytes(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_projection_that_is_recomputed_goes_with_all_its_weights(cases: Any, tmp_path: Path) -> None:
+    """V depends on every weight of the category: one changed in secret changes what is made of the others."""
+    case = private(cases("llama", torch.float32), tmp_path)
+    state = load_file(case.adapter / "adapter_model.safetensors")
+    lean = {key: value for key, value in state.items() if not key.startswith("base_model.frod_V")}
+    save_file(lean, case.adapter / "adapter_model.safetensors", {"format": "pt"})
+    stopped(case, tmp_path / "out", 2, recompute_projection=True)
+    weights = case.base / "model.safetensors"
+    place = codec.read_header(weights).tensors["model.layers.1.mlp.up_proj.weight"][1] + 2
+    edit_unseen(weights, place)
+    case.merged(tmp_path / "out", recompute_projection=True)
+    case.merged(tmp_path / "whole", recompute_projection=True)
+    assert_same_bytes(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 2])
+def test_a_journal_with_an_invalid_tail_stops_no_rerun(share: float, cases: Any, tmp_path: Path) -> None:
+    case = cases("llama", torch.bfloat16)
+    stopped(case, tmp_path / "out", share)
+    journal = next((tmp_path / "out.partial").glob("*/journal.jsonl"))
+    journal.write_bytes(journal.read_bytes() + b'\n[1]\n{"a": 2}\n\xff\xfe\x00')
+    result = case.merged(tmp_path / "out")
+    assert result.resumed_tensors >= (len(result.plan.dtypes) if share > 1 else 1)
+    case.merged(tmp_path / "whole")
+    assert_same_bytes(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("link", ["out.partial", "KEY", "KEY/tree", "KEY/tree/model.safetensors", "KEY/journal.jsonl"])
+def test_nothing_is_written_through_links_in_unfinished_work(link: str, cases: Any, tmp_path: Path) -> None:
+    case = cases("llama", torch.bfloat16)
+    stopped(case, tmp_path / "out", 0.5)
+    key = next((tmp_path / "out.partial").iterdir()).name
+    place = tmp_path / (link if link == "out.partial" else f"out.partial/{link.replace('KEY', key)}")
+    victim = tmp_path / "victim"
+    place.rename(victim)
+    place.symlink_to(victim)
+    before = snapshot(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path / "out.partial"))):
+        case.merged(tmp_path / "out")
+    assert snapshot(tmp_path) == before
+
+
+# Where output may be
+
+
+def test_the_plan_of_a_dry_run_is_checked_as_it_runs(cases: Any, tmp_path: Path) -> None:
+    case = cases("llama", torch.bfloat16)
+    out = tmp_path / "folder"
+    plans = {
+        force: plan_merge(case.base, case.adapter, out, MergeOptions.of(force=force), dry_run=True)
+        for force in (False, True)
+    }
+    (out / ".git").mkdir(parents=True)
+    (out / ".git" / "HEAD").write_text("ref")
+    (out / "thesis.txt").write_text("precious")
+    before = snapshot(tmp_path)
+    for force, plan in plans.items():
+        with pytest.raises(UsageError, match=r"\.git/HEAD, thesis\.txt" if force else "exists"):
+            run_merge(plan)
+        assert snapshot(tmp_path) == before
+    for place in (case.base, case.adapter, case.base / "inner"):
+        with pytest.raises(UsageError, match="which is read"):
+            run_merge(plan_merge(case.base, case.adapter, place, MergeOptions.of(force=True), dry_run=True))
+    remote = replace(plans[True], checkpoint=replace(plans[True].checkpoint, root=None))
+    with pytest.raises(UsageError, match="headers alone"):
+        run_merge(remote)
+    shutil.rmtree(out)
+    run_merge(plans[False])
+    assert_same_bytes_but_targets(case, out)
+
+
+def assert_same_bytes_but_targets(case: Case, out: Path) -> None:
+    ours, base, targets = tensors(out), tensors(case.base), operators(case)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in base.items() if name not in targets)
+
+
+def inputs(kind: str, root: Path, based: dict[str, Path]) -> dict[str, Path]:
+    """Base, adapter and basis below ``root / "in"``, named as folders or as files, or all of links into ``root``."""
+    for name in ("base", "adapter"):
+        shutil.copytree(based[name], root / "in" / name)
+    shutil.copy(based["basis"], root / "in" / "basis.safetensors")
+    found = {name: root / "in" / name for name in ("base", "adapter")} | {"basis": root / "in" / "basis.safetensors"}
+    if kind == "files":
+        return found | {"base": found["base"] / "model.safetensors", "adapter": found["adapter"] / ADAPTER_FILES[1]}
+    for file in [*found["base"].iterdir(), *found["adapter"].iterdir()] if kind == "links" else ():
+        target = root / "cache" / file.parent.name / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+        file.symlink_to(target)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["folders", "files", "links"])
+def test_no_path_to_an_input_is_an_output(
+    kind: str, based: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way to name a folder or a file of base, adapter and basis, what is above them and what is in them."""
+    given = inputs(kind, tmp_path, based)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    outputs = [tmp_path, tmp_path / "in", work / "..", *given.values()]
+    outputs += [given[name] / inner for name in ("base", "adapter") for inner in ("inner", "model.safetensors")]
+    outputs += [tmp_path / "cache", tmp_path / "cache" / "base", tmp_path / "cache" / "adapter"] * (kind == "links")
+    for number, path in enumerate([path for path in outputs if path.exists()]):
+        (work / f"link{number}").symlink_to(path)
+        outputs += [work / f"link{number}", work / f"link{number}" / "." / ".."]
+        if path.is_file():
+            os.link(path.resolve(), work / f"hard{number}")
+            outputs.append(work / f"hard{number}")
+    outputs += [Path(os.path.relpath(path, work)) for path in outputs]
+    before = snapshot(tmp_path)
+    for out, force in itertools.product(outputs, (False, True)):
+        with pytest.raises(UsageError):
+            frodctl.merge(given["base"], given["adapter"], out, basis=given["basis"], force=force)
+    assert snapshot(tmp_path) == before
+
+
+class TestForce:
+    """What --force may replace, on the real thing; every kind of file is in tests/checkpoint/test_manifest.py."""
+
+    def test_an_earlier_merge(self, cases: Any, tmp_path: Path) -> None:
+        case = cases("llama", torch.bfloat16)
+        case.merged(tmp_path / "out", max_shard_size=20_000)
+        case.merged(tmp_path / "out", force=True)
+        case.merged(tmp_path / "clean")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "clean").iterdir()}
+        assert_same_bytes(tmp_path / "out", tmp_path / "clean")
+        listed = json.loads((tmp_path / "out" / manifest.FILE).read_text())["files"]
+        sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir() if path.name != manifest.FILE}
+        assert listed == sizes
+
+    def test_one_of_a_version_without_a_manifest(self, cases: Any, tmp_path: Path) -> None:
+        case = cases("llama", torch.bfloat16)
+        case.merged(tmp_path / "out", max_shard_size=20_000)
+        (tmp_path / "out" / manifest.FILE).unlink()
+        case.merged(tmp_path / "out", force=True)
+        assert list(manifest.foreign(tmp_path / "out")) == []
+
+    def test_a_checkpoint_of_save_pretrained(self, cases: Any, minilm: Path, tmp_path: Path) -> None:
+        case = cases("llama", torch.bfloat16)
+        AutoModelForCausalLM.from_pretrained(case.base).save_pretrained(tmp_path / "out", max_shard_size="20KB")
+        AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path / "out")
+        case.merged(tmp_path / "out", force=True)
+        assert list(manifest.foreign(tmp_path / "out")) == []
+
+    @pytest.mark.parametrize(
+        "name", [".git/HEAD", "sub/a.docx", "train.py", "optimizer.pt", "checkpoint-1/config.json"]
+    )
+    def test_what_somebody_else_put_there(self, name: str, cases: Any, tmp_path: Path) -> None:
+        case = cases("llama", torch.bfloat16)
+        case.merged(tmp_path / "out")
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("precious")
+        before = snapshot(tmp_path)
+        with pytest.raises(UsageError, match=re.escape(name)):
+            case.merged(tmp_path / "out", force=True)
+        assert snapshot(tmp_path) == before
+
+    def test_what_somebody_puts_there_during_the_run(self, cases: Any, tmp_path: Path) -> None:
+        case = cases("llama", torch.bfloat16)
+        case.merged(tmp_path / "out")
+
+        def appear(progress: Progress) -> None:
+            (tmp_path / "out" / "notes.txt").write_text("precious")
+
+        with pytest.raises(UsageError, match=r"notes\.txt"):
+            case.merged(tmp_path / "out", force=True, progress=appear)
+        assert (tmp_path / "out" / "notes.txt").read_text() == "precious"
+        (tmp_path / "out" / "notes.txt").unlink()
+        assert case.merged(tmp_path / "out", force=True).resumed_tensors == len(tensors(case.base))
+
+    def test_the_manifest_is_not_copied_on(self, cases: Any, tmp_path: Path) -> None:
+        """A merge over a merge has its own, and says what it is as before."""
+        case = cases("llama", torch.float32)
+        case.merged(tmp_path / "one", scale=0)
+        frodctl.merge(tmp_path / "one", case.adapter, tmp_path / "two", max_shard_size=20_000)
+        listed = json.loads((tmp_path / "two" / manifest.FILE).read_text())["files"]
+        assert "model.safetensors.index.json" in listed
+        assert manifest.FILE not in listed
+        assert frodctl.inspect(tmp_path / "two").as_dict()["targets"][0]["kind"] == "checkpoint"
+
+
+def test_a_link_to_blobs_of_nobody_is_not_copied(cases: Any, tmp_path: Path) -> None:
+    """Of a base named as a folder, and as a file; ``../../blobs`` is the Hub's in the Hub's cache alone."""
+    case = private(cases("llama", torch.float32), tmp_path / "work")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "x").write_text("secret")
+    (case.base / "notes.txt").symlink_to("../../blobs/x")
+    (case.base / "more.txt").symlink_to(tmp_path / "blobs" / "x")
+    for number, base in enumerate((case.base, case.base / "model.safetensors")):
+        result = frodctl.merge(base, case.adapter, tmp_path / str(number))
+        assert result.output.is_dir()
+        assert not {"notes.txt", "more.txt"} & {path.name for path in result.output.iterdir()}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import frodctl
 from frodctl import training
 from frodctl.checkpoint import sink
-from frodctl.errors import InvalidInput, UsageError
+from frodctl.errors import InvalidInput, OutOfResources, UsageError
 from frodctl.training.layer import FrodLinear
 from tests import peft_models
+from tests.conftest import snapshot
 from tests.training.conftest import Case, Cases, labelled, perturb
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -236,7 +240,7 @@ class TestTheFiles:
         assert files == {CONFIG, WEIGHTS, "README.md", "notes.txt"}
         assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
 
-    @pytest.mark.parametrize("cut", range(4))
+    @pytest.mark.parametrize("cut", range(6))
     def test_a_cut_leaves_no_mixture(
         self, cut: int, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -246,14 +250,18 @@ class TestTheFiles:
         (tmp_path / "adapter" / "README.md").unlink()
         old = logits(model)
         perturb(model, seed=12)
-        count, replace = iter(range(99)), os.replace
+        count = iter(range(99))
 
-        def cutting(source: Any, target: Any) -> None:
-            if next(count) == cut:
-                raise KeyboardInterrupt
-            replace(source, target)
+        def cutting(step: Callable[..., None]) -> Callable[..., None]:
+            def cut_or_go_on(*arguments: Any) -> None:
+                if next(count) == cut:
+                    raise KeyboardInterrupt
+                step(*arguments)
 
-        monkeypatch.setattr(sink.os, "replace", cutting)
+            return cut_or_go_on
+
+        monkeypatch.setattr(sink.os, "fsync", cutting(os.fsync))  # once for each file, and then
+        monkeypatch.setattr(sink.os, "replace", cutting(os.replace))
         with pytest.raises(KeyboardInterrupt):
             frodctl.save_adapter(model, tmp_path / "adapter")
         assert not list((tmp_path / "adapter").glob("*.tmp"))
@@ -264,6 +272,40 @@ class TestTheFiles:
             return
         assert cut < 3
         assert (logits(fresh) - old).abs().max() <= 1e-5
+
+    def test_a_place_that_cannot_be_a_folder(self, cases: Cases, tmp_path: Path) -> None:
+        model = cases("llama").trained()
+        (tmp_path / "file").write_text("mine")
+        os.mkfifo(tmp_path / "fifo")
+        (tmp_path / "occupied" / CONFIG).mkdir(parents=True)
+        before = snapshot(tmp_path)
+        for place in ("file", "file/inner", "file/a/b", "fifo", "occupied"):
+            with pytest.raises(UsageError, match=place.split("/")[0]):
+                frodctl.save_adapter(model, tmp_path / place)
+        assert snapshot(tmp_path) == before
+
+    def test_a_full_disk_leaves_nothing(self, cases: Cases, tmp_path: Path) -> None:
+        """A limit on the size of files stands for it."""
+        model = cases("llama").trained()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+            with pytest.raises(OutOfResources, match="nothing was left"):
+                frodctl.save_adapter(model, tmp_path / "a" / "adapter")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("value", [{"peft_type": "LORA"}, {"peft_type": "FROD"}])
+    def test_another_adapter_stays(self, value: dict[str, Any], cases: Cases, tmp_path: Path) -> None:
+        (tmp_path / CONFIG).write_text(json.dumps(value))
+        (tmp_path / WEIGHTS).write_text("precious")
+        before = snapshot(tmp_path)
+        with pytest.raises(UsageError, match="not frodctl's"):
+            frodctl.save_adapter(cases("llama").trained(), tmp_path)
+        assert snapshot(tmp_path) == before
 
     def test_what_has_diverged_is_not_saved(self, cases: Cases, tmp_path: Path) -> None:
         model = cases("llama").attached()

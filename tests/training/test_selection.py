@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -278,11 +280,32 @@ class TestBasisFile:
         with pytest.raises(UsageError, match="exists"):
             frodctl.select_pattern(case.attached(), batches("llama"), output=own)
         assert own.read_bytes() == case.basis.read_bytes()
-        model = frodctl.attach(case.model(), own)
+        model = case.attached()
         found = frodctl.select_pattern(model, batches("llama"), output=own, force=True)
         stored = frodctl.open_basis(own).indices()
         assert all(torch.equal(stored[category], found[category]) for category in found)
         assert [path.name for path in tmp_path.iterdir()] == [own.name]
+
+    def test_what_is_read_and_what_belongs_to_a_model_is_kept(self, cases: Cases, tmp_path: Path) -> None:
+        """Its own basis file by whatever path, and the names of weights beside a config."""
+        case = cases("llama")
+        own = tmp_path / "basis.safetensors"
+        own.write_bytes(case.basis.read_bytes())
+        os.link(own, tmp_path / "hard-link.safetensors")
+        (tmp_path / "link.safetensors").symlink_to(own)
+        (tmp_path / "folder").symlink_to(tmp_path)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("{}")
+        model = frodctl.attach(case.model(), own)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for name, force in itertools.product(
+            ("basis.safetensors", "hard-link.safetensors", "link.safetensors", "folder/basis.safetensors",
+             "model/../basis.safetensors", "model/model.safetensors", "model/adapter_model.safetensors", "basis.st"),
+            (False, True),
+        ):  # fmt: skip
+            with pytest.raises(UsageError):
+                frodctl.select_pattern(model, batches("llama"), output=tmp_path / name, force=force)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
     def test_another_sparsity(self, cases: Cases, tmp_path: Path) -> None:
         case = cases("llama")

@@ -94,6 +94,10 @@ class DecomposePlan:
         categories = [replace(c, sparsity=s) for c, s in zip(self.categories, found, strict=True)]
         return replace(self, categories=tuple(categories))
 
+    def check_output(self) -> None:
+        """Raise `UsageError` where the output must not be written."""
+        sink.check_output_file(self.output, self.checkpoint.files(), force=self.options.force)
+
     @property
     def output_bytes(self) -> int:
         """Size of the shared-basis file."""
@@ -188,11 +192,15 @@ def plan_decompose(
     if not dry_run:
         sink.check_output_file(path, force=chosen.force)
         choose_device(chosen.device)  # before a download, not after it
+    basis_file.check_name(path)
     checkpoint = open_checkpoint(location, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
     refuse_quantized(checkpoint)
     selection = targets.select(checkpoint, chosen.target_modules, chosen.exclude_modules, chosen.layers)
     categories, collisions = _categories(selection.targets, checkpoint, chosen)
-    return DecomposePlan(checkpoint, path, chosen, categories, selection.left_out, tuple(collisions))
+    plan = DecomposePlan(checkpoint, path, chosen, categories, selection.left_out, tuple(collisions))
+    if not dry_run:
+        plan.check_output()  # now that it is known what will be read
+    return plan
 
 
 def _categories(

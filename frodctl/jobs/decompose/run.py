@@ -6,17 +6,17 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import frodctl
 from frodctl.checkpoint import codec, sink
 from frodctl.checkpoint.source import Checkpoint
 from frodctl.checkpoint.targets import Target
-from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.decompose.options import V_DTYPES
 from frodctl.jobs.decompose.plan import CategoryPlan, DecomposePlan
@@ -79,9 +79,11 @@ class DecomposeResult:
 def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> DecomposeResult:
     """Carry out a plan of `plan_decompose`. Errors are those of `decompose`."""
     started = time.perf_counter()
+    if plan.checkpoint.root is None:
+        raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     device = choose_device(plan.options.device)
     require_memory(plan.peak_memory_bytes, device)
-    with sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume) as staging:
+    with sink.Staging(plan.output, _job_key(plan, device), plan.check_output, resume=plan.options.resume) as staging:
         sink.require_disk(staging.folder, 2 * plan.output_bytes - staging.finished_bytes())
         parts = _Parts(plan, staging, device, progress)
         results = tuple(parts.finish(i) for i in range(len(plan.categories)))
@@ -90,7 +92,13 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
         results = tuple(replace(r, plan=c) for r, c in zip(results, plan.categories, strict=True))
         metadata = plan.metadata(parts.bases, parts.modules)
         paths = [parts.path(i) for i in range(len(results))]
-        staging.publish(lambda file: basis_file.write_basis(file, paths, metadata))
+
+        def write(file: IO[bytes]) -> None:
+            basis_file.write_basis(file, paths, metadata)
+            file.flush()
+            _check_written(Path(file.name), parts.tensors)
+
+        staging.publish(write)
     size = plan.output.stat().st_size
     return DecomposeResult(plan, results, plan.output, size, str(device), time.perf_counter() - started)
 
@@ -107,6 +115,7 @@ class _Parts:
         self.total = plan.flops
         self.bases: dict[str, str] = {}  #: digest of each category's V
         self.modules: dict[str, str] = {}  #: digest of each module's weight
+        self.tensors: dict[str, str] = {}  #: digest of each tensor of the file
 
     def path(self, number: int) -> Path:
         return self.staging.path(f"{number:04d}.safetensors")
@@ -114,7 +123,8 @@ class _Parts:
     def finish(self, number: int) -> CategoryResult:
         """Take the category from an earlier run, or compute and keep it."""
         category = self.plan.categories[number]
-        record = _read_part(self.path(number), category)
+        weights = _Weights(self.plan.checkpoint, category.targets)
+        record = _read_part(self.path(number), self.plan.specs(category), weights)
         resumed = record is not None
         if record is None:
             record = self._compute(number, category)
@@ -122,6 +132,7 @@ class _Parts:
             self._advance(category, category.flops)
         self.bases[category.name] = record["basis"]
         self.modules.update(record["modules"])
+        self.tensors.update(record["tensors"])
         return CategoryResult(category, Outcome(**record["outcome"]), resumed)
 
     def _compute(self, number: int, category: CategoryPlan) -> dict[str, Any]:
@@ -165,11 +176,18 @@ class _Parts:
             rms_singular_value=basis.rms_singular_value,
             seconds=time.perf_counter() - started,
         )
-        record = {"basis": stream.digest(basis.V), "modules": layers.digests, "outcome": asdict(outcome)}
         specs = codec.layout(self.plan.specs(category))
         tensors = _tensors(category, basis)
+        digests = {name: stream.digest(tensor) for name, tensor in tensors.items()}
+        record = {
+            "basis": digests[f"V.{category.name}"],
+            "modules": layers.digests,
+            "tensors": digests,
+            "outcome": asdict(outcome),
+        }
         chunks = (stream.tensor_bytes(tensors[spec.name]) for spec in specs)
-        metadata = {"category": category.name, "record": json.dumps(record)}
+        text = json.dumps(record)
+        metadata = {"record": text, "digest": _text_digest(text)}
         self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
         self._advance(category, begun + category.flops - self.done)
         return record
@@ -179,13 +197,44 @@ class _Parts:
         self.progress(Progress(category.name, self.done, self.total))
 
 
-def _read_part(path: Path, category: CategoryPlan) -> dict[str, Any] | None:
-    """The record of a finished category; None where there is none, or a damaged one."""
+def _read_part(path: Path, specs: Sequence[codec.TensorSpec], weights: _Weights) -> dict[str, Any] | None:
+    """The record of a finished category; None where there is none, a damaged one, or one made from other weights."""
     try:
-        metadata = codec.read_header(path).metadata
-        return json.loads(metadata["record"]) if metadata["category"] == category.name else None
+        header = codec.read_header(path)
+        text = header.metadata["record"]
+        record: dict[str, Any] = json.loads(text)
+        whole = (
+            header.metadata["digest"] == _text_digest(text)
+            and {spec for spec, _ in header.tensors.values()} == set(specs)
+            and _file_digests(path) == record["tensors"]
+        )
+        return record if whole and weights.read_digests() == record["modules"] else None
     except (FileNotFoundError, InvalidInput, KeyError, ValueError):
         return None
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_digests(path: Path) -> dict[str, str]:
+    """``sha256:…`` of each tensor in a file, as `stream.digest` gives it."""
+    digests = {}
+    for name, (spec, offset) in codec.read_header(path).tensors.items():
+        sha256 = hashlib.sha256()
+        for chunk in codec.read_chunks(path, offset, spec.nbytes):
+            sha256.update(chunk)
+        digests[name] = f"sha256:{sha256.hexdigest()}"
+    return digests
+
+
+def _check_written(path: Path, digests: Mapping[str, str]) -> None:
+    """Read a file again that is about to be published."""
+    differing = sorted(dict(digests.items() ^ _file_digests(path).items()))
+    if differing:
+        raise FrodctlError(
+            f"{path}: tensor {differing[0]} reads back differently from what was computed; check the disk"
+        )
 
 
 def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, torch.Tensor]:
@@ -199,7 +248,7 @@ class _Weights:
     """The weights of a category, read from the checkpoint at each walk; digested at the first."""
 
     def __init__(self, checkpoint: Checkpoint, targets: tuple[Target, ...]) -> None:
-        assert checkpoint.root is not None, "the plan of a dry run cannot be run"
+        assert checkpoint.root is not None, "headers alone cannot be decomposed"
         self.root = checkpoint.root
         self.targets = targets
         self.digests: dict[str, str] = {}
@@ -215,6 +264,12 @@ class _Weights:
         slots = itertools.cycle(self._buffers())
         tasks = [partial(self._read, target, next(slots)) for target in self.targets]
         return prefetch(tasks)
+
+    def read_digests(self) -> dict[str, str]:
+        """The digests of all, of which none is kept."""
+        for _ in self:
+            pass
+        return self.digests
 
     def check_finite(self) -> None:
         """Raise `InvalidInput` that names the first weight that holds NaN or Inf."""

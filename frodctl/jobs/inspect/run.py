@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint import targets as linear_layers
@@ -17,9 +17,12 @@ from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import SCHEMA_VERSION, Report, Row, arranged
 from frodctl.jobs.inspect.target import Target, open_target
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import choose_device
+from frodctl.jobs.resources import choose_device, memory_errors
 
 _FEW = 4  #: names in a message
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,12 @@ def reports(targets: Sequence[str], options: InspectOptions, progress: Callback 
 
     Only after the last report is it known whether every pattern to include matches something.
     """
-    if not options.headers_only:
-        choose_device(options.device)
+    device = choose_device(options.device) if not options.headers_only else None
     there: list[str] = []
     for name in targets:
         report = _report(open_target(name, options, progress), options, progress)
         there += report.names
-        rows = _counted(report, progress) if not options.headers_only else report.rows
+        rows = _counted(report, device, progress) if device is not None else report.rows
         yield replace(report, rows=arranged(rows, options.sort, options.top))
     unmatched = [glob for glob in options.include if not any(fnmatchcase(name, glob) for name in there)]
     if unmatched:
@@ -80,11 +82,12 @@ def reports(targets: Sequence[str], options: InspectOptions, progress: Callback 
         )
 
 
-def _counted(report: Report, progress: Callback) -> Iterator[Row]:
+def _counted(report: Report, device: torch.device, progress: Callback) -> Iterator[Row]:
     progress(Progress(report.target, 0, report.count))
-    for number, row in enumerate(report.rows, 1):
-        progress(Progress(report.target, number, report.count))
-        yield row
+    with memory_errors(device):
+        for number, row in enumerate(report.rows, 1):
+            progress(Progress(report.target, number, report.count))
+            yield row
 
 
 def _report(target: Target, options: InspectOptions, progress: Callback) -> Report:

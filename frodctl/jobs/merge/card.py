@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 import frodctl
-from frodctl.checkpoint.sink import MERGED_BY
+from frodctl.checkpoint.manifest import MERGED_BY
 from frodctl.jobs.merge.plan import MergePlan
 
 #: What is taken over from the base's card.

@@ -14,7 +14,7 @@ from frodctl.checkpoint.companions import MODULES_FILE, companions, files_below,
 from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.source import Checkpoint, Location, TensorInfo, open_checkpoint
 from frodctl.checkpoint.targets import Target, linear_layer
-from frodctl.errors import InvalidInput, UsageError
+from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
 from frodctl.formats.basis_file import BasisFile, open_basis
 from frodctl.jobs.merge import config as model_config
@@ -87,11 +87,25 @@ class MergePlan:
         """Tensors that the base does not have."""
         return sorted(set(self.dtypes) - set(self.names.values()))
 
+    @cached_property
+    def origins(self) -> dict[str, TensorInfo]:
+        """The base's tensors by name in the output."""
+        return {new: self.checkpoint.tensors[old] for old, new in self.names.items()}
+
     @property
     def copied(self) -> dict[str, TensorInfo]:
-        """The base's tensors that no adapter touches, by name in the output."""
+        """Those of them that no adapter touches."""
         touched = {self.names[weight.target.tensor.name] for weight in self.weights} | set(self.replaced)
-        return {new: self.checkpoint.tensors[old] for old, new in self.names.items() if new not in touched}
+        return {name: info for name, info in self.origins.items() if name not in touched}
+
+    def check_output(self) -> None:
+        """Raise `UsageError` where the output must not be written."""
+        whole = self.checkpoint.path or self.checkpoint.root
+        reads = [*([whole] if whole else []), *self.checkpoint.files()]
+        for source in self.sources:
+            reads += source.adapter.files()
+            reads += [source.basis.path] if source.basis else []
+        sink.check_output_folder(self.output, reads, force=self.options.force)
 
     @property
     def output_bytes(self) -> int:
@@ -188,15 +202,13 @@ def plan_merge(
         choose_device(chosen.device)  # before a download, not after it
     found = match(base, adapter, chosen, headers_only=dry_run, progress=progress)
     checkpoint, sources = found.checkpoint, found.sources
-    if not dry_run and checkpoint.root is not None:  # now that it is known where a base called "-" is
-        sink.check_output_folder(output, [checkpoint.path or checkpoint.root], force=chosen.force)
     replaced = _replaced(checkpoint, sources)
     _check_ties(checkpoint, found.weights, replaced, sources)
     added = {name for name in replaced if name not in checkpoint.tensors}
     new_names = {name: found.prefix + name if added else name for name in checkpoint.tensors}
     replaced = {new_names.get(name, name): item for name, item in replaced.items()}
     specs = _specs(checkpoint, new_names, replaced, chosen)
-    return MergePlan(
+    plan = MergePlan(
         checkpoint=checkpoint,
         output=output,
         options=chosen,
@@ -209,6 +221,9 @@ def plan_merge(
         files=_files(checkpoint),
         warnings=(*found.warnings, *_warnings(sources, replaced)),
     )
+    if not dry_run:
+        plan.check_output()  # now that it is known what will be read
+    return plan
 
 
 @dataclass(frozen=True)
@@ -242,8 +257,7 @@ def match(
 def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) -> None:
     given = [options.location(name).local_path() for name in (base, adapter, *(name for name, _ in options.also))]
     inputs = [path for path in given if path is not None]
-    if options.basis is not None and Path(options.basis).resolve().is_relative_to(output.resolve()):
-        raise UsageError(f"{output}: holds {options.basis}, which is read; name a folder elsewhere")
+    inputs += [Path(options.basis)] if options.basis is not None else []
     sink.check_output_folder(output, inputs, force=options.force)
 
 
@@ -398,7 +412,7 @@ def _check_ties(
     tasks = [source.adapter.config.get("task_type") for source in sources]
     with_head = not all(task in model_config.TASKS_WITHOUT_LM_HEAD for task in tasks)
     changed = [weight.target.tensor.name for weight in weights] + list(replaced)
-    broken = ties.ties_broken_by(checkpoint, changed, with_head=with_head)
+    broken = checkpoint.ties.broken_by(changed, with_head=with_head)
     if broken:
         raise InvalidInput(
             f"{sources[0].adapter.name}: {broken[0]} is tied to another tensor in {checkpoint.model}, and merging "
@@ -432,10 +446,8 @@ def _files(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.root is None or not checkpoint.config:
         return ()
     path = checkpoint.path
-    if path is not None and path.is_file():  # a single file, whose folder may be anybody's: no sub-folders
-        found = [entry.name for entry in checkpoint.root.iterdir() if entry.is_file()]
-    else:
-        found = files_below(checkpoint.root)
+    # a single file's folder may be anybody's: no sub-folders
+    found = files_below(checkpoint.root, sub_folders=path is None or not path.is_file())
     chosen = companions(found, module_folders(checkpoint.root / MODULES_FILE))
     return tuple(name for name in chosen if name != "config.json")
 

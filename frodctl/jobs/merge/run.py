@@ -8,12 +8,13 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import frodctl
-from frodctl.checkpoint import shards, sink
-from frodctl.errors import InvalidInput
+from frodctl.checkpoint import manifest, shards, sink
+from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge.card import model_card
 from frodctl.jobs.merge.plan import MergePlan, Part, Source
 from frodctl.jobs.progress import Callback, Progress, silent
@@ -53,19 +54,21 @@ class MergeResult:
 
 def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
     """Carry out a plan of `plan_merge`. Errors are those of `merge`."""
-    from frodctl.jobs.merge.tensors import TensorMerger
+    from frodctl.jobs.merge.tensors import TensorMerger, origin
 
     started = time.perf_counter()
+    if plan.checkpoint.root is None:
+        raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     device = choose_device(plan.options.device)
     require_memory(plan.peak_memory_bytes, device)
-    with sink.Staging(plan.output, _job_key(plan, device), resume=plan.options.resume) as staging:
+    with sink.Staging(plan.output, _job_key(plan, device), plan.check_output, resume=plan.options.resume) as staging:
         card = model_card(plan)
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
         tree = staging.path(_TREE)
         tree.mkdir(exist_ok=True)
         _remove_all_but(tree, [shard.file for shard in plan.shards])
         try:
-            with shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL)) as writer:
+            with shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL), partial(origin, plan)) as writer:
                 resumed = len(writer.digests)
                 with memory_errors(device):
                     merger = TensorMerger(plan, writer, device, progress)
@@ -113,7 +116,8 @@ def _write_the_rest(plan: MergePlan, tree: Path, card: str) -> None:
         _write_json(tree / "config.json", plan.config)
     elif plan.checkpoint.config:
         shutil.copyfile(root / "config.json", tree / "config.json")
-    (tree / "README.md").write_text(card, encoding="utf-8")
+    (tree / "README.md").write_text(card, encoding="utf-8", errors="replace")
+    manifest.write(tree, f"frodctl {frodctl.__version__}")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -121,8 +125,10 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _job_key(plan: MergePlan, device: torch.device) -> str:
-    """A digest of everything that the output's bytes depend on but the tensors' values."""
+    """A digest of everything that the output's bytes depend on but the values of the base's tensors."""
     import torch
+
+    from frodctl.jobs.merge.tensors import origin
 
     assert plan.checkpoint.root is not None
     job = {
@@ -139,6 +145,12 @@ def _job_key(plan: MergePlan, device: torch.device) -> str:
             [w.target.tensor.name, w.target.transposed, [_part_key(plan, part) for part in w.parts]]
             for w in plan.weights
         ],
+        # V is computed from all of a category's weights
+        "projected": [
+            origin(plan, plan.names[w.target.tensor.name])
+            for w in plan.weights
+            if any(part.source.recompute for part in w.parts)
+        ],
         "replaced": [[name, plan.sources.index(source), info.name] for name, (source, info) in plan.replaced.items()],
     }
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
@@ -149,11 +161,17 @@ def _source_key(source: Source) -> list[Any]:
     adapter = source.adapter
     assert adapter.root is not None
     return [
-        _state(adapter.root / adapter.modules[0].scales.file),
+        _digest(adapter.root / adapter.modules[0].scales.file),
         dict(adapter.config),
-        _state(source.basis.path) if source.basis else None,
+        _digest(source.basis.path) if source.basis else None,
         [source.form, source.scale, source.recompute],
     ]
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes: size and time may stay as they are where those change."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _part_key(plan: MergePlan, part: Part) -> list[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,6 @@ from frodctl.errors import InvalidInput
 from frodctl.jobs.merge.plan import MergePlan, Source, Weight, flops
 from frodctl.jobs.merge.updates import Task, WeightUpdates, all_finite
 from frodctl.jobs.progress import Callback, Progress
-
-_PIECE_BYTES = 8 << 20
 
 
 class TensorMerger:
@@ -57,9 +57,9 @@ class TensorMerger:
             for name, (source, info) in self.plan.replaced.items():
                 if name not in self.writer.digests:
                     self._replace(name, source, info)
-            tasks = [partial(self.updates.read, weight, next(self._read_buffers)) for weight in waiting]
-            for task in stream.prefetch(tasks):
-                self._merge(task, behind)
+            tasks = [partial(self._read, weight, next(self._read_buffers)) for weight in waiting]
+            for task, digest in stream.prefetch(tasks):
+                self._merge(task, digest, behind)
                 self._advance(flops(task.weight))
             behind.finish()
             copies.finish()
@@ -78,7 +78,12 @@ class TensorMerger:
         bits = codec.DTYPE_BITS[self.plan.dtypes[self._name(weight)]]
         return weight.target.m * weight.target.n * bits // 8
 
-    def _merge(self, task: Task, behind: _Behind) -> None:
+    def _read(self, weight: Weight, buffer: Tensor) -> tuple[Task, str]:
+        """One weight and the digest of its bytes."""
+        task = self.updates.read(weight, buffer)
+        return task, "" if task.stored is None else self.updates.digest(task)
+
+    def _merge(self, task: Task, digest: str, behind: _Behind) -> None:
         """Compute one weight and have it written."""
         name = self._name(task.weight)
         info = task.weight.target.tensor
@@ -98,7 +103,7 @@ class TensorMerger:
             stream.check_finite(task.stored, info.name, str(self.root / info.file))
             cause = "the adapter's values are too large, or it belongs to another base"
             raise InvalidInput(f"{name}: the merged weight holds NaN or Inf in {str(dtype)[6:]}; {cause}")
-        behind.add(partial(self.writer.write, name, [stream.tensor_bytes(out)]))
+        behind.add(partial(self.writer.write, name, [stream.tensor_bytes(out)], lambda: digest))
 
     def _replace(self, name: str, source: Source, info: TensorInfo) -> None:
         tensor = source.adapter.tensor(info)
@@ -108,24 +113,42 @@ class TensorMerger:
         self.writer.write(name, [stream.tensor_bytes(converted.contiguous())])
 
     def _copy(self, name: str, info: TensorInfo) -> None:
-        self.writer.write(name, self._converted(info, self.plan.dtypes[name]))
+        sha256 = hashlib.sha256()
+        pieces = self._converted(info, self.plan.dtypes[name], sha256)
+        self.writer.write(name, pieces, lambda: f"sha256:{sha256.hexdigest()}")
 
-    def _converted(self, info: TensorInfo, dtype: str) -> Iterator[Any]:
-        """The base's tensor, piece by piece, in the dtype."""
-        if info.data is not None or info.stride is not None:
-            tensor = stream.read_tensor(self.root, info).contiguous()
-            pieces: Iterator[Any] = iter([stream.tensor_bytes(tensor)])
-        else:
-            pieces = codec.read_chunks(self.root / info.file, info.offset, info.nbytes)
-        if dtype == info.dtype:
-            yield from pieces
-            return
-        for piece in pieces:
+    def _converted(self, info: TensorInfo, dtype: str, sha256: Any) -> Iterator[Any]:
+        """The base's tensor, piece by piece, in the dtype; digested as it is stored."""
+        for piece in _pieces(self.root, info):
+            sha256.update(piece)
+            if dtype == info.dtype:
+                yield piece
+                continue
             before = torch.frombuffer(piece, dtype=stream.TORCH_DTYPES[info.dtype])
             after = before.to(stream.TORCH_DTYPES[dtype])
             if not torch.isfinite(after).equal(torch.isfinite(before)):
                 raise InvalidInput(f"{self.root / info.file}: tensor {info.name} is too large for {dtype}")
             yield stream.tensor_bytes(after)
+
+
+def origin(plan: MergePlan, name: str) -> str:
+    """The digest of what a tensor of the output is made from in the base; "" where it comes from an adapter alone."""
+    root = plan.checkpoint.root
+    assert root is not None
+    if name in plan.replaced:
+        return ""
+    sha256 = hashlib.sha256()
+    for piece in _pieces(root, plan.origins[name]):
+        sha256.update(piece)
+    return f"sha256:{sha256.hexdigest()}"
+
+
+def _pieces(root: Path, info: TensorInfo) -> Iterator[Any]:
+    """A tensor's bytes, by rows where a pickle has them otherwise."""
+    if info.data is None and info.stride is None:
+        yield from codec.read_chunks(root / info.file, info.offset, info.nbytes)
+    else:
+        yield stream.tensor_bytes(stream.read_tensor(root, info).contiguous())
 
 
 def _ring(count: int, nbytes: int) -> Iterator[Tensor]:

@@ -85,6 +85,14 @@ class WeightUpdates:
         """The weight as the base stores it."""
         return stream.read_tensor(self.root, weight.target.tensor, buffer=buffer)
 
+    def digest(self, task: Task) -> str:
+        """Of the weight as it is stored: the recorded one, with which `read` has compared it, or one made now."""
+        module = task.weight.target.module
+        known = (digest for part in task.weight.parts for _, digest in _recorded_digests(part.source, module))
+        if task.stored is None:
+            raise AssertionError("its bytes were not kept")
+        return next(known, None) or stream.digest(task.stored.contiguous())
+
     def start(self, weight: Weight, W: Tensor) -> Tensor:
         """λ (n,) as PEFT begins with it, for the weight's first adapter: the norms of W V⁻ᵀ rounded to V's dtype."""
         return self._updates_of(weight)[0].start(W)

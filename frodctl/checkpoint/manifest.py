@@ -1,0 +1,98 @@
+"""What frodctl wrote into a folder, so that it may take that away again and nothing else.
+
+A merged checkpoint holds ``frodctl.json``, which goes where the model goes and says nothing of the machine::
+
+    {"files": {"config.json": 710, "model.safetensors": 269060552}, "tool": "frodctl 0.1.0", "version": 1}
+
+``files`` has the size in bytes of every file but this one, by its path below the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from frodctl.checkpoint.source import WEIGHT_FILES
+
+FILE = "frodctl.json"
+#: Marks the model card of a merge; those of versions without a manifest are known by it.
+MERGED_BY = "Merged by frodctl"
+_VERSION = 1
+
+_CONFIGS = r"""
+    ((generation | (image_|video_)?(pre)?processor | feature_extractor | tokenizer | sentence_bert)_)?config\.json
+    | tokenizer\.(json|model) | (special_tokens_map | added_tokens | chat_template | vocab)\.json | vocab\.txt
+    | merges\.txt | chat_template\.jinja | spiece\.model | (source|target)\.spm | sentencepiece\.bpe\.model
+    """
+_WEIGHTS = r"((diffusion_)?pytorch_model | model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+_VARIANTS = r"""(?!.*\.frod\.) ((diffusion_)?pytorch_model | model | consolidated)(\.\w+)?(-\d+-of-\d+)?(\.\w+)?
+    \.(safetensors|bin)(\.index(\.\w+)?\.json)?"""
+#: Files of a checkpoint or an adapter, which a program may take for theirs by the name alone.
+PART_OF_A_MODEL = re.compile(
+    rf"(?xi) {_WEIGHTS} | {_VARIANTS} | {_CONFIGS} | adapter_config\.json | adapter_model\.(safetensors|bin)"
+)
+#: What save_pretrained makes, of transformers' models and of sentence-transformers' modules.
+_CHECKPOINT_FILE = re.compile(
+    rf"(?x) {_WEIGHTS} | {_CONFIGS} | modules\.json | config_sentence_transformers\.json "
+    r"| \d+_\w+/(config\.json | model\.safetensors | pytorch_model\.bin)"
+)
+
+
+def write(folder: Path, tool: str) -> None:
+    """Write ``frodctl.json`` over everything that is in the folder now."""
+    value = {"version": _VERSION, "tool": tool, "files": dict(_files(folder))}
+    (folder / FILE).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def foreign(folder: Path) -> Iterator[str]:
+    """The paths below a folder that would be lost with it: nothing where frodctl wrote all of it.
+
+    With a manifest, what it does not list or lists with another size. Without one, what ``save_pretrained`` does not
+    make; everything where that made no checkpoint here. Hidden files, links and whatever is no ordinary file always.
+    """
+    sizes = _recorded(folder)
+    names = {entry.name for entry in folder.iterdir()}
+    merged = "README.md" in names and MERGED_BY in _text(folder / "README.md")
+    checkpoint = merged or ("config.json" in names and not names.isdisjoint(WEIGHT_FILES))
+
+    def known(path: str) -> bool:
+        return bool(checkpoint and _CHECKPOINT_FILE.fullmatch(path)) or (merged and path == "README.md")
+
+    for path, size in _files(folder):
+        if size is None or any(part.startswith(".") for part in path.split("/")):
+            yield path
+        elif sizes is None:
+            if not known(path):
+                yield path
+        elif path != FILE and path not in sizes:
+            yield path
+        elif path != FILE and sizes[path] != size:
+            yield f"{path} (changed)"
+
+
+def _files(folder: Path, above: str = "") -> Iterator[tuple[str, int | None]]:
+    """Every path below the folder that is no folder; with the size of ordinary files, None for links and the like."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = above + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(Path(entry.path), f"{path}/")
+        else:
+            yield path, entry.stat().st_size if entry.is_file(follow_symlinks=False) else None
+
+
+def _recorded(folder: Path) -> dict[str, int] | None:
+    """Sizes by path as the manifest has them; None where there is none that can be read."""
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        files = json.loads((folder / FILE).read_bytes())["files"]
+        return dict(files) if all(type(size) is int for size in files.values()) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
