@@ -23,6 +23,9 @@ from frodctl.errors import FrodctlError
 INDEX_FILE = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
 
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+_SEEKING = threading.Lock()
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -106,7 +109,7 @@ class ShardWriter:
         }
         self._handles: dict[str, int] = {}
         for shard in shards:
-            handle = self._handles[shard.file] = os.open(folder / shard.file, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = self._handles[shard.file] = os.open(folder / shard.file, _FLAGS, 0o666)
             os.ftruncate(handle, shard.nbytes)
             _write_at(handle, shard.header, 0)
         try:
@@ -221,5 +224,14 @@ def _write_at(handle: int, data: Any, offset: int) -> int:
     view = view.cast("B")
     done = 0
     while done < len(view):
-        done += os.pwrite(handle, view[done:], offset + done)
+        done += _pwrite(handle, view[done:], offset + done)
     return done
+
+
+def _pwrite(handle: int, data: memoryview, offset: int) -> int:
+    """`os.pwrite`, which Windows does not have."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(handle, data, offset)
+    with _SEEKING:
+        os.lseek(handle, offset, os.SEEK_SET)
+        return os.write(handle, data)

@@ -368,9 +368,12 @@ def _write_new(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the renames in a folder; not every system lets a folder be opened."""
+    """Flush a file, or the renames in a folder; not every system lets a folder be opened.
+
+    Windows flushes only what is open for writing.
+    """
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     except OSError:
         return
     try:

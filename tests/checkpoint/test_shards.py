@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,14 @@ def test_tensors_written_in_any_order_and_pieces(
         assert found[name].shape == tensor.shape
         assert found[name].view(torch.uint8).equal(tensor.view(torch.uint8)) if tensor.ndim else found[name] == tensor
         assert codec.read_header(folder / index(planned)["weight_map"][name])
+
+
+def test_a_system_without_pwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.pwrite")
+    planned = plan_shards(SPECS, 1000)
+    with ShardWriter(tmp_path, planned, tmp_path / "journal") as writer, ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: writer.write(name, [content(name)[:3], content(name)[3:]]), TENSORS))
+    verify(tmp_path, planned, writer.digests)
 
 
 def test_what_a_killed_run_finished_is_taken_up_if_it_is_whole(tmp_path: Path) -> None:
