@@ -9,7 +9,7 @@ cd "$work"
 
 frodctl decompose "$here/tiny-llama" --target-modules all-linear -o basis.safetensors --force
 python "$here/train.py" "$here/tiny-llama" basis.safetensors adapter
-frodctl inspect adapter --base "$here/tiny-llama" --basis basis.safetensors --sort relative_change --top 3
-frodctl merge "$here/tiny-llama" adapter merged --basis basis.safetensors --force
+frodctl inspect adapter --base "$here/tiny-llama" --sort relative_change --top 3
+frodctl merge "$here/tiny-llama" adapter merged --force
 frodctl inspect merged --against "$here/tiny-llama" --sort relative_difference --top 3
 python "$here/generate.py" merged "Return the"
