@@ -129,8 +129,8 @@ def between(
 
 def integer(value: Any, parameter: str, *, at_least: int | None = None, at_most: int | None = None) -> int:
     """A whole number, or text such as ``12``."""
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", value):
-        value = int(value)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
+        value = int(value.strip())
     if isinstance(value, _NOT_A_NUMBER) or not isinstance(value, Integral):
         raise _wrong(value, parameter, "a whole number")
     found = int(value)

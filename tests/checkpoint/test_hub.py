@@ -277,7 +277,7 @@ import sys
 from frodctl.cli.main import main
 for model in sys.argv[1:]:
     for flags in ([], ["--dry-run"]):
-        print("code", main(["decompose", model, "-o", "out", *flags]), model, *flags, file=sys.stderr)
+        print("code", main(["decompose", model, "-o", "out.safetensors", *flags]), model, *flags, file=sys.stderr)
 """
 
 

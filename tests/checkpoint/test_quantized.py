@@ -71,8 +71,8 @@ def test_float64_is_not_narrow(tmp_path: Path) -> None:
     refuse_quantized(open_checkpoint(Location(str(tmp_path / "buffer"))))
     for dtype in (torch.float32, torch.float64):
         save_checkpoint(tmp_path / str(dtype), {name: t.to(dtype) for name, t in llama_layers(2).items()}, LLAMA_CONFIG)
-        frodctl.decompose(str(tmp_path / str(dtype)), tmp_path / f"{dtype}.basis", precision="float64")
-    one, other = (open_basis(tmp_path / f"{dtype}.basis") for dtype in (torch.float32, torch.float64))
+        frodctl.decompose(str(tmp_path / str(dtype)), tmp_path / f"{dtype}.safetensors", precision="float64")
+    one, other = (open_basis(tmp_path / f"{dtype}.safetensors") for dtype in (torch.float32, torch.float64))
     assert one.metadata.basis == other.metadata.basis
 
 

@@ -16,7 +16,7 @@ from tests.jobs.test_merge import write_adapter
 
 COMMANDS = {
     "decompose --dry-run": "decompose BASE --target-modules all-linear --dry-run",
-    "decompose": "decompose BASE --target-modules self_attn.q_proj,down_proj -o OUT",
+    "decompose": "decompose BASE --target-modules self_attn.q_proj,down_proj -o OUT.safetensors",
     "merge": "merge BASE ADAPTER OUT --basis BASIS",
     "checkpoint": "inspect BASE",
     "checkpoint, tensors": "inspect BASE --include *",
@@ -64,7 +64,8 @@ def test_every_table_fits_and_keeps_figures(command: str, files: dict[str, str],
     shown: dict[int, list[list[str]]] = {}
     for width in (40, 60, 80, 100, 120, 300):
         os.environ["COLUMNS"] = str(width)
-        places = files | {"OUT": str(tmp_path / f"out{width}")}
+        output = str(tmp_path / f"out{width}")
+        places = files | {"OUT": output, "OUT.safetensors": f"{output}.safetensors"}
         arguments = [places.get(word, word) for word in COMMANDS[command].split()]
         with captured(False) as (out, _):
             assert main([*arguments, "--format", "human", "-q"]) == 0
