@@ -16,6 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes beside each other, each with threads for all cores, are slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -4,7 +4,9 @@
 
 says where README.md and docs/*.md are not true, or with ``--write`` writes what the commands print into them. A
 document starts where the README ended: the files that its commands made are there. A block after an HTML comment
-``<!-- not run: REASON -->`` is left alone. In a Python block ``print(...)  # 1.5`` says what is printed last.
+``<!-- not run: REASON -->`` is left alone. After ``<!-- after training -->`` figures may differ by more, and after
+``<!-- generated -->`` the last command prints any text: training in bfloat16 takes another course on another processor.
+In a Python block ``print(...)  # 1.5`` says what is printed last.
 
 `frodctl` alone runs in this process, on what it takes for a terminal 100 columns wide. So does ``python FILE``, while
 pipelines and other programs run in bash; of all these stdout alone is shown. Numbers may differ by a little from
@@ -45,7 +47,7 @@ TERMINAL = {
 }
 
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-_NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]+) -->\s*\Z")
+_REMARK = re.compile(r"<!-- (?P<kind>not run|after training|generated)(: [^>]+)? -->\s*\Z")
 _COMMAND = re.compile(r"^\$ (?P<command>.*\n(?:> .*\n)*)(?P<output>(?:(?!\$ ).*\n)*)", re.MULTILINE)
 _PRINTED = re.compile(r"^\s*print\(.*\)  # (?P<expected>.+)$", re.MULTILINE)
 _OF_A_SHELL = set("|<>;&$`*")
@@ -55,18 +57,20 @@ _TOKEN = re.compile(r"(?P<number>\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)|(?P<line>─+
 #: What a machine decides: a number before the unit of a time, or after these words.
 _MEASURED = re.compile(r"(?P<before>(?:Peak memory about |peak memory )?)\d[\d.,]*(?P<after>(?: [kMG]?B| m?s\b)?)")
 DIGITS = 0.02  # by which figures with a decimal point may differ
+TRAINED = 0.25  # after training
 LONG_INTEGER, ROUNDED = 100, 0.004  # integers from here on may be rounded figures
 ROUNDING, FACTOR = 1e-5, 5  # below it figures are errors of rounding, which differ by this much
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block that is run: its language, its text, and where it is in its document."""
+    """A fenced block that is run: its language, its text, where it is in its document, and what is remarked of it."""
 
     language: str
     body: str
     start: int
     line: int
+    remark: str
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,11 @@ class Untrue:
 def blocks(text: str) -> Iterator[Block]:
     """The blocks of a document that are run."""
     for match in _FENCE.finditer(text):
-        if match["language"] in ("console", "python") and not _NOT_RUN.search(text, 0, match.start()):
-            yield Block(match["language"], match["body"], match.start("body"), text.count("\n", 0, match.start()) + 1)
+        remark = _REMARK.search(text, 0, match.start())
+        kind = remark["kind"] if remark else ""
+        if match["language"] in ("console", "python") and kind != "not run":
+            line = text.count("\n", 0, match.start()) + 1
+            yield Block(match["language"], match["body"], match.start("body"), line, kind)
 
 
 def run(document: Path, folder: Path, *, write: bool = False) -> list[Untrue]:
@@ -101,7 +108,7 @@ def run(document: Path, folder: Path, *, write: bool = False) -> list[Untrue]:
                 found += _python(block.body, namespace, where)
                 continue
             for command in _COMMAND.finditer(block.body):
-                untrue = _console(command["command"], command["output"], where)
+                untrue = _console(command["command"], command["output"], where, block.remark)
                 found += untrue
                 if write and untrue and untrue[0].writable:
                     start, end = (block.start + shift + at for at in command.span("output"))
@@ -118,13 +125,13 @@ def scratch(folder: Path) -> Path:
     return folder
 
 
-def same(shown: str, found: str) -> bool:
+def same(shown: str, found: str, digits: float = DIGITS) -> bool:
     """Whether two outputs tell the same, but for layout, times and the last digits."""
     ours, theirs = _tokens(shown), _tokens(found)
-    return len(ours) == len(theirs) and all(map(_alike, ours, theirs))
+    return len(ours) == len(theirs) and all(_alike(a, b, digits) for a, b in zip(ours, theirs, strict=True))
 
 
-def _console(command: str, shown: str, where: str) -> list[Untrue]:
+def _console(command: str, shown: str, where: str, remark: str) -> list[Untrue]:
     text = re.sub(r"^> ", "", command, flags=re.MULTILINE).strip()
     words = shlex.split(text, comments=True)
     alone = not _OF_A_SHELL & set(re.sub(r"'[^']*'", "", text))
@@ -138,7 +145,8 @@ def _console(command: str, shown: str, where: str) -> list[Untrue]:
         code, found = _in_shell(text)
         failed = code != 0
     what = f"$ {text}" + (f" (exit code {code})" if failed else "")
-    return [Untrue(where, what, shown, found, not (failed and shown))] if failed or not same(shown, found) else []
+    alike = bool(found.strip()) if remark == "generated" else same(shown, found, TRAINED if remark else DIGITS)
+    return [] if alike and not failed else [Untrue(where, what, shown, found, not (failed and shown))]
 
 
 class _Terminal(io.StringIO):
@@ -213,7 +221,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def _alike(ours: tuple[str, str], theirs: tuple[str, str]) -> bool:
+def _alike(ours: tuple[str, str], theirs: tuple[str, str], digits: float) -> bool:
     if ours == theirs:
         return True
     (kind, shown), (other, found) = ours, theirs
@@ -228,7 +236,7 @@ def _alike(ours: tuple[str, str], theirs: tuple[str, str]) -> bool:
         return max(a, b) <= FACTOR * min(a, b)
     places = max(len(text.partition("e")[0].partition(".")[2]) for text in (shown, found))
     last = 0 if "e" in shown + found else 1.001 * 10.0**-places
-    return abs(a - b) <= max(DIGITS * abs(a), last)
+    return abs(a - b) <= max(digits * abs(a), last)
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os.path import relpath
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
     basis = adapted.basis_of(adapter, options.basis, trust=options.trust_basis)
     if basis is not None and options.basis is None:
-        progress(Progress(f"{adapter.name}: takes its basis, by its digests, from {basis.path}"))
+        progress(Progress(f"{adapter.name}: takes its basis, by its digests, from {relpath(basis.path)}"))
     if note := adapted.without_digests(adapter, basis):
         progress(Progress(f"Warning: {note}."))
     if options.base is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,9 @@ def match(
     sources = _open_sources(adapter, options, headers_only=headers_only)
     for source in sources:
         if source.basis is not None and options.basis is None:
-            progress(Progress(f"{source.adapter.name}: takes its basis, by its digests, from {source.basis.path}"))
+            progress(
+                Progress(f"{source.adapter.name}: takes its basis, by its digests, from {relpath(source.basis.path)}")
+            )
     location, warnings = _base_location(base, sources[0].adapter, options)
     checkpoint = open_checkpoint(
         location, headers_only=headers_only, everything=True, progress=lambda text: progress(Progress(text))
