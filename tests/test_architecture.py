@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,24 @@ def test_only_the_command_line_prints(path: Path) -> None:
     prints = str(path.relative_to(ROOT)) == "training/report.py"  # print_trainable_parameters, as PEFT has it
     if path.relative_to(ROOT).parts[0] != "cli" and not prints:
         assert not printing + streams
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_messages_of_the_library_name_parameters_not_flags(path: Path) -> None:
+    """In backticks, which the command line shows as flags; a card's shell command is one."""
+    if path.relative_to(ROOT).parts[0] == "cli":
+        return
+    tree = ast.parse(path.read_text())
+    documents = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    named = [node.value for node in texts if id(node) not in documents and re.search(r"(?<!\S)--[a-z]", node.value)]
+    assert named == ([" --basis FILE"] if path.name == "saving.py" else [])
 
 
 def test_no_torch_at_import_time_outside_the_numbers() -> None:
