@@ -34,7 +34,7 @@ class DecomposeOptions(values.Options):
     seed: int = option(0, values.seed)  #: of the sparse pattern
     device: str = option("auto", values.device)
     precision: str = option("auto", values.choice(*PRECISIONS))  #: of the products with weights
-    dtype: str = option("float32", values.choice(*V_DTYPES))  #: of the stored V
+    dtype: str = option("float32", values.dtype(*V_DTYPES))  #: of the stored V
     cache_size: int = option(128 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
     revision: str | None = option(None, optional(values.text))
     subfolder: str = option("", values.text_or_nothing)
