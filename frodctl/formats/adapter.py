@@ -455,6 +455,10 @@ def write_adapter(
     """
     from frodctl.checkpoint.stream import digest
 
+    if (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder}: holds a model (config.json), which transformers would load with the adapter; name another folder"
+        )
     if (folder / CONFIG_FILE).is_file() and "frodctl" not in read_json(folder / CONFIG_FILE):
         raise UsageError(f"{folder}: holds an adapter that is not frodctl's; name another folder")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
