@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import frodctl
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import Location
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import open_adapter
 from frodctl.jobs.progress import Progress

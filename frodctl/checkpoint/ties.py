@@ -6,10 +6,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frodctl.checkpoint import codec
-from frodctl.checkpoint.records import TensorInfo
+
+if TYPE_CHECKING:  # which knows its ties
+    from frodctl.checkpoint.records import TensorInfo
 
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|wte|(word_)?embeddings?|shared|embed_in|tok_embeddings|tokens_embed|w)\.weight"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from frodctl.checkpoint import codec, names
-from frodctl.checkpoint.source import ADAPTER_FILES
+from frodctl.checkpoint.records import ADAPTER_FILES
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
 from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis

@@ -137,7 +137,7 @@ class BasisFile:
 
     def tensor(self, name: str) -> Any:
         """The torch.Tensor of that name, in its stored dtype; `InvalidInput` where it is not the recorded one."""
-        from frodctl.checkpoint.source import TensorInfo
+        from frodctl.checkpoint.records import TensorInfo
         from frodctl.checkpoint.stream import read_tensor
 
         spec, offset = self._place(name)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from frodctl.checkpoint import names
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats import adapted
 from frodctl.formats.adapter import base_scales_key, lambda_key, open_adapter, shared_keys

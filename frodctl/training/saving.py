@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import frodctl
 from frodctl import values
 from frodctl.checkpoint import codec, names, sink
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import Location
 from frodctl.checkpoint.stream import DTYPE_NAMES, digest
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats import adapted

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 import frodctl
-from frodctl.checkpoint.source import Checkpoint, Location, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import Checkpoint, Location
 from tests.conftest import llama_layers, save_checkpoint
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -10,8 +10,9 @@ from typing import Any
 import frodctl
 from frodctl import values
 from frodctl.checkpoint import codec, names, sink, targets
+from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
-from frodctl.checkpoint.source import Checkpoint, open_checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.decompose.options import MEGABYTE, V_DTYPES, DecomposeOptions

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import frodctl
 from frodctl.checkpoint import codec, sink
-from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file

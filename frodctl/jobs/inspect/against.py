@@ -11,7 +11,8 @@ import torch
 
 from frodctl.checkpoint import codec, names, stream
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.source import Checkpoint, TensorInfo, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
 from frodctl.jobs.inspect.options import InspectOptions

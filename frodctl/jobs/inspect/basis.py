@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from frodctl.checkpoint import stream
-from frodctl.checkpoint.source import Checkpoint, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
 from frodctl.formats import adapted
 from frodctl.formats.basis_file import BasisFile, ModuleRecord

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from frodctl.checkpoint import stream
-from frodctl.checkpoint.source import TensorInfo
+from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import InvalidInput
 from frodctl.method.estimate import Products, estimate, frobenius_norm
 from frodctl.method.linalg import Scratch

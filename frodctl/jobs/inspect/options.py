@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from frodctl import values
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import Location
 from frodctl.errors import UsageError
 from frodctl.values import option, optional
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from frodctl.checkpoint import names
 from frodctl.checkpoint import targets as linear_layers
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.source import Checkpoint, TensorInfo
+from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.errors import UsageError
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.options import InspectOptions

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from frodctl import values
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import Location
 from frodctl.values import option, optional
 
 FORMS = ("auto", "delta", "reconstruct")

@@ -18,8 +18,9 @@ from frodctl.checkpoint.companions import (
     is_of_sentence_transformers,
     module_folders,
 )
+from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
-from frodctl.checkpoint.source import Checkpoint, Location, TensorInfo, open_checkpoint
+from frodctl.checkpoint.records import Checkpoint, Location, TensorInfo
 from frodctl.checkpoint.targets import Target, linear_layer
 from frodctl.errors import InvalidInput
 from frodctl.formats import adapted

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from frodctl.checkpoint import names, stream
-from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats import adapted
 from frodctl.formats.fields import is_alpha

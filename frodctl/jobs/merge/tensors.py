@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from frodctl.checkpoint import codec, stream
+from frodctl.checkpoint.records import TensorInfo
 from frodctl.checkpoint.shards import ShardWriter
-from frodctl.checkpoint.source import TensorInfo
 from frodctl.errors import InvalidInput
 from frodctl.jobs.merge.plan import MergePlan, Source, Weight, flops
 from frodctl.jobs.merge.updates import Task, WeightUpdates, all_finite

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frodctl.checkpoint import stream
-from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
 from frodctl.formats import adapted
 from frodctl.jobs.merge.plan import Part, Source, Weight
