@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from frodctl import values
+from frodctl.adapted import opening
+from frodctl.adapted.positions import drawn
 from frodctl.checkpoint.requests import module_matcher
 from frodctl.checkpoint.targets import DEFAULT_TARGETS
 from frodctl.errors import InvalidInput, UsageError
-from frodctl.formats import adapted
 from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
-from frodctl.method.pattern import patterns
 from frodctl.training import trainer
 from frodctl.training.attached import (
     Attached,
@@ -115,12 +115,12 @@ def attach(
     """
     values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")
     opened = resolved(basis)
-    if note := adapted.without_digests(opened):
+    if note := opening.without_digests(opened):
         warnings.warn(note, stacklevel=2)
     chosen = choose(model, opened, target_modules, exclude_modules)
-    drawn, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
+    seed, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
     saved = values.names(modules_to_save, "modules_to_save")
-    attached = Attached(opened, chosen, rates, drawn, saved, checked_dropout(dropout))
+    attached = Attached(opened, chosen, rates, seed, saved, checked_dropout(dropout))
     return install(model, attached, indices, adapter_name)
 
 
@@ -342,10 +342,10 @@ def _patterns(
     rates = {category: float(opened.metadata.sparsity[category]) for category in categories}
     seed = None if given is None else values.seed(given, "seed")
     if sparsity is None and seed is None:
-        drawn = opened.indices()
-        stored = any(f"indices.{category}" in opened for category in drawn)
-        replayable = not stored and categories == set(drawn)
-        return opened.metadata.seed if replayable else None, rates, {c: drawn[c] for c in categories}
+        found = opened.indices()
+        stored = any(f"indices.{category}" in opened for category in found)
+        replayable = not stored and categories == set(found)
+        return opened.metadata.seed if replayable else None, rates, {c: found[c] for c in categories}
     if isinstance(sparsity, Mapping):
         for category, rate in sparsity.items():
             values.require(
@@ -355,13 +355,7 @@ def _patterns(
     elif sparsity is not None:
         rates = dict.fromkeys(categories, values.share(sparsity, "sparsity", at_least=0, at_most=1))
     seed = opened.metadata.seed if seed is None else seed
-    return seed, rates, draw(opened, rates, seed)
-
-
-def draw(opened: BasisFile, rates: Mapping[str, float], seed: int) -> dict[str, Tensor]:
-    """The positions that a seed stands for, for these categories alone, as `frodctl.merge` draws them."""
-    widths = {category: opened.width(category) for category in rates}
-    return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
+    return seed, rates, drawn({category: opened.width(category) for category in rates}, rates, seed)
 
 
 def checked_name(adapter_name: Any) -> str:

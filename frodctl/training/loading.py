@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from frodctl import values
+from frodctl.adapted import opening
+from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import names
 from frodctl.checkpoint.records import Location
 from frodctl.errors import InvalidInput
-from frodctl.formats import adapted
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.training.attached import (
@@ -72,11 +73,11 @@ def load_adapter(
     provenance = adapter.provenance
     if provenance is None or provenance.form != "delta":
         raise InvalidInput(f"{adapter.name}: not trained by frodctl; merge it into its base instead (frodctl merge)")
-    found = adapted.basis_of(adapter, given) or adapted.basis_in(adapter)
+    found = opening.basis_of(adapter, given) or opening.basis_in(adapter)
     if found is None:
-        raise adapted.no_basis(adapter)
+        raise opening.no_basis(adapter)
     opened = resolved(found)
-    if note := adapted.without_digests(adapter, opened):
+    if note := opening.without_digests(adapter, opened):
         warnings.warn(note, stacklevel=2)
     modules = _modules(model, adapter, opened)
     attached = Attached(
@@ -90,7 +91,7 @@ def load_adapter(
     )
     for info in adapter.bases.values():  # compared with its digest, though the basis file's may be used
         adapter.tensor(info)
-    indices = adapted.positions_of(adapter, opened)
+    indices = positions_of(adapter, opened)
     numbers = _numbers(adapter, opened, modules)
     replaced = _replaced(model, adapter)
     install(model, attached, indices, adapter_name)
@@ -113,7 +114,7 @@ def _sub_folder(folder: str | Path, name: str) -> str | None:
 
 def _modules(model: nn.Module, adapter: Adapter, opened: BasisFile) -> list[tuple[str, ModuleRecord, TrainedModule]]:
     """For each trained module its path in this model, its record in the basis, and its tensors."""
-    records = adapted.records_of(adapter, opened)
+    records = opening.records_of(adapter, opened)
     live = live_paths(model, {record.name: record for record in records.values()})
     found = []
     for module in adapter.modules:
@@ -141,7 +142,7 @@ def _numbers(
     """δ and the values of S by path in the model."""
     found = {}
     for path, record, module in modules:
-        start = adapted.start_of(adapter, module, opened, {module.module: record})
+        start = opening.start_of(adapter, module, opened, {module.module: record})
         scales = adapter.tensor(module.scales).double()
         sparse = adapter.tensor(module.values).float() if module.values is not None else torch.zeros(0)
         found[path] = (scales - start.double()).float(), sparse

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frodctl.formats import adapted
+from frodctl.adapted import opening
+from frodctl.adapted.positions import positions_of
 from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.inspect import headers
@@ -27,14 +28,14 @@ _QUANTILES = (0.5, 0.95)
 
 def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progress: Callback) -> Report:
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
-    basis = adapted.basis_of(adapter, options.basis, trust=options.trust_basis)
+    basis = opening.basis_of(adapter, options.basis, trust=options.trust_basis)
     if basis is not None and options.basis is None:
         progress(Progress(f"{adapter.name}: takes its basis, by its digests, from {relpath(basis.path)}"))
-    if note := adapted.without_digests(adapter, basis):
+    if note := opening.without_digests(adapter, basis):
         progress(Progress(f"Warning: {note}."))
     if options.base is not None:
         if adapter.lacking and basis is None:
-            raise adapted.no_basis(adapter)
+            raise opening.no_basis(adapter)
         merging = MergeOptions(
             basis=basis.path if basis else None, trust_basis=options.trust_basis, token=options.token,
             cache_dir=options.cache_dir, offline=options.offline,
@@ -60,16 +61,16 @@ class _Trained:
 
     def __init__(self, adapter: Adapter, basis: BasisFile | None) -> None:
         self.adapter, self.basis = adapter, basis
-        self.records = adapted.records_of(adapter, basis) if basis is not None else {}
+        self.records = opening.records_of(adapter, basis) if basis is not None else {}
         # checked, though the figures of S do not depend on where it is
         if adapter.indices or basis is not None:
-            adapted.positions_of(adapter, basis)
+            positions_of(adapter, basis)
 
     def of(self, module: TrainedModule) -> tuple[Tensor, Tensor, Tensor | None]:
         """λ', the values of S, and λ where a file says it."""
         scales = self.adapter.tensor(module.scales)
         values = self.adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
-        return scales, values, adapted.start_of(self.adapter, module, self.basis, self.records)
+        return scales, values, opening.start_of(self.adapter, module, self.basis, self.records)
 
 
 def changes(scales: Tensor, values: Tensor, start: Tensor | None) -> dict[str, Any]:

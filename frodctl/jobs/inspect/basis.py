@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frodctl.adapted import opening
 from frodctl.checkpoint import stream
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
-from frodctl.formats import adapted
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
@@ -30,7 +30,7 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
     if options.base is not None:
         location = options.location_of_other(options.base)
         checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
-    if note := adapted.without_digests(basis):
+    if note := opening.without_digests(basis):
         progress(Progress(f"Warning: {note}."))
     figures = _BasisFigures(basis, checkpoint, options)
     there = headers.basis_rows(basis)

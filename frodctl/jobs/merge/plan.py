@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from frodctl import values
+from frodctl.adapted import opening
 from frodctl.checkpoint import codec, names, shards, sink, ties
 from frodctl.checkpoint.companions import (
     MODULES_FILE,
@@ -23,7 +24,6 @@ from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.records import Checkpoint, Location, TensorInfo
 from frodctl.checkpoint.targets import Target, linear_layer
 from frodctl.errors import InvalidInput
-from frodctl.formats import adapted
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.merge import config as model_config
@@ -277,7 +277,7 @@ def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) 
 
 
 def _open_sources(adapter: str | Adapter, options: MergeOptions, *, headers_only: bool) -> tuple[Source, ...]:
-    given = adapted.opened(options.basis) if options.basis is not None else None
+    given = opening.opened(options.basis) if options.basis is not None else None
     asked: list[tuple[str | Adapter, float, str | None]] = [(adapter, options.scale, options.adapter_name)]
     asked += [(name, scale, None) for name, scale in options.also]
     sources = []
@@ -288,7 +288,7 @@ def _open_sources(adapter: str | Adapter, options: MergeOptions, *, headers_only
         form = options.form
         if form == "auto":
             form = opened.provenance.form if opened.provenance else "reconstruct"
-        basis = adapted.basis_of(opened, given, trust=options.trust_basis) if opened.lacking else None
+        basis = opening.basis_of(opened, given, trust=options.trust_basis) if opened.lacking else None
         recompute = bool(opened.lacking) and basis is None
         if recompute:
             _check_recomputing(opened, options)
@@ -298,7 +298,7 @@ def _open_sources(adapter: str | Adapter, options: MergeOptions, *, headers_only
 
 def _check_recomputing(adapter: Adapter, options: MergeOptions) -> None:
     """`InvalidInput` unless V may come from PEFT's routine."""
-    error = adapted.no_basis(adapter)
+    error = opening.no_basis(adapter)
     if adapter.provenance is not None and options.recompute_projection:
         raise InvalidInput(
             f"{error}; `recompute_projection` gives another V than the one whose digest the adapter records"
@@ -490,7 +490,7 @@ def _warnings(sources: Sequence[Source], replaced: Mapping[str, tuple[Source, Te
                 "(`projection_dtype`), or the result is wrong"
             )
     files = [part for source in sources for part in (source.adapter, source.basis)]
-    warnings += [note] if (note := adapted.without_digests(*files)) else []
+    warnings += [note] if (note := opening.without_digests(*files)) else []
     unscaled = sorted(name for name, (source, _) in replaced.items() if source.scale != 1)
     if unscaled:
         more = f" and {len(unscaled) - 1} more" if len(unscaled) > 1 else ""

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from frodctl.adapted import opening
 from frodctl.checkpoint import stream
 from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
-from frodctl.formats import adapted
 from frodctl.jobs.merge.plan import Part, Source, Weight
 from frodctl.jobs.merge.projection import Projections
 from frodctl.method.update import Blocks, CategoryUpdate
@@ -104,7 +104,7 @@ class WeightUpdates:
         values = adapter.tensor(trained.values) if trained.values is not None else scales.new_zeros(0)
         # PEFT begins with the scales that it computes
         basis = part.source.basis if adapter.provenance is not None else None
-        return Trained(part, scales, values, adapted.start_of(adapter, trained, basis, self.records[id(part.source)]))
+        return Trained(part, scales, values, opening.start_of(adapter, trained, basis, self.records[id(part.source)]))
 
     def _check_digest(self, weight: Weight, stored: Tensor) -> None:
         """Compare the base's bytes with what adapter or basis say they were made from."""
@@ -181,8 +181,8 @@ def _held_in(part: Part) -> torch.dtype | None:
     return None if name is None else stream.TORCH_DTYPES[name]
 
 
-def _records(source: Source) -> adapted.Records:
-    return adapted.records_of(source.adapter, source.basis) if source.basis is not None else {}
+def _records(source: Source) -> opening.Records:
+    return opening.records_of(source.adapter, source.basis) if source.basis is not None else {}
 
 
 def all_finite(tensor: Tensor) -> bool:
