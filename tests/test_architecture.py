@@ -30,6 +30,7 @@ TORCH_FREE = (
     "values.py",
     "cli/*.py",
     "adapted/__init__.py",
+    "adapted/matching.py",
     "adapted/opening.py",
     "adapted/positions.py",
     "formats/*.py",

@@ -7,17 +7,35 @@ Merging, inspecting, loading and the bridge to PEFT all take V and λ from here,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
 from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import codec, names
-from frodctl.checkpoint.records import ADAPTER_FILES
+from frodctl.checkpoint.records import ADAPTER_FILES, Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
 from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis
 
 Records = Mapping[str, ModuleRecord]  #: of a basis, by the module's path in the live model
+
+
+#: What models are trained in, as the safetensors format calls it.
+_MODEL_DTYPES = {"F32", "BF16", "F16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One adapter, and how it is to be applied."""
+
+    adapter: Adapter = field(repr=False)
+    scale: float
+    form: str  #: delta or reconstruct
+    basis: BasisFile | None = field(repr=False)  #: where V is, for an adapter without
+    recompute: bool  #: whether V comes from PEFT's routine
+    projection_dtype: str | None = None  #: of V (the format's name) for PEFT's adapters without; None: the base's
 
 
 def opened(basis: str | Path | BasisFile) -> BasisFile:
@@ -55,6 +73,95 @@ def basis_of(
     basis = opened(given)
     check_basis(adapter, basis, trust=trust)
     return basis
+
+
+def found_near(adapter: Adapter, basis: BasisFile) -> str:
+    """The note on a basis file that was not given but found."""
+    return f"{adapter.name}: takes its basis, by its digests, from {relpath(basis.path)}"
+
+
+def open_source(
+    adapter: Adapter,
+    given: str | Path | BasisFile | None = None,
+    *,
+    trust: bool | None = None,
+    recompute: bool | None = None,
+    projection_dtype: str | None = None,
+    form: str | None = None,
+    scale: float = 1.0,
+) -> Source:
+    """Resolve where an adapter's V comes from, and how the adapter is to be applied.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    given, trust
+        As for `basis_of`; for an adapter without V.
+    recompute : bool, optional
+        Have PEFT's routine compute V where there is none. None: the caller offers no choice.
+    projection_dtype : str, optional
+        The format's name of the dtype of the base as a PEFT adapter without V was trained over it.
+    form : {"delta", "reconstruct"}, optional
+        By default as it was trained.
+    scale : float
+
+    Raises
+    ------
+    InvalidInput
+        There is no V, or not the adapter's.
+    """
+    basis = basis_of(adapter, given, trust=trust) if adapter.lacking else None
+    recomputes = bool(adapter.lacking) and basis is None
+    if recomputes:
+        _check_recomputing(adapter, recompute)
+    trained = adapter.provenance.form if adapter.provenance else "reconstruct"
+    return Source(adapter, scale, form or trained, basis, recomputes, projection_dtype or _projection_dtype(adapter))
+
+
+def _check_recomputing(adapter: Adapter, asked: bool | None) -> None:
+    """`InvalidInput` unless V may come from PEFT's routine."""
+    error = no_basis(adapter)
+    if adapter.provenance is not None and asked:
+        raise InvalidInput(
+            f"{error}; `recompute_projection` gives another V than the one whose digest the adapter records"
+        )
+    if not asked:
+        offered = adapter.provenance is None and asked is not None
+        hint = ", or `recompute_projection=True` for what PEFT computes on this machine" if offered else ""
+        raise InvalidInput(f"{error}{hint}")
+
+
+def _projection_dtype(adapter: Adapter) -> str | None:
+    """The dtype of the base in the training of a PEFT adapter without V; None where nothing tells.
+
+    PEFT keeps λ in float32 over a 16-bit base too, unless it is told not to; what was trained as a whole keeps the
+    model's dtype.
+    """
+    if adapter.provenance is not None or not adapter.lacking:
+        return None
+    scales = {module.scales.dtype for module in adapter.modules} - {"F32"}
+    found = scales or {info.dtype for info in adapter.replaced.values()} & _MODEL_DTYPES
+    return found.pop() if len(found) == 1 else None
+
+
+def base_of(location: Location, adapter: Adapter) -> tuple[Location, list[str]]:
+    """Where the base is, for ``-`` the one that the adapter names; and a warning where it is called otherwise there.
+
+    Raises
+    ------
+    InvalidInput
+        The adapter names none.
+    """
+    recorded = adapter.base
+    if location.model == "-":
+        if recorded is None:
+            raise InvalidInput(f"{adapter.name}: does not name its base model; name it in place of -")
+        own = adapter.config.get("revision")
+        revision = location.revision or (own if isinstance(own, str) else None)
+        return replace(location, model=recorded, revision=revision), []
+    if recorded is not None and Path(recorded.partition("@")[0]).name != location.short_name():
+        return location, [f"the adapter was trained on {recorded}, not on {location.model}"]
+    return location, []
 
 
 def no_basis(adapter: Adapter) -> InvalidInput:
@@ -212,6 +319,15 @@ def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, r
     if own is not None and not own.float().equal(found):
         raise InvalidInput(f"{adapter.name}: {module.module} began at other scales than {basis.path} has")
     return found
+
+
+def trained_of(
+    adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records
+) -> tuple[Any, Any, Any]:
+    """λ' (n,) and the values of S (nnz,) of a module, and λ (n,) where adapter or basis say it (see `start_of`)."""
+    scales = adapter.tensor(module.scales)
+    values = adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
+    return scales, values, start_of(adapter, module, basis, records)
 
 
 def without_digests(*sources: Adapter | BasisFile | None) -> str | None:

@@ -76,7 +76,7 @@ def _check_positions(adapter: Adapter, category: str, positions: Any, where: str
 
 
 def drawn(widths: Mapping[str, int], rates: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """The positions that a seed stands for, by category (those of ``rates``), as everybody draws them."""
+    """The positions that a seed stands for, by category, as everybody draws them."""
     import torch
 
     from frodctl.method.pattern import patterns

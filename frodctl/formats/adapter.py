@@ -84,6 +84,8 @@ class Provenance:
         yield "head", _is_head(self.head)
 
 
+#: PEFT's task types whose heads have labels.
+LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 #: What a config.json, and so `Provenance.head`, says of a head's labels.
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 #: Those fields of `Provenance` that are JSON objects.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from frodctl.checkpoint import names
+from frodctl.adapted import matching
 from frodctl.errors import UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.training.layer import FrodLinear, SavedModule, Update
@@ -93,8 +93,4 @@ def live_paths(model: nn.Module, known: Mapping[str, Any]) -> dict[str, str]:
     """The path in the model of each of the checkpoint's modules that it has exactly once."""
     inner = tuple(f"{path}." for path in frod_layers(model))
     paths = [path for path, _ in model.named_modules() if path and not path.startswith(inner)]
-    found: dict[str, list[str]] = {}
-    for path, name in names.match(paths, known.keys()).items():
-        if name is not None:
-            found.setdefault(name, []).append(path)
-    return {name: live[0] for name, live in found.items() if len(live) == 1}
+    return matching.live_paths(paths, known.keys())

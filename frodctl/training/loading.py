@@ -142,10 +142,8 @@ def _numbers(
     """δ and the values of S by path in the model."""
     found = {}
     for path, record, module in modules:
-        start = opening.start_of(adapter, module, opened, {module.module: record})
-        scales = adapter.tensor(module.scales).double()
-        sparse = adapter.tensor(module.values).float() if module.values is not None else torch.zeros(0)
-        found[path] = (scales - start.double()).float(), sparse
+        scales, sparse, start = opening.trained_of(adapter, module, opened, {module.module: record})
+        found[path] = (scales.double() - start.double()).float(), sparse.float()
     return found
 
 

@@ -116,9 +116,7 @@ def load(
     peft, layers = _modules()
     adapter = open_adapter(Location(str(folder)))
     given = None if basis is None else resolved(basis)
-    opened = opening.basis_of(adapter, given) if adapter.lacking else None
-    if adapter.lacking and opened is None:
-        raise opening.no_basis(adapter)
+    opened = opening.open_source(adapter, given).basis
     if note := opening.without_digests(adapter, opened):
         warnings.warn(note, stacklevel=2)
     for module in adapter.modules:

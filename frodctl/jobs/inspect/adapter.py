@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from os.path import relpath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from frodctl.adapted import opening
+from frodctl.adapted.matching import Match, Weight, match
 from frodctl.adapted.positions import positions_of
+from frodctl.adapted.updates import WeightUpdates
 from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
-from frodctl.jobs.merge.options import MergeOptions
-from frodctl.jobs.merge.plan import Match, Weight, match
-from frodctl.jobs.merge.updates import WeightUpdates
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
@@ -30,17 +28,14 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
     basis = opening.basis_of(adapter, options.basis, trust=options.trust_basis)
     if basis is not None and options.basis is None:
-        progress(Progress(f"{adapter.name}: takes its basis, by its digests, from {relpath(basis.path)}"))
+        progress(Progress(opening.found_near(adapter, basis)))
     if note := opening.without_digests(adapter, basis):
         progress(Progress(f"Warning: {note}."))
     if options.base is not None:
-        if adapter.lacking and basis is None:
-            raise opening.no_basis(adapter)
-        merging = MergeOptions(
-            basis=basis.path if basis else None, trust_basis=options.trust_basis, token=options.token,
-            cache_dir=options.cache_dir, offline=options.offline,
-        )  # fmt: skip
-        rows = _with_base(match(options.base, adapter, merging, progress=progress), basis, options)
+        source = opening.open_source(adapter, basis, trust=options.trust_basis)
+        location = options.location_of_other(options.base)
+        found = match(location, (source,), progress=lambda text: progress(Progress(text)))
+        rows = _with_base(found, basis, options)
     else:
         rows = _alone(adapter, basis, options)
     there = [module.module for module in adapter.modules]
@@ -68,9 +63,7 @@ class _Trained:
 
     def of(self, module: TrainedModule) -> tuple[Tensor, Tensor, Tensor | None]:
         """λ', the values of S, and λ where a file says it."""
-        scales = self.adapter.tensor(module.scales)
-        values = self.adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
-        return scales, values, opening.start_of(self.adapter, module, self.basis, self.records)
+        return opening.trained_of(self.adapter, module, self.basis, self.records)
 
 
 def changes(scales: Tensor, values: Tensor, start: Tensor | None) -> dict[str, Any]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from frodctl.adapted import opening
+from frodctl.adapted.matching import Weight
+from frodctl.adapted.opening import Source
 from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import names, stream
 from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.fields import is_alpha
-from frodctl.jobs.merge.plan import Source, Weight
 
 
 class Projections:
