@@ -15,15 +15,12 @@ from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import UsageError
 from frodctl.formats import basis_file
-from frodctl.jobs.decompose.options import MEGABYTE, V_DTYPES, DecomposeOptions
+from frodctl.jobs import SCHEMA_VERSION
+from frodctl.jobs.decompose.options import V_DTYPES, DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import choose_device
+from frodctl.jobs.resources import PROCESS_BYTES, choose_device
 from frodctl.method import budget, cost
 from frodctl.values import PathLike
-
-SCHEMA_VERSION = 1
-#: Resident memory of the process before any tensor: the interpreter and torch.
-_PROCESS_BYTES = 320 * MEGABYTE
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class DecomposePlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Peak resident memory of the whole process, about."""
-        return _PROCESS_BYTES + max(_working_bytes(c, self.options) for c in self.categories)
+        return PROCESS_BYTES + max(_working_bytes(c, self.options) for c in self.categories)
 
     @property
     def flops(self) -> float:

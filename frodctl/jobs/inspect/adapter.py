@@ -15,7 +15,7 @@ from frodctl.adapted.updates import WeightUpdates
 from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.inspect import headers
-from frodctl.jobs.inspect.matrices import Spectra
+from frodctl.jobs.inspect.matrices import Spectra, quantiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.progress import Callback, Progress
@@ -85,8 +85,8 @@ def changes(scales: Tensor, values: Tensor, start: Tensor | None) -> dict[str, A
     S = values.double().abs()
     moved = (scales.double() - start.double()).abs() if start is not None else None
     whole = float(S.square().sum() + moved.square().sum()) if moved is not None else 0.0
-    median, high = _quantiles(S)
-    moved_median, moved_high = _quantiles(moved) if moved is not None else (None, None)
+    median, high = quantiles(S, _QUANTILES)
+    moved_median, moved_high = quantiles(moved, _QUANTILES) if moved is not None else (None, None)
     relative = _ratio(moved.norm(), start.double().norm()) if moved is not None and start is not None else None
     return {
         "scales_norm": float(scales.double().norm()),
@@ -135,14 +135,6 @@ def _delta(weight: Weight, updates: WeightUpdates) -> tuple[Tensor, Tensor, Tens
     for rows, block in updates.changes(W, task) if task.trained else ():
         delta[rows] = block
     return delta, updates.start(weight, W), W.double().norm()
-
-
-def _quantiles(values: Tensor) -> tuple[float | None, float | None]:
-    if not len(values):
-        return None, None
-    ordered = values.sort().values
-    first, second = (float(ordered[round(q * (len(ordered) - 1))]) for q in _QUANTILES)
-    return first, second
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float | None:

@@ -24,16 +24,13 @@ from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import open_adapter
+from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.options import DTYPES, MergeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import choose_device
+from frodctl.jobs.resources import PROCESS_BYTES, choose_device
 from frodctl.method import cost
 from frodctl.values import PathLike
-
-SCHEMA_VERSION = 1
-MEGABYTE = 1_000_000
-_PROCESS_BYTES = 320 * MEGABYTE
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class MergePlan:
         """Peak resident memory of the whole process, about."""
         work = max((cost.update_memory_bytes(w.target.m, w.target.n) * len(w.parts) for w in self.weights), default=0)
         buffered = max((w.target.nbytes for w in self.weights), default=0)
-        return _PROCESS_BYTES + work + 4 * buffered
+        return PROCESS_BYTES + work + 4 * buffered
 
     @property
     def flops(self) -> float:
