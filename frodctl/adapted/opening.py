@@ -14,16 +14,12 @@ from typing import Any
 
 from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import codec, names
-from frodctl.checkpoint.records import ADAPTER_FILES, Location
+from frodctl.checkpoint.records import ADAPTER_FILES, MODEL_DTYPES, Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
 from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis
 
 Records = Mapping[str, ModuleRecord]  #: of a basis, by the module's path in the live model
-
-
-#: What models are trained in, as the safetensors format calls it.
-_MODEL_DTYPES = {"F32", "BF16", "F16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +136,7 @@ def _projection_dtype(adapter: Adapter) -> str | None:
     if adapter.provenance is not None or not adapter.lacking:
         return None
     scales = {module.scales.dtype for module in adapter.modules} - {"F32"}
-    found = scales or {info.dtype for info in adapter.replaced.values()} & _MODEL_DTYPES
+    found = scales or {info.dtype for info in adapter.replaced.values()} & set(MODEL_DTYPES.values())
     return found.pop() if len(found) == 1 else None
 
 
@@ -328,6 +324,24 @@ def trained_of(
     scales = adapter.tensor(module.scales)
     values = adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
     return scales, values, start_of(adapter, module, basis, records)
+
+
+def doubts(source: Source) -> list[str]:
+    """Warnings on a V that may be another one than was trained with."""
+    found, name = [], source.adapter.name
+    if source.recompute:
+        found.append(
+            f"{name} does not hold its basis; PEFT's routine recomputes it here, and where this machine differs "
+            "from the one it was trained on the result is wrong and nothing can tell"
+        )
+    if source.adapter.lacking and source.adapter.provenance is None:
+        called = {label: dtype for dtype, label in MODEL_DTYPES.items()}
+        dtype = called.get(source.projection_dtype or "", "the dtype of the base")
+        found.append(
+            f"{name}: V is taken in {dtype}; if the base was loaded in another dtype for training, say which "
+            "(`projection_dtype`), or the result is wrong"
+        )
+    return found
 
 
 def without_digests(*sources: Adapter | BasisFile | None) -> str | None:

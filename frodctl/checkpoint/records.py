@@ -17,6 +17,8 @@ from frodctl.checkpoint.inputs import kind_of
 from frodctl.checkpoint.ties import Ties, find_ties
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
+#: What models are trained in, and a basis stored: torch's name of the dtype, and the safetensors format's.
+MODEL_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 #: What transformers and diffusers call their weights, in the order in which one is preferred to another.
 WEIGHT_FILES = (
     "model.safetensors.index.json",

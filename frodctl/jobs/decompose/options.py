@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from frodctl import values
-from frodctl.checkpoint.records import Location
+from frodctl.checkpoint.records import MODEL_DTYPES, Location
 from frodctl.errors import UsageError
 from frodctl.values import option, optional
 
 MEGABYTE = 1_000_000
-#: How a stored V may be rounded: torch's name of the dtype, and the safetensors format's.
-V_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 PRECISIONS = ("auto", "float32", "float64")
 ALLOCATIONS = ("uniform", "spectrum")
 _SPARSITY = 0.01
@@ -34,7 +32,7 @@ class DecomposeOptions(values.Options):
     seed: int = option(0, values.seed)  #: of the sparse pattern
     device: str = option("auto", values.device)
     precision: str = option("auto", values.choice(*PRECISIONS))  #: of the products with weights
-    dtype: str = option("float32", values.choice(*V_DTYPES))  #: of the stored V
+    dtype: str = option("float32", values.choice(*MODEL_DTYPES))  #: of the stored V
     cache_size: int = option(128 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
     revision: str | None = option(None, optional(values.text))
     subfolder: str = option("", values.text_or_nothing)

@@ -12,11 +12,11 @@ from frodctl import values
 from frodctl.checkpoint import codec, names, sink, targets
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
-from frodctl.checkpoint.records import Checkpoint
+from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
 from frodctl.errors import UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs import SCHEMA_VERSION
-from frodctl.jobs.decompose.options import V_DTYPES, DecomposeOptions
+from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device
 from frodctl.method import budget, cost
@@ -122,7 +122,7 @@ class DecomposePlan:
     def specs(self, category: CategoryPlan) -> list[codec.TensorSpec]:
         """The tensors that the file holds of a category."""
         modules = [target.module for target in category.targets]
-        return basis_file.specs_of(category.name, category.n, V_DTYPES[self.options.dtype], modules)
+        return basis_file.specs_of(category.name, category.n, MODEL_DTYPES[self.options.dtype], modules)
 
     def metadata(self, digests: Mapping[str, str], modules: Mapping[str, str]) -> basis_file.BasisMetadata:
         """The file's metadata, given the digests of each of its tensors and of each module's weight."""

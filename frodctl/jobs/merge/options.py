@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from frodctl import values
-from frodctl.checkpoint.records import Location
+from frodctl.checkpoint.records import MODEL_DTYPES, Location
 from frodctl.values import option, optional
 
 FORMS = ("auto", "delta", "reconstruct")
-#: Dtypes to convert to: torch's name, and the safetensors format's.
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,12 @@ class MergeOptions(values.Options):
     #: run PEFT's routine for the V of an adapter without one
     recompute_projection: bool = option(False, values.flag)
     #: of the base as a PEFT adapter without V was trained over it; auto: as the adapter tells, or as it is stored
-    projection_dtype: str = option("auto", values.choice("auto", *DTYPES))
+    projection_dtype: str = option("auto", values.choice("auto", *MODEL_DTYPES))
     form: str = option("auto", values.choice(*FORMS))
     scale: float = option(1.0, values.share)  #: s of W + s (W' − W)
     also: tuple[tuple[str, float], ...] = option((), values.several_scaled)  #: further adapters, each with its scale
     adapter_name: str | None = option(None, optional(values.text))  #: which of several adapters in the folder
-    dtype: str = option("auto", values.choice("auto", *DTYPES))  #: of the result; auto keeps each tensor's
+    dtype: str = option("auto", values.choice("auto", *MODEL_DTYPES))  #: of the result; auto keeps each tensor's
     max_shard_size: int = option("5GB", values.shard_size)  #: bytes of tensors in one file
     device: str = option("auto", values.device)
     revision: str | None = option(None, optional(values.text))

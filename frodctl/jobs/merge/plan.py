@@ -13,20 +13,14 @@ from frodctl.adapted import opening
 from frodctl.adapted.matching import Weight, match
 from frodctl.adapted.opening import Source
 from frodctl.checkpoint import codec, shards, sink
-from frodctl.checkpoint.companions import (
-    MODULES_FILE,
-    companions,
-    files_below,
-    is_of_sentence_transformers,
-    module_folders,
-)
-from frodctl.checkpoint.records import Checkpoint, TensorInfo
+from frodctl.checkpoint.companions import copied_files
+from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, TensorInfo
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import open_adapter
 from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.merge import config as model_config
-from frodctl.jobs.merge.options import DTYPES, MergeOptions
+from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device
 from frodctl.method import cost
@@ -192,7 +186,7 @@ def plan_merge(
         names=new_names,
         shards=shards.plan_shards(specs, chosen.max_shard_size),
         config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
-        files=_files(checkpoint, as_sentences=not added),
+        files=copied_files(checkpoint, as_sentences=not added),
         warnings=(*found.warnings, *_warnings(sources, replaced)),
     )
     if not dry_run:
@@ -210,7 +204,7 @@ def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool, pr
             given,
             trust=options.trust_basis,
             recompute=options.recompute_projection,
-            projection_dtype=DTYPES.get(options.projection_dtype),
+            projection_dtype=MODEL_DTYPES.get(options.projection_dtype),
             form=None if options.form == "auto" else options.form,
             scale=scale,
         )
@@ -255,7 +249,7 @@ def _specs(
     """The output's tensors, in the base's order, then what is new."""
 
     def dtype(stored: str) -> str:
-        return DTYPES[options.dtype] if options.dtype != "auto" and stored in codec.FLOAT_DTYPES else stored
+        return MODEL_DTYPES[options.dtype] if options.dtype != "auto" and stored in codec.FLOAT_DTYPES else stored
 
     # a pickle of the old kind has no places in its file
     order = sorted(checkpoint.tensors.values(), key=lambda i: (i.file, 0 if i.data is not None else i.offset, i.name))
@@ -267,40 +261,8 @@ def _specs(
     return specs
 
 
-def _files(checkpoint: Checkpoint, *, as_sentences: bool) -> tuple[str, ...]:
-    """What is copied beside the weights; nothing is known of it where only headers were fetched.
-
-    What makes a sentence-transformers model of the base is left out where that is not wanted.
-    """
-    if checkpoint.root is None or not checkpoint.config:
-        return ()
-    path = checkpoint.path
-    # a single file's folder may be anybody's: no sub-folders
-    found = files_below(checkpoint.root, sub_folders=path is None or not path.is_file())
-    folders = module_folders(checkpoint.root / MODULES_FILE)
-    chosen = [name for name in companions(found, folders) if name != "config.json"]
-    if not as_sentences:
-        chosen = [name for name in chosen if not is_of_sentence_transformers(name, folders)]
-    return tuple(chosen)
-
-
 def _warnings(sources: Sequence[Source], replaced: Mapping[str, tuple[Source, TensorInfo]]) -> list[str]:
-    warnings = []
-    for source in sources:
-        name = source.adapter.name
-        if source.recompute:
-            warnings.append(
-                f"{name} does not hold its basis; PEFT's routine recomputes it here, and where this machine differs "
-                "from the one it was trained on the result is wrong and nothing can tell"
-            )
-        if source.adapter.lacking and source.adapter.provenance is None:
-            dtype = next(
-                (d for d, label in DTYPES.items() if label == source.projection_dtype), "the dtype of the base"
-            )
-            warnings.append(
-                f"{name}: V is taken in {dtype}; if the base was loaded in another dtype for training, say which "
-                "(`projection_dtype`), or the result is wrong"
-            )
+    warnings = [doubt for source in sources for doubt in opening.doubts(source)]
     files = [part for source in sources for part in (source.adapter, source.basis)]
     warnings += [note] if (note := opening.without_digests(*files)) else []
     unscaled = sorted(name for name, (source, _) in replaced.items() if source.scale != 1)
