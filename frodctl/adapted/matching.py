@@ -91,7 +91,7 @@ def match(
 def live_paths(paths: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """Of a live model's paths that of each of the checkpoint's modules that it has exactly once."""
     found: dict[str, list[str]] = {}
-    for path, name in names.match(list(paths), known).items():
+    for path, name in names.match(paths, known).items():
         if name is not None:
             found.setdefault(name, []).append(path)
     return {name: live[0] for name, live in found.items() if len(live) == 1}
