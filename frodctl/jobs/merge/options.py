@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from frodctl import values
-from frodctl.checkpoint.records import MODEL_DTYPES, Location
+from frodctl.checkpoint.records import MODEL_DTYPES
+from frodctl.jobs.options import HubOptions
 from frodctl.values import option, optional
 
 FORMS = ("auto", "delta", "reconstruct")
 
 
 @dataclass(frozen=True)
-class MergeOptions(values.Options):
+class MergeOptions(HubOptions):
     """The parameters of `frodctl.merge`, each in its one form; the command line has a flag for each."""
 
     basis: Path | None = option(None, optional(values.basis))  #: for an adapter without V; None: found near it
@@ -31,15 +31,6 @@ class MergeOptions(values.Options):
     dtype: str = option("auto", values.choice("auto", *MODEL_DTYPES))  #: of the result; auto keeps each tensor's
     max_shard_size: int = option("5GB", values.shard_size)  #: bytes of tensors in one file
     device: str = option("auto", values.device)
-    revision: str | None = option(None, optional(values.text))
-    subfolder: str = option("", values.text_or_nothing)
-    token: str | None = option(None, optional(values.text), repr=False)
-    cache_dir: str | None = option(None, optional(values.model))
-    offline: bool = option(False, values.flag)
     force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
     verify: bool = option(True, values.flag)  #: read the result again before it gets its name
-
-    def location(self, model: str, **more: Any) -> Location:
-        """A model as these options reach it."""
-        return Location(model, token=self.token, cache_dir=self.cache_dir, offline=self.offline, **more)

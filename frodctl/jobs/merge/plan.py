@@ -167,7 +167,7 @@ def plan_merge(
         _check_output(output, base, adapter, chosen)
         choose_device(chosen.device)  # before a download, not after it
     sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
-    location = chosen.location(base, revision=chosen.revision, subfolder=chosen.subfolder)
+    location = chosen.location(base)
     found = match(location, sources, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
     checkpoint = found.checkpoint
     replaced = found.replaced()
@@ -200,7 +200,7 @@ def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool, pr
     asked += [(name, scale, None) for name, scale in options.also]
     sources = tuple(
         opening.open_source(
-            open_adapter(options.location(name), chosen, headers_only=headers_only),
+            open_adapter(options.location_of_other(name), chosen, headers_only=headers_only),
             given,
             trust=options.trust_basis,
             recompute=options.recompute_projection,
@@ -217,7 +217,9 @@ def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool, pr
 
 
 def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) -> None:
-    given = [options.location(name).local_path() for name in (base, adapter, *(name for name, _ in options.also))]
+    given = [
+        options.location_of_other(name).local_path() for name in (base, adapter, *(name for name, _ in options.also))
+    ]
     inputs = [path for path in given if path is not None]
     inputs += [Path(options.basis)] if options.basis is not None else []
     sink.check_output_folder(output, inputs, force=options.force)
