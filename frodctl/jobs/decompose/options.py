@@ -33,7 +33,7 @@ class DecomposeOptions(HubOptions):
     seed: int = option(0, values.seed)  #: of the sparse pattern
     device: str = option("auto", values.device)
     precision: str = option("auto", values.choice(*PRECISIONS))  #: of the products with weights
-    dtype: str = option("float32", values.choice(*MODEL_DTYPES))  #: of the stored V
+    dtype: str = option("float32", values.dtype(*MODEL_DTYPES))  #: of the stored V
     cache_size: int = option(128 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
     force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished

@@ -23,12 +23,12 @@ class MergeOptions(HubOptions):
     #: run PEFT's routine for the V of an adapter without one
     recompute_projection: bool = option(False, values.flag)
     #: of the base as a PEFT adapter without V was trained over it; auto: as the adapter tells, or as it is stored
-    projection_dtype: str = option("auto", values.choice("auto", *MODEL_DTYPES))
+    projection_dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES))
     form: str = option("auto", values.choice(*FORMS))
     scale: float = option(1.0, values.share)  #: s of W + s (W' − W)
     also: tuple[tuple[str, float], ...] = option((), values.several_scaled)  #: further adapters, each with its scale
     adapter_name: str | None = option(None, optional(values.text))  #: which of several adapters in the folder
-    dtype: str = option("auto", values.choice("auto", *MODEL_DTYPES))  #: of the result; auto keeps each tensor's
+    dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES))  #: of the result; auto keeps each tensor's
     max_shard_size: int = option("5GB", values.shard_size)  #: bytes of tensors in one file
     device: str = option("auto", values.device)
     force: bool = option(False, values.flag)  #: replace an existing output
