@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.companions import MODULES_FILE, companions, module_folders
 from frodctl.checkpoint.inputs import read_json
-from frodctl.checkpoint.source import (
+from frodctl.checkpoint.records import (
     ADAPTER_FILES,
     WEIGHT_FILES,
     Checkpoint,

@@ -27,7 +27,8 @@ from typing import IO, Any
 from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.inputs import read_json
-from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header
+from frodctl.checkpoint.opening import read_file_header
+from frodctl.checkpoint.records import ADAPTER_FILES, Location, TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats.basis_file import check_digest, check_version
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
@@ -83,6 +84,8 @@ class Provenance:
         yield "head", _is_head(self.head)
 
 
+#: PEFT's task types whose heads have labels.
+LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 #: What a config.json, and so `Provenance.head`, says of a head's labels.
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 #: Those fields of `Provenance` that are JSON objects.

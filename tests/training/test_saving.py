@@ -24,7 +24,7 @@ from frodctl.checkpoint import sink
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
 from frodctl.jobs.progress import Progress
 from frodctl.training import peft as bridge
-from frodctl.training.attachment import attachment_of
+from frodctl.training.attached import attachment_of
 from frodctl.training.layer import FrodLinear
 from tests import peft_models
 from tests.conftest import snapshot

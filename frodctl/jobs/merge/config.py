@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from frodctl.checkpoint.codec import FLOAT_DTYPES, TensorSpec
-from frodctl.formats.adapter import LABEL_KEYS, Adapter
+from frodctl.formats.adapter import LABEL_KEYS, LABELLING_TASKS, Adapter
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 #: PEFT's task types, and what transformers calls a model for it.
@@ -27,7 +27,6 @@ _PIPELINE_TAGS = {
     "ForAudioClassification": "audio-classification",
 }
 TASKS_WITHOUT_LM_HEAD = (*_TASK_CLASSES, "FEATURE_EXTRACTION")
-LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def usual_dtype(specs: Sequence[TensorSpec]) -> str:
