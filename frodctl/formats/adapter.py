@@ -464,7 +464,7 @@ def write_adapter(
     writers: dict[str, Callable[[IO[bytes]], None]] = {}
     if not (folder / "README.md").exists():
         writers["README.md"] = lambda file: _write_text(file, card)
-    writers[ADAPTER_FILES[1]] = lambda file: write_tensors(file, plain)
+    writers[ADAPTER_FILES[1]] = lambda file: _write_weights(file, plain)
     writers[CONFIG_FILE] = lambda file: _write_text(file, text)
     sink.replace_files(folder, writers)
 
@@ -480,6 +480,12 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
             yield tensor_bytes(tensors[spec.name].detach().cpu().contiguous())
 
     codec.write_file(file, specs, {"format": "pt"}, chunks())
+
+
+def _write_weights(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
+    write_tensors(file, tensors)
+    file.flush()
+    codec.read_header(Path(file.name))  # before it gets its name: everyone must be able to open it
 
 
 def _write_text(file: IO[bytes], text: str) -> None:
