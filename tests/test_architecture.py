@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,3 +186,28 @@ def test_no_torch_where_plans_are_made(pattern: str) -> None:
         if any(name.split(".")[0] == "torch" for name in imports(file, in_functions=False))
     }
     assert loading == {}
+
+
+def test_all_that_is_imported_is_declared() -> None:
+    """What is installed with something else may go with it."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[>=\[]", line)[0] for line in project["dependencies"]}
+    extras = {
+        re.split(r"[>=\[]", line)[0]
+        for name in ("peft", "plot", "quantized", "train")
+        for line in project["optional-dependencies"][name]
+    }
+    found = {
+        name.split(".")[0].replace("_", "-")
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    found -= {name.replace("_", "-") for name in sys.stdlib_module_names} | {"frodctl"}
+    assert required <= found <= required | extras

@@ -460,7 +460,7 @@ def write_adapter(
 
     if (folder / "config.json").exists():
         raise UsageError(
-            f"{folder}: holds a model (config.json), which transformers would load with the adapter; name another folder"
+            f"{folder}: holds a model (config.json), which transformers would load with the adapter; name another"
         )
     if (folder / CONFIG_FILE).is_file() and "frodctl" not in read_json(folder / CONFIG_FILE):
         raise UsageError(f"{folder}: holds an adapter that is not frodctl's; name another folder")
@@ -471,7 +471,7 @@ def write_adapter(
     writers: dict[str, Callable[[IO[bytes]], None]] = {}
     if not (folder / "README.md").exists():
         writers["README.md"] = lambda file: _write_text(file, card)
-    writers[ADAPTER_FILES[1]] = lambda file: write_tensors(file, plain)
+    writers[ADAPTER_FILES[1]] = lambda file: _write_weights(file, plain)
     writers[CONFIG_FILE] = lambda file: _write_text(file, text)
     sink.replace_files(folder, writers)
 
@@ -487,6 +487,12 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
             yield tensor_bytes(tensors[spec.name].detach().cpu().contiguous())
 
     codec.write_file(file, specs, {"format": "pt"}, chunks())
+
+
+def _write_weights(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
+    write_tensors(file, tensors)
+    file.flush()
+    codec.read_header(Path(file.name))  # before it gets its name: everyone must be able to open it
 
 
 def _write_text(file: IO[bytes], text: str) -> None:

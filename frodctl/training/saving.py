@@ -40,9 +40,7 @@ _TASKS = {
 #: How many folders up, and down again, the way to a basis file may lead to be recorded.
 _NEAR = 2
 _CARD = """---
-library_name: frodctl
-base_model: {base}
-tags: [frod]
+{fields}
 ---
 
 # FRoD adapter
@@ -270,9 +268,12 @@ def _config(model: nn.Module, attached: Attached, tensors: Mapping[str, Tensor])
 
 
 def _card(config: Mapping[str, Any], self_contained: bool) -> str:
+    from huggingface_hub import ModelCardData
+
     base = Path(config["base_model_name_or_path"])
     text = str(base) if not base.is_absolute() else base.name
     return _CARD.format(
+        fields=ModelCardData(library_name="frodctl", base_model=text, tags=["frod"]).to_yaml(),
         base=text,
         version=frodctl.__version__,
         holds="It holds its basis." if self_contained else "Its basis is in the shared-basis file it was trained with.",

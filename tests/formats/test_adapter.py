@@ -19,6 +19,7 @@ import frodctl
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.stream import digest
 from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.formats.adapter import Provenance, write_adapter
 from frodctl.training import peft as bridge
 from frodctl.training.layer import FrodLinear
 from tests import peft_models
@@ -478,3 +479,17 @@ def test_a_path_that_is_not_there(files: Files) -> None:
     for read in files.ways("nowhere").values():
         with pytest.raises(FrodctlError, match="nowhere"):
             read()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_weights_that_cannot_be_read_again_get_no_name(earlier: bool, tmp_path: Path) -> None:
+    """They are opened before an adapter that is there is replaced."""
+    folder = tmp_path / "adapter"
+    tensors = {f"{KEY}lambda_s": torch.ones(3)}
+    provenance = Provenance("delta", {}, {}, None, {}, {}, {}, {})
+    if earlier:
+        write_adapter(folder, tensors, {"r": 1}, provenance, "card")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InvalidInput, match="1001 characters"):
+        write_adapter(folder, {**tensors, "a" * 1001: torch.ones(1)}, {"r": 2}, provenance, "card")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -437,5 +437,5 @@ def test_targets_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FrodctlError, match="no such file"):
         rows(tmp_path / "missing")
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(InvalidInput, match="not a safetensors file"):
+    with pytest.raises(InvalidInput, match="not a valid safetensors file"):
         rows(tmp_path / "x.safetensors")

@@ -87,7 +87,7 @@ def _heads(replaced: Mapping[str, tuple[Any, Any]]) -> set[str]:
     return {name for name, (source, _) in replaced.items() if source.adapter.is_saved_module(name)}
 
 
-def pipeline_tag(adapter: Adapter, added: Collection[str], base_tag: Any) -> Any:
+def pipeline_tag(adapter: Adapter, added: Collection[str], base_tag: str | None) -> str | None:
     """The Hub's name for what the result is for: a classifier's own; else the base's, unless it got a new head."""
     named = class_of(adapter) or _TASK_CLASSES.get(adapter.task or "", "")
     own = next((tag for ending, tag in _PIPELINE_TAGS.items() if named.endswith(ending)), None)
