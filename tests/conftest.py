@@ -6,12 +6,12 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from importlib.util import find_spec
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -105,21 +105,20 @@ def in_this_process(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[s
 def on_a_terminal(*arguments: object, columns: int = 100, cwd: Path | None = None, **env: str) -> str:
     """What the command shows on a pseudo-terminal of this width."""
     terminal, other = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "frodctl", *map(str, arguments)], stdout=other, stderr=other, cwd=cwd,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env},
-    )  # fmt: skip
-    os.close(other)
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env}
+    process = forked.start(arguments, cwd or Path.cwd(), environment, [Path(os.ttyname(other))] * 2)
+
+    def hang_up() -> None:
+        process.join()
+        os.close(other)
+
+    Thread(target=hang_up).start()
     shown = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not chunk:
-            break
-        shown += chunk
-    assert process.wait() == 0
+    with suppress(OSError):  # when nobody has the other end any more
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    os.close(terminal)
+    assert process.exitcode == 0, shown
     return shown.decode()
 
 

@@ -12,7 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,33 +36,43 @@ def frodctl(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in a folder, with an environment of its own.
 
-    With ``moment`` it sends itself the signal ``number`` there, so that no clock decides where a run ends. A moment is a
-    report of its progress, or just before it changes a file or folder: (3, "") is the third, (3, "merging") the third
-    that has the word in its text or path.
+    With ``moment`` it sends itself the signal ``number`` there, so that no clock decides where a run ends. A moment is
+    a report of its progress, or just before it changes a file or folder: (3, "") is the third, (3, "merging") the
+    third that has the word in its text or path.
     """
     words = [str(word) for word in words]
     with TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
-        code = _call(_command, words, cwd, dict(os.environ if env is None else env), streams, moment, number)
-        return subprocess.CompletedProcess(words, code, *(stream.read_text("utf-8") for stream in streams))
+        process = start(words, cwd, os.environ if env is None else env, streams, moment, number)
+        process.join(600)
+        process.kill()
+        process.join()
+        assert process.exitcode is not None
+        shown = [stream.read_text("utf-8") for stream in streams]
+        return subprocess.CompletedProcess(words, process.exitcode, *shown)
 
 
-def _call(function: Callable[..., object], *arguments: Any, timeout: float = 600) -> int:
-    """Call it in a process of its own; the exit code, negative for a signal."""
-    process = _SERVER.Process(target=function, args=arguments)
+def start(
+    words: Sequence[object],
+    cwd: Path,
+    env: Mapping[str, str],
+    streams: Sequence[Path],
+    moment: Moment | None = None,
+    number: int = signal.SIGKILL,
+) -> BaseProcess:
+    """Start the command with these files, or terminals, as stdout and stderr."""
+    arguments = ([str(word) for word in words], cwd, dict(env), list(streams), moment, number)
+    process = _SERVER.Process(target=_command, args=arguments)
     process.start()
-    process.join(timeout)
-    process.kill()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+    return process
 
 
 def _command(
     words: list[str], cwd: Path, env: dict[str, str], streams: list[Path], moment: Moment | None, number: int
 ) -> None:
     for handle, stream in enumerate(streams, start=1):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), handle)
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), handle)
+    sys.stdout, sys.stderr = (os.fdopen(handle, "w", 1, "utf-8", closefd=False) for handle in (1, 2))  # as they now are
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

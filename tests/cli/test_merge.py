@@ -319,7 +319,7 @@ def larger(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def test_killed_at_every_moment_and_rerun(llama: dict[str, Path], tmp_path: Path) -> None:
-    """At every report and before every change of a file; what is under the final name is whole, and a rerun makes it."""
+    """At every report and before every change of a file: what has the final name is whole, and a rerun makes it."""
     arguments = (str(llama["base"]), str(llama["adapter"]))
     frodctl.merge(*arguments, tmp_path / "whole", max_shard_size="60KB")
     expected = tree(tmp_path / "whole")

@@ -75,9 +75,9 @@ def test_trained_checkpoints(checkpoint: str, request: pytest.FixtureRequest, tm
     for category, members in weights_of(folder, basis).items():
         weights = [weight for _, weight in members]
         V, tau = basis.tensor(f"V.{category}"), basis.tensor(f"tau.{category}")
-        expected = reference.tau(weights, ALPHA)
+        expected, residual = reference.tau_and_residual(weights, ALPHA, V)
         assert np.abs(tau.numpy() - expected).max() <= 1e-5 * expected[-1]
-        assert reference.eigen_residual(weights, ALPHA, V) <= 1e-3
+        assert residual <= 1e-3
         theirs = torch.nn.functional.normalize(_projection_from_weights([w.float() for w in weights], ALPHA), dim=0)
         ours = torch.nn.functional.normalize(V, dim=0)
         cosines = (ours.double() * theirs.double()).sum(dim=0)
@@ -330,7 +330,7 @@ def test_a_killed_run_is_taken_up_with_the_same_bytes(example: Path, tmp_path: P
 
 
 def test_killed_at_every_moment_and_rerun(tmp_path: Path) -> None:
-    """At every report and before every change of a file; what is under the final name is whole, and a rerun makes it."""
+    """At every report and before every change of a file: what has the final name is whole, and a rerun makes it."""
     model = save_checkpoint(tmp_path / "model", llama_layers(2), LLAMA_CONFIG)
     output, options = tmp_path / "b.safetensors", {"target_modules": "q_proj,k_proj"}
     expected = frodctl.decompose(model, tmp_path / "whole.safetensors", **options).output.read_bytes()
@@ -541,12 +541,12 @@ print(peak())
 
 
 def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
-    """Twice the layers add 100 MB of weights; the peak stays within 10 %."""
+    """Four times the layers add 100 MB of weights; the peak stays within 10 %."""
     peaks = []
-    for count in (12, 24):
-        tensors = {f"layers.{i}.up_proj.weight": torch.randn(2048, 1024) for i in range(count)}
-        folder = save_checkpoint(tmp_path / str(count), tensors)
-        command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / f"{count}.safetensors")]
+    for layers in (8, 32):
+        tensors = {f"layers.{i}.up_proj.weight": torch.randn(2048, 512) for i in range(layers)}
+        folder = save_checkpoint(tmp_path / str(layers), tensors)
+        command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / f"{layers}.safetensors")]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] <= 1.1 * peaks[0]
 
