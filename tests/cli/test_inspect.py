@@ -221,9 +221,9 @@ def test_a_picture_is_replaced_by_force_only(example: Path, tmp_path: Path, frod
     assert "<svg" in (tmp_path / "x.svg").read_text()
 
 
-def test_names_cannot_command_the_terminal_and_any_encoding_will_do(tmp_path: Path, frodctl: Run) -> None:
-    save_file({"evil\x1b[2Jname": torch.ones(4, 4)}, tmp_path / "m.safetensors")
-    done = frodctl("inspect", "m.safetensors", "--spectrum", "--format", "human", env={"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
-    assert r"evil\x1b[2Jname" in done.stdout
+def test_names_cannot_command_the_terminal_and_any_encoding_will_do(tmp_path: Path) -> None:
+    model = tmp_path / "m.safetensors"
+    save_file({"evil\x1b[2Jname": torch.ones(4, 4)}, model)
+    shown = pipeline("frodctl inspect $MODEL --spectrum --format human", model, PYTHONIOENCODING="ascii")
+    assert "\x1b" not in shown
+    assert r"evil\x1b[2Jname" in shown

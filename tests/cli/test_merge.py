@@ -13,6 +13,8 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from transformers import AutoModel
 import frodctl
 from frodctl.checkpoint import manifest
 from frodctl.cli.main import main
-from tests import peft_models
-from tests.conftest import Run, hear_interrupts
+from tests import forked, peft_models
+from tests.conftest import Run
 from tests.hub_server import HubServer
 from tests.jobs.test_merge import write_adapter
 
@@ -316,51 +318,68 @@ def larger(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return minilm, root / "adapter"
 
 
-def start(arguments: list[Any], cwd: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "frodctl", "merge", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=hear_interrupts
-    )
-
-
-def test_killed_at_random_moments_and_rerun(larger: tuple[Path, Path], frodctl: Run, tmp_path: Path) -> None:
-    started = time.monotonic()
-    assert frodctl("merge", *larger, "whole", "--max-shard-size", "30MB").returncode == 0
-    duration = time.monotonic() - started
+def test_killed_at_every_moment_and_rerun(llama: dict[str, Path], tmp_path: Path) -> None:
+    """At every report and before every change of a file: what has the final name is whole, and a rerun makes it."""
+    arguments = (str(llama["base"]), str(llama["adapter"]))
+    frodctl.merge(*arguments, tmp_path / "whole", max_shard_size="60KB")
     expected = tree(tmp_path / "whole")
+    resumed = []
+    for moment in count(1):
+        words = ["merge", *arguments, "out", "--max-shard-size", "60KB"]
+        done = forked.frodctl(words, tmp_path, moment=(moment, ""))
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        if not (tmp_path / "out").exists():
+            resumed.append(frodctl.merge(*arguments, tmp_path / "out", max_shard_size="60KB").resumed_tensors)
+            assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+        assert but_for_the_title(tree(tmp_path / "out")) == but_for_the_title(expected), moment
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+    tensors = sum(len(load_file(shard)) for shard in (tmp_path / "whole").glob("*.safetensors"))
+    assert {0, tensors} < set(resumed)
+    assert moment > len(resumed) + 2  # those after publishing
+
+
+@pytest.mark.long
+def test_killed_at_random_moments_and_rerun(larger: tuple[Path, Path], tmp_path: Path) -> None:
+    """Which no report and no file marks."""
+    words = ["merge", *map(str, larger), "out", "--max-shard-size", "30MB"]
+    command = [sys.executable, "-m", "frodctl", *words]
+    started = time.monotonic()
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    duration = time.monotonic() - started
+    expected = tree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
     moments = random.Random(0)
-    for number in range(20):
-        process = start([*larger, "out", "--max-shard-size", "30MB"], tmp_path)
-        try:
-            process.wait(timeout=duration * moments.uniform(0.3, 0.95))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
+    for number in range(100):
+        with suppress(subprocess.TimeoutExpired):  # which kills
+            subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=duration * moments.uniform(0.3, 0.95))
         if (tmp_path / "out").exists():
-            assert but_for_the_title(tree(tmp_path / "out")) == but_for_the_title(expected), number
+            assert tree(tmp_path / "out") == expected, number
             shutil.rmtree(tmp_path / "out")
-    done = frodctl("merge", *larger, "out", "--max-shard-size", "30MB", "--json")
-    assert done.returncode == 0, done.stderr
-    final = tree(tmp_path / "out")
-    assert final["README.md"] != expected["README.md"]
-    assert but_for_the_title(final) == but_for_the_title(expected)
-    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert tree(tmp_path / "out") == expected
+    assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_keeps_what_is_finished(
-    number: signal.Signals, code: int, larger: tuple[Path, Path], frodctl: Run, tmp_path: Path
+    number: signal.Signals, code: int, llama: dict[str, Path], tmp_path: Path
 ) -> None:
-    process = start([*larger, "out"], tmp_path)
-    journals = tmp_path / "out.partial"
-    while process.poll() is None and not any(path.stat().st_size for path in journals.glob("*/journal.jsonl")):
-        time.sleep(0.002)
-    process.send_signal(number)
-    assert process.wait() == code
-    assert not (tmp_path / "out").exists()
-    done = frodctl("merge", *larger, "out", "--json")
-    assert json.loads(done.stdout)["resumed_tensors"] > 0
-    assert frodctl("merge", *larger, "again/../whole").returncode == 2  # again/ is no folder
-    assert frodctl("merge", *larger, "whole").returncode == 0
-    ours, theirs = tree(tmp_path / "out"), tree(tmp_path / "whole")
-    assert but_for_the_title(ours) == but_for_the_title(theirs)
+    """In the middle of merging, and as the last files are written."""
+    arguments = (str(llama["base"]), str(llama["adapter"]))
+    frodctl.merge(*arguments, tmp_path / "whole")
+    expected = tree(tmp_path / "whole")
+    for moment, least in (((8, "merging"), 1), ((1, "README.md"), 12)):
+        done = forked.frodctl(["merge", *arguments, "out"], tmp_path, moment=moment, number=number)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert done.stderr.endswith("Interrupted; the same command resumes.\n")
+        assert not (tmp_path / "out").exists()
+        assert frodctl.merge(*arguments, tmp_path / "out").resumed_tensors >= least
+        assert but_for_the_title(tree(tmp_path / "out")) == but_for_the_title(expected)
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_rerun_under_another_path_is_refused(llama: dict[str, Path], refused: Any) -> None:
+    assert "no such folder" in refused(2, llama["base"], llama["adapter"], "again/../whole")  # again/ is no folder

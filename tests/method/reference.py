@@ -41,12 +41,18 @@ def tau(weights: Sequence[torch.Tensor], alpha: float) -> Array:
 
 
 def eigen_residual(weights: Sequence[torch.Tensor], alpha: float, V: torch.Tensor) -> float:
-    """The largest ‖T z − (zᵀTz) z‖ / τ_max over the unit vectors z = R⁻ᵀ v of V's columns v."""
+    """As in `tau_and_residual`."""
+    return tau_and_residual(weights, alpha, V)[1]
+
+
+def tau_and_residual(weights: Sequence[torch.Tensor], alpha: float, V: torch.Tensor) -> tuple[Array, float]:
+    """Also the largest ‖T z − (zᵀTz) z‖ / τ_max over the unit vectors z = R⁻ᵀ v of V's columns v."""
     r, T = resolvent(weights, alpha)
     z = np.linalg.solve(r.T, V.double().numpy())
     z /= np.linalg.norm(z, axis=0)
     Tz = T @ z
-    return float(np.linalg.norm(Tz - z * (z * Tz).sum(axis=0), axis=0).max() / np.linalg.eigvalsh(T)[-1])
+    values = np.linalg.eigvalsh(T)
+    return values, float(np.linalg.norm(Tz - z * (z * Tz).sum(axis=0), axis=0).max() / values[-1])
 
 
 def reconstruction_errors(
