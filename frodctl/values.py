@@ -195,10 +195,11 @@ def path(value: Any, parameter: str) -> Path:
     given = os.fspath(value)
     require(bool(given.strip()), parameter, given, "must not be empty")
     try:
-        valid = b"\0" not in os.fsencode(given)
+        encoded = os.fsencode(given)
     except UnicodeEncodeError:
-        valid = False
-    require(valid, parameter, given, "holds a character that no path has")
+        encoded = b"\0"
+    require(b"\0" not in encoded, parameter, given, "holds a character that no path has")
+    require(len(encoded) < 4096 and max(map(len, encoded.split(b"/"))) < 256, parameter, given, "too long for a path")
     try:
         return Path(given).expanduser()
     except RuntimeError:  # nobody of that name

@@ -106,6 +106,11 @@ def open_source(
     InvalidInput
         There is no V, or not the adapter's.
     """
+    if recompute and adapter.lacking and adapter.provenance is not None:
+        raise InvalidInput(
+            f"{adapter.name}: `recompute_projection` gives another V than the one whose digest the adapter records; "
+            "give the basis that it was trained with (`basis`)"
+        )
     basis = basis_of(adapter, given, trust=trust) if adapter.lacking else None
     recomputes = bool(adapter.lacking) and basis is None
     if recomputes:
@@ -117,10 +122,6 @@ def open_source(
 def _check_recomputing(adapter: Adapter, asked: bool | None) -> None:
     """`InvalidInput` unless V may come from PEFT's routine."""
     error = no_basis(adapter)
-    if adapter.provenance is not None and asked:
-        raise InvalidInput(
-            f"{error}; `recompute_projection` gives another V than the one whose digest the adapter records"
-        )
     if not asked:
         offered = adapter.provenance is None and asked is not None
         hint = ", or `recompute_projection=True` for what PEFT computes on this machine" if offered else ""

@@ -21,6 +21,7 @@ FILE = "frodctl.json"
 #: Marks the model card of a merge; those of versions without a manifest are known by it.
 MERGED_BY = "Merged by frodctl"
 _VERSION = 1
+_MOMENT = 2.0  # seconds by which clocks of file systems may be coarse
 
 _CONFIGS = r"""
     ((generation | (image_|video_)?(pre)?processor | feature_extractor | tokenizer | sentence_bert)_)?config\.json
@@ -50,10 +51,12 @@ def write(folder: Path, tool: str) -> None:
 def foreign(folder: Path) -> Iterator[str]:
     """The paths below a folder that would be lost with it: nothing where frodctl wrote all of it.
 
-    With a manifest, what it does not list or lists with another size. Without one, what ``save_pretrained`` does not
-    make; everything where that made no checkpoint here. Hidden files, links and whatever is no ordinary file always.
+    With a manifest, what it does not list, lists with another size, or was written to after it. Without one, what
+    ``save_pretrained`` does not make; everything where that made no checkpoint here. Hidden files, links and whatever
+    is no ordinary file always.
     """
     sizes = _recorded(folder)
+    written = (folder / FILE).stat().st_mtime if sizes is not None else 0.0
     names = {entry.name for entry in folder.iterdir()}
     merged = "README.md" in names and MERGED_BY in _text(folder / "README.md")
     checkpoint = merged or ("config.json" in names and not names.isdisjoint(WEIGHT_FILES))
@@ -69,16 +72,20 @@ def foreign(folder: Path) -> Iterator[str]:
                 yield path
         elif path != FILE and path not in sizes:
             yield path
-        elif path != FILE and sizes[path] != size:
+        elif path != FILE and (sizes[path] != size or (folder / path).stat().st_mtime > written + _MOMENT):
             yield f"{path} (changed)"
 
 
 def _files(folder: Path, above: str = "") -> Iterator[tuple[str, int | None]]:
-    """Every path below the folder that is no folder; with the size of ordinary files, None for links and the like."""
+    """Every path below the folder that is no folder; with the size of ordinary files, None for links and the like.
+
+    A hidden folder with nothing in it is one of those.
+    """
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = above + entry.name
         if entry.is_dir(follow_symlinks=False):
-            yield from _files(Path(entry.path), f"{path}/")
+            inner = list(_files(Path(entry.path), f"{path}/"))
+            yield from inner or ([(f"{path}/", None)] if entry.name.startswith(".") else [])
         else:
             yield path, entry.stat().st_size if entry.is_file(follow_symlinks=False) else None
 

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -79,7 +80,8 @@ def check_output_folder(path: Path, reads: Iterable[Path], *, force: bool) -> No
     _check_name(path)
     if os.path.lexists(path):
         if not path.is_dir() or path.is_symlink():
-            raise UsageError(f"{path}: is {'a link' if path.is_symlink() else 'not a folder'}; name a folder")
+            kind = "a link" if path.is_symlink() else "not a folder"
+            raise UsageError(f"{path}: exists and is {kind}; name another")
         foreign = list(islice(manifest.foreign(path), _NAMED + 1))
         if foreign:
             names = ", ".join(foreign[:_NAMED]) + (" and more" if len(foreign) > _NAMED else "")
@@ -94,7 +96,8 @@ def check_output_folder(path: Path, reads: Iterable[Path], *, force: bool) -> No
 
 def _lies_in(path: Path, folder: Path) -> bool:
     """Whether a path is a file or folder that exists or, by whatever links, below it."""
-    places = {place for start in (path.resolve(), path.absolute()) for place in (start, *start.parents)}
+    starts = path.resolve(), Path(os.path.normpath(path.absolute()))
+    places = {place for start in starts for place in (start, *start.parents)}
     return folder.exists() and any(place.exists() and place.samefile(folder) for place in places)
 
 
@@ -231,6 +234,8 @@ class Staging:
         """Remove what is of this job; another job's finished pieces are left for it."""
         for folder in (self.folder, self._previous):
             shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another job has pieces there
+            self.root.rmdir()
 
     def _replace_folder(self, new: Path, old: Path) -> None:
         if not _exchange(new, old):
@@ -254,7 +259,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None], reads: Iterable[P
     """Write one file by calling ``write``, in one step; errors are those of `check_output_file`."""
     reads = tuple(reads)
     check_output_file(path, reads, force=force)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _beside(path)
     try:
         _write_new(temporary, write)
         _put(temporary, path, lambda: check_output_file(path, reads, force=force), os.replace)
@@ -285,7 +290,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[IO[bytes]], None
     for name in writers:
         if (folder / name).is_dir():
             raise UsageError(f"{folder / name}: is a folder, where a file is to be written; name another folder")
-    temporaries = {name: folder / f"{name}.tmp" for name in writers}
+    temporaries = {name: _beside(folder / name) for name in writers}
     try:
         for name, write in writers.items():
             _write_new(temporaries[name], write)
@@ -301,6 +306,11 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[IO[bytes]], None
         _refuse_full_disk(folder, error)
         raise
     _sync(folder)
+
+
+def _beside(path: Path) -> Path:
+    """A name that nothing has, where what a file is to hold is written first."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _refuse_full_disk(output: Path, error: object, more: str = "") -> None:

@@ -143,8 +143,7 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
         "operations"
     )
-    if plan.output.exists() and not plan.options.force:
-        report.note(f"Warning: {plan.output} exists; the run will need --force.")
+    report.refusal(plan.check_output)
     left_out = Counter((names.role(item.name), item.reason) for item in plan.left_out)
     if left_out:
         report.note("Left out:")

@@ -116,8 +116,7 @@ def _describe(plan: job.MergePlan, report: Reporter) -> None:
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
         "operations"
     )
-    if plan.output.exists() and not plan.options.force:
-        report.note(f"Warning: {plan.output} exists; the run will need --force.")
+    report.refusal(plan.check_output)
 
 
 def _summary(document: Mapping[str, Any]) -> str:

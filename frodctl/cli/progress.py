@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 
 from frodctl.cli.options import as_flags
 from frodctl.cli.output import printable
+from frodctl.errors import FrodctlError
 from frodctl.jobs.progress import Progress
 
 
@@ -52,6 +54,13 @@ class Reporter:
                 click.echo(text, err=True)
         except OSError:  # nobody reads stderr any more, or its disk is full; the work goes on
             self.quiet = True
+
+    def refusal(self, check: Callable[[], None]) -> None:
+        """A line with what a check would refuse: what a dry run foresees."""
+        try:
+            check()
+        except FrodctlError as error:
+            self.note(f"Warning: {error}.")
 
     def _update_bar(self, report: Progress) -> None:
         text = printable(report.text)

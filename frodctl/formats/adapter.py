@@ -17,6 +17,7 @@ with a U, and mostly with a V, of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +72,14 @@ class Provenance:
         for key, holds in found._fields_hold():
             if not holds:
                 raise InvalidInput(f"{where}: damaged frodctl object: {key}")
+        if "digest" in value and value["digest"] != _own_digest(value):
+            raise InvalidInput(f"{where}: its config's frodctl object was changed since it was saved (digests differ)")
         return found
+
+    def as_json(self) -> dict[str, Any]:
+        """For the config, with a digest of all the rest."""
+        value = asdict(self)
+        return value | {"digest": _own_digest(value)}
 
     def _fields_hold(self) -> Iterator[tuple[str, bool]]:
         yield "form", self.form in ("delta", "reconstruct")
@@ -82,6 +90,11 @@ class Provenance:
         yield "dtype", all(name in FLOAT_DTYPES for name in self.dtype.values())
         yield "sparsity", all(is_rate(rate) for rate in self.sparsity.values())
         yield "head", _is_head(self.head)
+
+
+def _own_digest(value: Mapping[str, Any]) -> str:
+    rest = {key: item for key, item in value.items() if key != "digest"}
+    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 #: PEFT's task types whose heads have labels.
@@ -273,12 +286,19 @@ def _weights(folder: Path) -> Path:
     raise InvalidInput(f"{folder}: no adapter weights here ({' or '.join(ADAPTER_FILES[1:])})")
 
 
-def _adapter(name: str, root: Path | None, config: dict[str, Any], infos: Sequence[TensorInfo]) -> Adapter:
+def _provenance(name: str, config: Mapping[str, Any], infos: Sequence[TensorInfo]) -> Provenance | None:
+    """Who wrote the adapter: None for PEFT."""
     kind, own = config.get("peft_type"), config.get("frodctl")
     ours = own is not None and isinstance(kind, str) and kind.startswith("frodctl")
     if kind != "FROD" and not ours:
         raise InvalidInput(f"{name}: an adapter of type {kind}, not FROD")
-    provenance = Provenance.from_config(own, name) if own is not None else None
+    if own is None and any(info.name.endswith(".frod_lambda_0") for info in infos):
+        raise InvalidInput(f"{name}: its config lacks the frodctl object that it was saved with")
+    return Provenance.from_config(own, name) if own is not None else None
+
+
+def _adapter(name: str, root: Path | None, config: dict[str, Any], infos: Sequence[TensorInfo]) -> Adapter:
+    provenance = _provenance(name, config, infos)
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(entry, str) and entry for entry in saved)):
         raise InvalidInput(f"{name}: modules_to_save in its config is {saved!r}, not a list of names")
@@ -462,11 +482,15 @@ def write_adapter(
         raise UsageError(
             f"{folder}: holds a model (config.json), which transformers would load with the adapter; name another"
         )
-    if (folder / CONFIG_FILE).is_file() and "frodctl" not in read_json(folder / CONFIG_FILE):
+    if (folder / CONFIG_FILE).is_file():
+        ours = "frodctl" in read_json(folder / CONFIG_FILE)
+    else:  # of a run that was killed as it saved
+        ours = not (folder / ADAPTER_FILES[1]).exists() or _is_ours(folder / ADAPTER_FILES[1])
+    if not ours:
         raise UsageError(f"{folder}: holds an adapter that is not frodctl's; name another folder")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digests = {name: digest(t) for name, t in plain.items() if not name.startswith("base_model.frod_V.")}
-    own = asdict(replace(provenance, digests=digests))
+    own = replace(provenance, digests=digests).as_json()
     text = json.dumps({**config, "peft_type": PEFT_TYPE, "frodctl": own}, indent=2, sort_keys=True) + "\n"
     writers: dict[str, Callable[[IO[bytes]], None]] = {}
     if not (folder / "README.md").exists():
@@ -474,6 +498,14 @@ def write_adapter(
     writers[ADAPTER_FILES[1]] = lambda file: _write_weights(file, plain)
     writers[CONFIG_FILE] = lambda file: _write_text(file, text)
     sink.replace_files(folder, writers)
+
+
+def _is_ours(weights: Path) -> bool:
+    """Whether a file without its config holds what an adapter of frodctl's does."""
+    try:
+        return any(name.endswith(".frod_lambda_l") for name in codec.read_header(weights).tensors)
+    except InvalidInput:
+        return False
 
 
 def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:

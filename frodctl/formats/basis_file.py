@@ -16,11 +16,12 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
 
 from frodctl import values
-from frodctl.checkpoint import codec, sink
+from frodctl.checkpoint import codec, manifest, sink
 from frodctl.checkpoint.inputs import decode_json, kind_of
 from frodctl.checkpoint.records import MODEL_DTYPES, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
@@ -148,7 +149,11 @@ class BasisFile:
         return tensor
 
     def _place(self, name: str) -> tuple[codec.TensorSpec, int]:
-        return self.header.tensors[self.aliases.get(name, name)]
+        known = self.aliases.get(name, name)
+        if known not in self.header.tensors:
+            close = ", ".join(get_close_matches(name, self.header.tensors)) or "V.…, tau.… and lambda.… are there"
+            raise UsageError(f"{self.path}: no tensor {name}; {close}")
+        return self.header.tensors[known]
 
     def indices(self) -> dict[str, Any]:
         """The sparse pattern of every category, (2, nnz) int64: stored, or drawn from the seed.
@@ -238,6 +243,8 @@ def check_name(path: Path) -> None:
     """Refuse to write a basis file under a name by which no command would know it (`UsageError`)."""
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: a basis file's name must end in .safetensors")
+    if manifest.PART_OF_A_MODEL.fullmatch(path.name):
+        raise UsageError(f"{path}: would be taken for a model's or an adapter's weights; give it another name")
 
 
 def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from frodctl import values
 from frodctl.adapted import matching
 from frodctl.errors import UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
@@ -94,3 +95,8 @@ def live_paths(model: nn.Module, known: Mapping[str, Any]) -> dict[str, str]:
     inner = tuple(f"{path}." for path in frod_layers(model))
     paths = [path for path, _ in model.named_modules() if path and not path.startswith(inner)]
     return matching.live_paths(paths, known.keys())
+
+
+def require_module(model: object) -> None:
+    """`UsageError` where it is no model."""
+    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")

@@ -31,6 +31,7 @@ from frodctl.training.attached import (
     keep,
     live_paths,
     require_attachment,
+    require_module,
     saved_modules,
     updates_of,
 )
@@ -47,6 +48,10 @@ from frodctl.training.layer import (
     multiplies,
 )
 from frodctl.training.reads import weight_uses
+
+#: Heads that a checkpoint of the bare model lacks, by their names and by the classes that have them.
+_HEADS = ("classifier", "score", "qa_outputs")
+_WITH_A_NEW_HEAD = re.compile(r"For(Sequence|Token|Image|Audio)Classification$|ForQuestionAnswering$")
 
 Model = TypeVar("Model", bound=nn.Module)
 _NAME = re.compile(r"[\w.\-]+")
@@ -113,7 +118,7 @@ def attach(
     >>> import frodctl
     >>> model = frodctl.attach(model, "my-model.frod.safetensors")  # doctest: +SKIP
     """
-    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")
+    require_module(model)
     opened = resolved(basis)
     if note := opening.without_digests(opened):
         warnings.warn(note, stacklevel=2)
@@ -121,7 +126,20 @@ def attach(
     seed, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
     saved = values.names(modules_to_save, "modules_to_save")
     attached = Attached(opened, chosen, rates, seed, saved, checked_dropout(dropout))
-    return install(model, attached, indices, adapter_name)
+    install(model, attached, indices, adapter_name)
+    _warn_of_a_frozen_head(model, saved)
+    return model
+
+
+def _warn_of_a_frozen_head(model: nn.Module, saved: tuple[str, ...]) -> None:
+    """PEFT trains the head of a classifier unasked; here one that is new would stay as it was drawn."""
+    heads = [name for name, _ in model.named_children() if name in _HEADS]
+    if heads and not saved and _WITH_A_NEW_HEAD.search(type(model).__name__):
+        warnings.warn(
+            f"{type(model).__name__}: {heads[0]} is frozen as it is, and not saved; if it is new, "
+            f"`modules_to_save={heads}` trains it",
+            stacklevel=3,
+        )
 
 
 def resolved(basis: values.PathLike | BasisFile) -> BasisFile:

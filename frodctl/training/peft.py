@@ -22,6 +22,7 @@ from frodctl.checkpoint.records import Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import base_scales_key, lambda_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
+from frodctl.training.attached import require_module
 from frodctl.training.attachment import choose, resolved
 
 #: How far U may be from the one that V gives, relative, before `repair` takes it for another.
@@ -57,6 +58,7 @@ def get_peft_model(
     FrodctlError
         peft is not installed, or does not work as this version of frodctl knows it.
     """
+    require_module(model)
     peft, layers = _modules()
     opened = resolved(basis)
     if note := opening.without_digests(opened):
@@ -113,6 +115,7 @@ def load(
         The adapter holds no V and no basis file is given or near it, or not the one it was trained with; or one of
         them is damaged.
     """
+    require_module(model)
     peft, layers = _modules()
     adapter = open_adapter(Location(str(folder)))
     given = None if basis is None else resolved(basis)
@@ -175,6 +178,7 @@ def repair(model: nn.Module, adapter_name: str = "default") -> list[str]:
 
 def _derived(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """For each FRoD layer its path, its U, and the one that its V gives."""
+    require_module(model)
     _, layers = _modules()
     derive = layers.Derivation()
     for path, layer in layers.frod_layers(model).items():

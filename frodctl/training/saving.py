@@ -100,7 +100,10 @@ def save_adapter(
     folder, self_contained = values.path(folder, "folder"), values.flag(self_contained, "self_contained")
     adapter_name = values.optional(values.text)(adapter_name, "adapter_name")
     values.require(
-        state_dict is None or isinstance(state_dict, Mapping), "state_dict", state_dict, "expected tensors by name"
+        state_dict is None or (isinstance(state_dict, Mapping) and all(isinstance(name, str) for name in state_dict)),
+        "state_dict",
+        state_dict,
+        "expected tensors by name",
     )
     attachment = require_attachment(model)
     name = adapter_name or attachment.active
@@ -192,6 +195,7 @@ def _trained(
 def _number(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise UsageError(f"the state_dict has no {name}, which is trained; give the whole model's")
+    values.require(isinstance(state[name], Tensor), "state_dict", state[name], f"{name} is no tensor")
     return state[name].detach()
 
 

@@ -233,3 +233,15 @@ def test_no_file_of_any_name_is_lost(
         fill(folder, {name: "precious"})
         added.add(name)
     assert set(manifest.foreign(folder)) == added
+
+
+def test_a_file_of_the_same_size_that_was_written_to_is_changed(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    manifest.write(tmp_path, "frodctl 0")
+    assert list(manifest.foreign(tmp_path)) == []
+    later = (tmp_path / manifest.FILE).stat().st_mtime + 60
+    os.utime(tmp_path / "model.safetensors", (later, later))
+    assert list(manifest.foreign(tmp_path)) == ["model.safetensors (changed)"]
+    (tmp_path / ".git").mkdir()
+    assert ".git/" in set(manifest.foreign(tmp_path))

@@ -125,10 +125,9 @@ def test_only_a_folder_is_replaced_by_a_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for target in ("missing", "empty"):
         for path in (home / "file", tmp_path / "link", tmp_path / "fifo"):
-            with pytest.raises(UsageError, match="`force=True`"):
-                check_output_folder(path, [], force=False)
-            with pytest.raises(UsageError, match="not a folder"):
-                check_output_folder(path, [], force=True)
+            for force in (False, True):  # nothing is promised of it
+                with pytest.raises(UsageError, match=r"exists and is (not a folder|a link)"):
+                    check_output_folder(path, [], force=force)
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert target
 
@@ -479,7 +478,7 @@ def test_files_are_not_written_through_links(tmp_path: Path) -> None:
     assert (tmp_path / "victim").read_text() == "precious"
     assert (tmp_path / "one").read_text() == "1"
     assert not (tmp_path / "one").is_symlink()
-    assert files(tmp_path) == {"victim", "one", "two"}
+    assert files(tmp_path) == {"victim", "one", "two", "one.tmp", "two.tmp"}  # which are somebody's
 
 
 def test_one_file_in_one_step(tmp_path: Path) -> None:
@@ -501,3 +500,33 @@ def test_one_file_in_one_step(tmp_path: Path) -> None:
     sink.write_file(path, writing(b"new"), force=True)
     assert path.read_bytes() == b"new"
     assert files(tmp_path) == {"out", "new"}
+
+
+def test_unfinished_work_of_another_job_is_left(tmp_path: Path) -> None:
+    with staging_of(tmp_path / "out", ONE) as staging:
+        staging.write("piece", lambda file: None)
+    with staging_of(tmp_path / "out", TWO) as staging:
+        staging.publish(writing(b"new"))
+    with staging_of(tmp_path / "out", ONE) as staging:
+        assert staging.path("piece").exists()
+
+
+def test_somebodys_file_beside_the_output_is_left(tmp_path: Path) -> None:
+    for name in ("out.tmp", "one.tmp"):
+        (tmp_path / name).write_text("precious")
+    sink.write_file(tmp_path / "out", writing(b"new"), force=False)
+    replace_files(tmp_path, {"one": writing(b"1")})
+    assert {name: (tmp_path / name).read_text() for name in ("out.tmp", "one.tmp")} == {
+        "out.tmp": "precious", "one.tmp": "precious"
+    }  # fmt: skip
+
+
+def test_a_folder_above_what_is_read_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path / "model")
+    for path in ("../out", "inner/../../out", "../model/../out"):
+        check_output_folder(Path(path), [Path()], force=False)
+    for path in ("out", "../model/out", "../link/out", "inner/../out", ".."):
+        with pytest.raises(UsageError, match="which is read"):
+            check_output_folder(Path(path), [Path()], force=True)

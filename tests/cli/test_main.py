@@ -11,8 +11,12 @@ from pathlib import Path
 import click
 import pytest
 
+import frodctl
 from frodctl.cli.main import cli, main
 from frodctl.cli.options import as_flags
+from tests.conftest import EXAMPLE
+
+CORPUS = Path(__file__).parent.parent / "corpus" / "553d683"
 
 
 def test_messages_of_the_library_name_flags() -> None:
@@ -68,3 +72,34 @@ def test_errors_of_the_system_name_the_file(
     monkeypatch.setattr(cli, "invoke", full)
     assert main(["inspect", "x"]) == 1
     assert capsys.readouterr().err == f"Error: a/b: {os.strerror(errno.EIO)}\n"
+
+
+def piped_to_nobody(arguments: list[str], cwd: Path) -> int:
+    """The exit code of a command whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "frodctl", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=cwd, check=False)
+    os.close(writer)
+    assert done.stderr == ""
+    return done.returncode
+
+
+def test_a_closed_pipe_costs_neither_picture_nor_answer(tmp_path: Path) -> None:
+    basis = CORPUS / "basis.safetensors"
+    frodctl.merge(EXAMPLE, CORPUS / "lean", tmp_path / "merged", basis=basis)
+    against = ["inspect", str(tmp_path / "merged"), "--against", str(EXAMPLE), "-q"]
+    assert piped_to_nobody(against, tmp_path) == 0
+    assert piped_to_nobody([*against, "--check"], tmp_path) == 5
+    assert piped_to_nobody([*against, "--check", "--json"], tmp_path) == 5
+    drawn = ["inspect", str(EXAMPLE), "--spectrum", "--include", "*0.self_attn.q_proj*", "--plot", "p.svg", "-q"]
+    assert piped_to_nobody(drawn, tmp_path) == 0
+    assert (tmp_path / "p.svg").stat().st_size
+
+
+def test_a_full_log_stops_no_work(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "frodctl", "decompose", str(EXAMPLE), "-o", "b.safetensors"]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, cwd=tmp_path, check=False)
+    assert result.returncode == 0
+    frodctl.open_basis(tmp_path / "b.safetensors").verify()

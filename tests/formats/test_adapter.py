@@ -91,10 +91,12 @@ class Files:
             assert len(str(error.value).splitlines()) == 1
         assert not list(self.root.glob("out*"))
 
-    def edit(self, adapter: str, change: Callable[[dict[str, Any]], Any]) -> None:
-        """Change an adapter's config."""
+    def edit(self, adapter: str, change: Callable[[dict[str, Any]], Any], *, signed: bool = True) -> None:
+        """Change an adapter's config, and leave out its own digest."""
         file = self.root / adapter / CONFIG
         value = json.loads(file.read_text())
+        if signed and isinstance(value.get("frodctl"), dict):
+            value["frodctl"].pop("digest", None)
         change(value)
         file.write_text(json.dumps(value))
 
@@ -182,7 +184,7 @@ class TestADigestAndItsBytes:
     @pytest.mark.parametrize("kind", [*KINDS, "over-patterns"])
     def test_an_adapter_s_digests(self, kind: str, files: Files) -> None:
         before = (files.root / kind / CONFIG).read_text()
-        paths = list(strings(json.loads(before)))
+        paths = [path for path in strings(json.loads(before)) if path[1] != "digest"]  # test_what_the_config_says…
         assert {path[1] for path in paths} == {"basis", "base", "pattern", "digests"}
         for path in paths:
             files.edit(kind, lambda config, path=path: other_digest(config, path))
@@ -310,6 +312,36 @@ class TestOneSentence:
                 accepted(way, read)
             said[way] = str(error.value)
         assert len(set(said.values())) == 1, said
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "form": lambda own: own.update(form="reconstruct"),
+    "dtype": lambda own: own.update(dtype=dict.fromkeys(own["basis"], "BF16")),
+    "categories": lambda own: own.update(categories={Q: "self_attn_o_proj"}),
+    "seed": lambda own: own.update(seed=1, pattern={}),
+    "pattern": lambda own: own.update(pattern={}),
+    "digests": lambda own: own.update(digests={}),
+    "sparsity": lambda own: own["sparsity"].update(self_attn_q_proj=0.5),
+    "base": lambda own: own["base"].popitem(),
+    "basis": lambda own: own["basis"].popitem(),
+    "head": lambda own: own.update(head={"id2label": {"0": "a"}}),
+    "something new": lambda own: own.update(new=1),
+    "its digest": lambda own: own.update(digest="sha256:" + 64 * "0"),
+}
+
+
+@pytest.mark.parametrize("kind", ["lean", "self-contained", "selected"])
+@pytest.mark.parametrize("key", EDITS)
+def test_what_the_config_says_has_a_digest(files: Files, kind: str, key: str) -> None:
+    """Form, categories, seed: with another one the same tensors make another model."""
+    files.edit(kind, lambda config: EDITS[key](config["frodctl"]), signed=False)
+    files.refused(files.ways(kind, "basis.safetensors"), "was changed since it was saved")
+
+
+def test_a_config_without_its_object(files: Files) -> None:
+    """As one of PEFT's own adapters it would be another model."""
+    files.edit("self-contained", lambda config: (config.pop("frodctl"), config.update(peft_type="FROD")))
+    files.refused(files.ways("self-contained"), "lacks the frodctl object")
 
 
 class TestPositions:

@@ -275,3 +275,9 @@ def test_what_is_no_basis_file_is_invalid(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "garbage"):
         with pytest.raises(InvalidInput):
             open_basis(path)
+
+
+def test_a_tensor_that_is_not_there(tmp_path: Path) -> None:
+    basis = open_basis(save(tmp_path / "x.safetensors", TENSORS))
+    with pytest.raises(UsageError, match=r"no tensor V\.q_prj; V\.q_proj"):
+        basis.tensor("V.q_prj")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -947,3 +948,14 @@ class TestWhateverIsGiven:
             for value in (None, 7, "x", object(), nn.Linear(2, 2)):
                 with pytest.raises(UsageError, match="attach first"):
                     function(value, "default")
+
+
+def test_a_frozen_head_is_told(cases: Cases) -> None:
+    """PEFT would train it unasked; a new one would stay as it was drawn."""
+    case = cases("bert")
+    with pytest.warns(UserWarning, match=r"classifier is frozen.*modules_to_save=\['classifier'\]"):
+        frodctl.attach(case.model(), case.basis)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frodctl.attach(case.model(), case.basis, modules_to_save="classifier")
+        frodctl.attach(cases("llama").model(), cases("llama").basis)

@@ -17,7 +17,7 @@ from peft.tuners.frod.layer import FrodLayer
 
 import frodctl
 import frodctl.training
-from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.training import peft as bridge
 from tests import peft_models
 from tests.training.conftest import Cases, batch
@@ -248,6 +248,7 @@ def test_refusals(cases: Cases, tmp_path: Path) -> None:
     frodctl.save_adapter(case.trained(), tmp_path / "adapter")
     shutil.copytree(tmp_path / "adapter", tmp_path / "elsewhere" / "adapter")
     config = json.loads((tmp_path / "elsewhere/adapter/adapter_config.json").read_text())
+    config["frodctl"].pop("digest")
     config["frodctl"]["basis_file"] = "nowhere"
     (tmp_path / "elsewhere/adapter/adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InvalidInput, match="does not hold its basis"):
@@ -287,3 +288,17 @@ class TestAnotherPeft:
         )
         with pytest.raises(FrodctlError, match="in another way"):
             bridge.get_peft_model(cases("llama").model(), cases("llama").basis)
+
+
+@pytest.mark.parametrize("model", [None, 7, "nope", [], {}])
+def test_what_is_no_model(model: Any, cases: Cases, tmp_path: Path) -> None:
+    case = cases("llama")
+    calls: list[Any] = [
+        lambda: bridge.get_peft_model(model, case.basis),
+        lambda: bridge.load(model, tmp_path),
+        lambda: bridge.check(model),
+        lambda: bridge.repair(model),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="`model`"):
+            call()

@@ -46,6 +46,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 def edit(folder: Path, **changes: Any) -> None:
     value = config(folder)
+    value["frodctl"].pop("digest", None)
     for key, change in changes.items():
         value["frodctl"][key] = change
     (folder / CONFIG).write_text(json.dumps(value))
@@ -798,3 +799,39 @@ class TestIn16Bit:
         once.load_state_dict({name: W.bfloat16() for name, W in exact.items()}, strict=False)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
         assert 0 < divergence(merged) <= divergence(once) < 0.01 * divergence(case.model())
+
+
+class TestWhatIsInTheFolder:
+    """Nothing of somebody else's is replaced by an adapter."""
+
+    def test_a_model(self, cases: Cases, tmp_path: Path) -> None:
+        case = cases("llama")
+        shutil.copytree(case.base, tmp_path / "base")
+        before = snapshot(tmp_path)
+        with pytest.raises(UsageError, match=r"holds a model \(config\.json\)"):
+            frodctl.save_adapter(case.trained(), tmp_path / "base")
+        assert snapshot(tmp_path) == before
+
+    def test_weights_without_a_config(self, cases: Cases, tmp_path: Path) -> None:
+        """The basis file itself under a name of an adapter's, or anything."""
+        case = cases("llama")
+        for number, content in enumerate((case.basis.read_bytes(), b"mine")):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / WEIGHTS).write_bytes(content)
+            with pytest.raises(UsageError, match="not frodctl's"):
+                frodctl.save_adapter(case.trained(), folder)
+            assert (folder / WEIGHTS).read_bytes() == content
+
+    def test_what_a_killed_run_left(self, cases: Cases, tmp_path: Path) -> None:
+        model = saved(cases("llama"), tmp_path / "adapter")
+        (tmp_path / "adapter" / CONFIG).unlink()
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        frodctl.load_adapter(cases("llama").model(), tmp_path / "adapter", cases("llama").basis)
+
+    def test_a_state_that_is_none(self, cases: Cases, tmp_path: Path) -> None:
+        model = cases("llama").trained()
+        for state in ({1: 2}, {"x": 7}, [1], {name: 7 for name in model.state_dict()}):
+            with pytest.raises(UsageError, match="state_dict"):
+                frodctl.save_adapter(model, tmp_path / "adapter", state_dict=state)
+        assert not (tmp_path / "adapter").exists()
