@@ -81,5 +81,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What is here, imported or not yet."""
-    return sorted({*globals(), *__all__})
+    """What is here for users, imported or not yet."""
+    return sorted(["__version__", *__all__])

@@ -83,7 +83,21 @@ def text_or_nothing(value: Any, parameter: str) -> str:
 
 def device(value: Any, parameter: str) -> str:
     """The name of a device, or a torch.device."""
-    return str(value) if type(value).__name__ == "device" else text(value, parameter)
+    name = str(value) if type(value).__name__ == "device" else text(value, parameter)
+    known = re.fullmatch(r"auto|(cpu|cuda|mps|meta|xpu|hpu|npu|xla)(:[0-9]{1,4})?", name)
+    require(known is not None, parameter, value, "not a device; say auto, cpu, cuda or cuda:1")
+    return name
+
+
+def dtype(*choices: str) -> Callable[[Any, str], str]:
+    """One of these dtypes by name, or torch's own."""
+    read = choice(*choices)
+
+    def named(value: Any, parameter: str) -> str:
+        given = str(value) if type(value).__name__ == "dtype" else value
+        return read(given.removeprefix("torch.") if isinstance(given, str) else given, parameter)
+
+    return named
 
 
 def choice(*choices: str) -> Callable[[Any, str], str]:
@@ -113,10 +127,10 @@ def share(
     if isinstance(value, str) and value.strip().endswith("%"):
         percent = _float(value.strip()[:-1].strip())
         if percent is None:
-            raise _wrong(value, parameter, "a share such as 1.72% or 0.0172")
+            raise _wrong(value, parameter, "a number such as 0.5, or per cent such as 50%")
         return _within(percent / 100, value, parameter, at_least, above, at_most)
     if _float(value.strip() if isinstance(value, str) else value) is None:
-        raise _wrong(value, parameter, "a share such as 1.72% or 0.0172")
+        raise _wrong(value, parameter, "a number such as 0.5, or per cent such as 50%")
     return number(value, parameter, at_least=at_least, above=above, at_most=at_most)
 
 
@@ -131,6 +145,7 @@ def integer(value: Any, parameter: str, *, at_least: int | None = None, at_most:
     """A whole number, or text such as ``12``."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
         value = int(value.strip())
+    value = _scalar(value)
     if isinstance(value, _NOT_A_NUMBER) or not isinstance(value, Integral):
         raise _wrong(value, parameter, "a whole number")
     found = int(value)
@@ -159,6 +174,8 @@ def size(value: Any, parameter: str) -> int:
         if not match or len(match[1]) > 18:
             raise _wrong(value, parameter, "a size such as 500000, 128MB or 2GiB")
         return int(float(match[1]) * _UNITS[match[2] or ""])
+    if isinstance(value, float) and value.is_integer():  # 5e6
+        value = int(value)
     if isinstance(value, _NOT_A_NUMBER) or not isinstance(value, Integral):
         raise _wrong(value, parameter, "a size such as 500000, 128MB or 2GiB")
     return integer(value, parameter, at_least=0)
@@ -275,8 +292,14 @@ def _items(value: Any, parameter: str, expected: str) -> list[Any]:
         raise _wrong(value, parameter, expected) from None
 
 
+def _scalar(value: Any) -> Any:
+    """What torch or numpy holds in an array without a dimension; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def _float(value: Any) -> float | None:
     """The number; None where it is none."""
+    value = _scalar(value)
     if isinstance(value, _NOT_A_NUMBER) or not isinstance(value, (Real, str)):
         return None
     try:

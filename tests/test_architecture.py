@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,22 +14,109 @@ import pytest
 ROOT = Path(__file__).parent.parent / "frodctl"
 MAY_IMPORT = {
     "cli": {"jobs", "checkpoint", "errors", "values", ""},
-    "jobs": {"checkpoint", "method", "formats", "errors", "values", ""},
+    "jobs": {"adapted", "checkpoint", "method", "formats", "errors", "values", ""},
+    "adapted": {"formats", "checkpoint", "method", "errors", "values"},
     "formats": {"checkpoint", "method", "errors", "values"},
     "checkpoint": {"errors", "values"},
     "method": {"errors"},
-    "training": {"method", "formats", "checkpoint", "errors", "values", ""},
+    "training": {"adapted", "method", "formats", "checkpoint", "errors", "values", ""},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
 
+#: What plans are made with, and what starts the command line, none of which may load torch as it is imported.
+TORCH_FREE = (
+    "__init__.py",
+    "__main__.py",
+    "errors.py",
+    "values.py",
+    "cli/*.py",
+    "adapted/__init__.py",
+    "adapted/matching.py",
+    "adapted/opening.py",
+    "adapted/positions.py",
+    "formats/*.py",
+    "checkpoint/__init__.py",
+    "checkpoint/codec.py",
+    "checkpoint/companions.py",
+    "checkpoint/hub.py",
+    "checkpoint/inputs.py",
+    "checkpoint/manifest.py",
+    "checkpoint/names.py",
+    "checkpoint/opening.py",
+    "checkpoint/quantized.py",
+    "checkpoint/records.py",
+    "checkpoint/requests.py",
+    "checkpoint/shards.py",
+    "checkpoint/sink.py",
+    "checkpoint/targets.py",
+    "checkpoint/ties.py",
+    "method/__init__.py",
+    "method/budget.py",
+    "method/cost.py",
+    "method/pattern.py",
+    "jobs/*.py",
+    "jobs/decompose/*.py",
+    "jobs/merge/__init__.py",
+    "jobs/merge/api.py",
+    "jobs/merge/card.py",
+    "jobs/merge/config.py",
+    "jobs/merge/options.py",
+    "jobs/merge/plan.py",
+    "jobs/merge/run.py",
+    "jobs/inspect/__init__.py",
+    "jobs/inspect/api.py",
+    "jobs/inspect/headers.py",
+    "jobs/inspect/options.py",
+    "jobs/inspect/report.py",
+    "jobs/inspect/run.py",
+    "jobs/inspect/target.py",
+)
+
+
+def statements(tree: ast.AST, *, in_functions: bool) -> Iterator[ast.stmt]:
+    """All statements, but those under ``if TYPE_CHECKING``, which only name types and are never run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.stmt):
+            yield node
+        if in_functions or not isinstance(node, ast.FunctionDef):
+            yield from statements(node, in_functions=in_functions)
+
+
+def imports(path: Path, *, in_functions: bool = True) -> Iterator[str]:
+    """The names that a file imports."""
+    for node in statements(ast.parse(path.read_text()), in_functions=in_functions):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def imported(path: Path) -> Iterator[str]:
     """The frodctl modules that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "frodctl")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "frodctl":
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    return (name for name in imports(path) if name.split(".")[0] == "frodctl")
+
+
+def file_of(name: str) -> Path | None:
+    """The file of the module that is imported by a name, or from which the name is."""
+    place = ROOT.parent.joinpath(*name.split("."))
+    candidates = (place.with_suffix(".py"), place / "__init__.py", place.parent.with_suffix(".py"))
+    return next((path for path in (*candidates, place.parent / "__init__.py") if path in FILES), None)
+
+
+def runs(path: Path) -> set[Path]:
+    """The files that importing this one runs, itself among them: those of the packages around them too."""
+    found, waiting = set[Path](), [path]
+    while waiting:
+        current = waiting.pop()
+        if current in found:
+            continue
+        found.add(current)
+        waiting += [parent / "__init__.py" for parent in current.parents if parent.is_relative_to(ROOT)]
+        waiting += [file for name in imports(current, in_functions=False) if (file := file_of(name))]
+    return found
 
 
 def package_of(module: str) -> str:
@@ -76,41 +165,49 @@ def test_messages_of_the_library_name_parameters_not_flags(path: Path) -> None:
     assert named == ([" --basis FILE"] if path.name == "saving.py" else [])
 
 
-def test_no_torch_at_import_time_outside_the_numbers() -> None:
-    """Plans are made without torch: only these modules import it when they are imported."""
-    numbers = {
-        "checkpoint/pickled.py",
-        "checkpoint/stream.py",
-        "jobs/inspect/adapter.py",
-        "jobs/inspect/against.py",
-        "jobs/inspect/basis.py",
-        "jobs/inspect/matrices.py",
-        "jobs/merge/projection.py",
-        "jobs/merge/tensors.py",
-        "jobs/merge/updates.py",
-        "method/estimate.py",
-        "method/joint_basis.py",
-        "method/linalg.py",
-        "method/spectra.py",
-        "method/update.py",
-        "training/attachment.py",
-        "training/check.py",
-        "training/groups.py",
-        "training/layer.py",
-        "training/peft.py",
-        "training/peft_layers.py",
-        "training/products.py",
-        "training/reads.py",
-        "training/report.py",
-        "training/saving.py",
-        "training/selection.py",
-        "training/trainer.py",
+def test_no_two_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count; a package's own imports do not make its files depend on each other."""
+    graph = {path: {file for name in imports(path) if (file := file_of(name))} - {path} for path in FILES}
+    graph[ROOT / "__init__.py"] = set()  # gathers what is public, on demand
+    free: set[Path] = set()
+    while layer := {path for path, needs in graph.items() if path not in free and needs <= free}:
+        free |= layer
+    assert sorted(str(path.relative_to(ROOT)) for path in set(graph) - free) == []
+
+
+@pytest.mark.parametrize("pattern", TORCH_FREE)
+def test_no_torch_where_plans_are_made(pattern: str) -> None:
+    paths = sorted(ROOT.glob(pattern))
+    assert paths
+    loading = {
+        str(path.relative_to(ROOT)): str(file.relative_to(ROOT))
+        for path in paths
+        for file in runs(path)
+        if any(name.split(".")[0] == "torch" for name in imports(file, in_functions=False))
+    }
+    assert loading == {}
+
+
+def test_all_that_is_imported_is_declared() -> None:
+    """What is installed with something else may go with it."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[>=\[]", line)[0] for line in project["dependencies"]}
+    extras = {
+        re.split(r"[>=\[]", line)[0]
+        for name in ("peft", "plot", "quantized", "train")
+        for line in project["optional-dependencies"][name]
     }
     found = {
-        str(path.relative_to(ROOT))
+        name.split(".")[0].replace("_", "-")
         for path in FILES
-        for node in ast.parse(path.read_text()).body
-        if (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "torch" for a in node.names))
-        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
     }
-    assert found == numbers
+    found -= {name.replace("_", "-") for name in sys.stdlib_module_names} | {"frodctl"}
+    assert required <= found <= required | extras

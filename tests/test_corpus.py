@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import frodctl
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import Location
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import open_adapter
 from frodctl.jobs.progress import Progress
 from frodctl.training import peft as bridge
-from frodctl.training.attachment import updates_of
+from frodctl.training.attached import updates_of
 from tests import peft_models
 
 VERSIONS = sorted(path for path in (Path(__file__).parent / "corpus").iterdir() if path.is_dir())

@@ -1,20 +1,23 @@
 """The safetensors file format: headers in, headers and tensors out, nothing held but one tensor.
 
-A file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes.
-Headers come from strangers, so everything they claim is checked before it is used.
+A file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes without gaps. Headers of
+local files are read and judged by the safetensors library. What it cannot do is here: write below a header that is
+there first, one tensor at a time, in any order, resumed, equal bytes for equal input (see `frodctl.checkpoint.shards`);
+read at a place, so that nothing stays resident; check the header of a file that is elsewhere.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from frodctl.checkpoint.inputs import MAX_JSON_BYTES, decode_json, open_input
+from safetensors import SafetensorError, safe_open
+
+from frodctl.checkpoint.inputs import MAX_JSON_BYTES, check_amount, decode_json, open_input
 from frodctl.errors import InvalidInput
 
 _CHUNK_BYTES = 8 << 20
@@ -54,46 +57,55 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and validate the header of the safetensors file at ``path``.
+    """Read the header of the safetensors file at ``path``.
+
+    Beyond what the library refuses: more JSON than there may be memory for, which it is not even given; a key that an
+    object has twice, of which it takes the last and other tools the first; what `_check_spec` finds in a tensor.
 
     Raises
     ------
     InvalidInput
-        If it is no ordinary file, truncated, or its header is not what the format allows.
+        If it is no ordinary file, truncated, or its header is refused.
     """
     with open_input(path) as file:
-        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
-            raise InvalidInput(
-                f"{path}: not a safetensors file, or truncated (header of {length} bytes in a file of {size})"
-            )
-        raw = file.read(length)
+        raw = file.read(length) if length <= MAX_JSON_BYTES else b""  # which the library refuses
     try:
-        entries = decode_json(raw, strict=True)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path}: the safetensors header is not valid JSON ({error})") from None
-    return check_header(entries, where=str(path), data_start=8 + length, data_bytes=size - 8 - length)
+        check_amount(raw)
+        with safe_open(path, framework="np") as opened:  # of the frameworks it knows, the quickest to import
+            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            specs = [TensorSpec(name, it.get_dtype(), tuple(it.get_shape())) for name, it in slices.items()]
+            metadata = opened.metadata() or {}
+        names = decode_json(raw, strict=True)  # in their order, which the library does not keep
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read ({error})") from None
+    except (SafetensorError, ValueError, RecursionError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise InvalidInput(f"{path}: not a valid safetensors file, or truncated ({reason:.300})") from None
+    tensors = _placed(specs, 8 + length, str(path))
+    return Header({name: tensors[name] for name in names if name != "__metadata__"}, metadata)
 
 
-def check_header(entries: Any, *, where: str, data_start: int, data_bytes: int | None) -> Header:
-    """Validate the decoded header ``entries`` against the number of data bytes (None: not known)."""
-    if not isinstance(entries, dict):
-        raise InvalidInput(f"{where}: the safetensors header is not a JSON object")
-    metadata = entries.get("__metadata__")
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise InvalidInput(f"{where}: __metadata__ must map strings to strings")
-    spans = []
-    tensors: dict[str, tuple[TensorSpec, int]] = {}
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        spec, begin, end = _check_entry(name, entry, where)
-        spans.append((begin, end, name))
-        tensors[name] = (spec, data_start + begin)
-    _check_spans(sorted(spans), where, data_bytes)
-    return Header(tensors, metadata)
+def check_remote(entries: Mapping[str, Any], where: str) -> dict[str, tuple[TensorSpec, int]]:
+    """The tensors of a decoded header whose file is elsewhere, checked as `read_header` does; offsets are from its end.
+
+    Raises
+    ------
+    InvalidInput
+        The format does not allow it, or `read_header` would not.
+    """
+    try:
+        spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in entries.items())
+        specs = [TensorSpec(name, entries[name]["dtype"], tuple(entries[name]["shape"])) for _, name in spans]
+        tensors = _placed(specs, 0, where)
+    except (TypeError, KeyError, OverflowError):
+        raise InvalidInput(f"{where}: a tensor's dtype, shape or data_offsets are missing, or none at all") from None
+    for span, name in spans:
+        spec, begin = tensors[name]
+        whole = all(type(number) is int and number >= 0 for number in (*spec.shape, *span))
+        if not whole or span != (begin, begin + spec.nbytes) or prod(spec.shape) * DTYPE_BITS[spec.dtype] % 8:
+            raise InvalidInput(f"{where}: tensor {name}: its data_offsets do not fit its shape, overlap or leave a gap")
+    return {name: tensors[name] for name in entries}
 
 
 def check_name(name: str, where: str) -> None:
@@ -106,40 +118,23 @@ def check_name(name: str, where: str) -> None:
         raise InvalidInput(f"{where}: tensor {name!a}: its name holds half a surrogate pair") from None
 
 
-def _check_entry(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, int]:
-    check_name(name, where)
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise InvalidInput(f"{where}: tensor {name}: the header lacks dtype, shape or data_offsets") from None
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise InvalidInput(f"{where}: tensor {name}: unknown dtype {dtype!r:.40}")
-    if isinstance(shape, (list, tuple)) and len(shape) > _MAX_DIMENSIONS:
-        raise InvalidInput(f"{where}: tensor {name}: {len(shape)} dimensions, {_MAX_DIMENSIONS} allowed")
-    numbers = [*shape, begin, end] if isinstance(shape, (list, tuple)) else [None]
-    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-        raise InvalidInput(f"{where}: tensor {name}: shape and data_offsets must be non-negative integers")
-    if prod(max(size, 1) for size in shape) >= 2**63:
-        raise InvalidInput(f"{where}: tensor {name}: shape {list(shape)!s:.100} is beyond 64 bits")
-    spec = TensorSpec(name, dtype, tuple(shape))
-    if end - begin != spec.nbytes or prod(spec.shape) * DTYPE_BITS[dtype] % 8:
-        raise InvalidInput(
-            f"{where}: tensor {name}: {end - begin} bytes at data_offsets, but {dtype} {list(shape)!s:.100} "
-            f"takes {spec.nbytes}"
-        )
-    return spec, begin, end
+def _placed(specs: Iterable[TensorSpec], position: int, where: str) -> dict[str, tuple[TensorSpec, int]]:
+    """Tensors in the order of their bytes, each with its place, the first at ``position``; there are no gaps."""
+    tensors = {}
+    for spec in specs:
+        _check_spec(spec, where)
+        tensors[spec.name] = spec, position
+        position += spec.nbytes
+    return tensors
 
 
-def _check_spans(spans: list[tuple[int, int, str]], where: str, data_bytes: int | None) -> None:
-    position = 0
-    for begin, end, name in spans:
-        if begin != position:
-            fault = "overlaps another" if begin < position else "leaves a gap before it"
-            raise InvalidInput(f"{where}: tensor {name}: its bytes {begin}..{end} {fault}")
-        position = end
-    if data_bytes is not None and position != data_bytes:
-        fault = "truncated" if position > data_bytes else "too long"
-        raise InvalidInput(f"{where}: the file is {fault}: {position} bytes of tensors, {data_bytes} there")
+def _check_spec(spec: TensorSpec, where: str) -> None:
+    """Refuse what the library lets pass: a name too long to show, a dtype newer than this, a shape beyond torch's."""
+    check_name(spec.name, where)
+    if spec.dtype not in DTYPE_BITS:
+        raise InvalidInput(f"{where}: tensor {spec.name}: unknown dtype {spec.dtype!r:.40}")
+    if len(spec.shape) > _MAX_DIMENSIONS or prod(max(size, 1) for size in spec.shape) >= 2**63:  # strides, in 64 bits
+        raise InvalidInput(f"{where}: tensor {spec.name}: no tensor can have the shape {list(spec.shape)!s:.100}")
 
 
 def layout(specs: Iterable[TensorSpec]) -> list[TensorSpec]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from frodctl.checkpoint.inputs import MAX_JSON_BYTES, decode_json, open_input
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
 
 #: Weights in whatever format, what trainers leave behind, and adapters.
@@ -98,3 +99,20 @@ def _files_below(folder: Path, within: tuple[Path, ...], sub_folders: bool) -> l
         elif path.is_file() and (not path.is_symlink() or any(path.resolve().is_relative_to(home) for home in within)):
             found.append(path.name)
     return found
+
+
+def copied_files(checkpoint: Checkpoint, *, as_sentences: bool) -> tuple[str, ...]:
+    """What goes with the weights as it is; nothing is known of it where only headers were fetched.
+
+    What makes a sentence-transformers model of the base is left out where that is not wanted.
+    """
+    if checkpoint.root is None or not checkpoint.config:
+        return ()
+    path = checkpoint.path
+    # a single file's folder may be anybody's: no sub-folders
+    found = files_below(checkpoint.root, sub_folders=path is None or not path.is_file())
+    folders = module_folders(checkpoint.root / MODULES_FILE)
+    chosen = [name for name in companions(found, folders) if name != "config.json"]
+    if not as_sentences:
+        chosen = [name for name in chosen if not is_of_sentence_transformers(name, folders)]
+    return tuple(chosen)

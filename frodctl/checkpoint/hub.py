@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.companions import MODULES_FILE, companions, module_folders
 from frodctl.checkpoint.inputs import read_json
-from frodctl.checkpoint.source import (
+from frodctl.checkpoint.records import (
     ADAPTER_FILES,
     WEIGHT_FILES,
     Checkpoint,
@@ -190,8 +190,8 @@ def _remote_tensors(location: Location, repo: str, commit: str, files: list[str]
         except (ValueError, TypeError, AttributeError, RecursionError) as error:  # of what the client did not expect
             raise InvalidInput(f"{repo}/{file}: not a safetensors header ({type(error).__name__})") from None
         entries = {name: vars(tensor) for name, tensor in found.tensors.items()}
-        header = codec.check_header(entries, where=f"{repo}/{file}", data_start=0, data_bytes=None)
-        return [TensorInfo(s.name, s.dtype, s.shape, file, at) for s, at in header.tensors.values()]
+        tensors = codec.check_remote(entries, f"{repo}/{file}")
+        return [TensorInfo(s.name, s.dtype, s.shape, file, at) for s, at in tensors.values()]
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         return {info.name: info for infos in pool.map(headers, files) for info in infos}

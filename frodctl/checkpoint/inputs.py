@@ -70,6 +70,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_amount(raw: bytes) -> None:
+    """`ValueError` where JSON would take all of the memory, decoded by whatever."""
+    if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ValueError(f"more than {MAX_JSON_BYTES} bytes or {MAX_JSON_VALUES} values")
+
+
 def decode_json(raw: bytes, *, strict: bool = False) -> Any:
     """Decode UTF-8 JSON.
 
@@ -83,8 +89,7 @@ def decode_json(raw: bytes, *, strict: bool = False) -> Any:
     RecursionError
         It is nested too deeply.
     """
-    if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise ValueError(f"more than {MAX_JSON_BYTES} bytes or {MAX_JSON_VALUES} values")
+    check_amount(raw)
     # decoded here: json.loads would take UTF-16 too
     value = json.loads(raw.decode(), object_pairs_hook=_unique if strict else None)
     if _ESCAPED_SURROGATE.search(raw):

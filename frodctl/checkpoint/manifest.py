@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from frodctl.checkpoint.source import WEIGHT_FILES
+from frodctl.checkpoint.records import WEIGHT_FILES
 
 FILE = "frodctl.json"
 #: Marks the model card of a merge; those of versions without a manifest are known by it.

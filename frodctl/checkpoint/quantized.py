@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from frodctl.checkpoint.codec import DTYPE_BITS
-from frodctl.checkpoint.source import Checkpoint, TensorInfo
+from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.errors import InvalidInput
 
 _PACKED = re.compile(

@@ -1,12 +1,36 @@
-"""What is known of a tensor before its bytes are read."""
+"""A checkpoint as its headers describe it: where it is, its tensors, and what its files are called."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from frodctl import values
 from frodctl.checkpoint import codec
+from frodctl.checkpoint.inputs import kind_of
+from frodctl.checkpoint.ties import Ties, find_ties
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
+
+#: What models are trained in, and a basis stored: torch's name of the dtype, and the safetensors format's.
+MODEL_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+#: What transformers and diffusers call their weights, in the order in which one is preferred to another.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+#: What PEFT calls an adapter's config and weights.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_URL = re.compile(r"[a-z]+://|(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,3 +65,122 @@ class TensorInfo:
             step, stride = self.stride[0], self.stride[1:]
         offset = self.offset + index * step * codec.DTYPE_BITS[self.dtype] // 8
         return replace(self, shape=self.shape[1:], offset=offset, stride=stride)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A model as its user names it, and how to reach it."""
+
+    model: str
+    revision: str | None = None
+    subfolder: str = ""
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", values.model(self.model, "model"))
+
+    def local_path(self) -> Path | None:
+        """The file or folder on disk; None for a Hub id.
+
+        Raises
+        ------
+        FrodctlError
+            There is nothing at the path.
+        UsageError
+            It is a URL.
+        InvalidInput
+            It is neither a file nor a folder.
+        """
+        path = Path(os.path.expanduser(self.model))
+        kind = kind_of(path)
+        if kind in ("file", "folder"):
+            return path
+        if kind is not None:
+            raise InvalidInput(f"{self.model}: is a {kind}, neither a file nor a folder")
+        if _URL.match(self.model):
+            raise UsageError(f"{self.model}: URLs are not taken; give the Hub id in it, org/name or org/name@revision")
+        repo = self.model.partition("@")[0]  # a revision may hold slashes: refs/pr/1
+        if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or "\\" in repo:
+            raise FrodctlError(f"{self.model}: no such file or folder")
+        return None
+
+    def short_name(self) -> str:
+        """The last part of the model's name, for naming files after it."""
+        path = self.local_path()
+        name = path.resolve().name if path else self.model.partition("@")[0].rsplit("/", 1)[-1]
+        return re.sub(r"\.(safetensors|bin)$", "", name)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The headers of a checkpoint."""
+
+    model: str  #: as the user named it, without the revision
+    revision: str | None  #: the commit, of a checkpoint from the Hub
+    root: Path | None  #: folder that holds the files; None where only headers were fetched
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    path: Path | None = None  #: the file, of a checkpoint that was named by one
+
+    def files(self) -> list[Path]:
+        """The files that hold its tensors; none of headers alone."""
+        names = sorted({info.file for info in self.tensors.values()})
+        return [self.root / name for name in names] if self.root is not None else []
+
+    @cached_property
+    def ties(self) -> Ties:
+        """The tensors that the model uses as one."""
+        return find_ties(self.tensors, self.config, self.root)
+
+    def parameters(self) -> int:
+        """Number of parameters: floating-point elements, tied tensors counted once."""
+        seen: dict[tuple[str, int], int] = {}
+        for info in self.tensors.values():
+            if info.dtype in codec.FLOAT_DTYPES and info.name not in self.ties.copies:
+                place = info.file, info.offset  # where an empty tensor may be beside another, and views overlap
+                seen[place] = max(info.parameters, seen.get(place, 0))
+        return sum(seen.values())
+
+
+def choose_weights(files: Collection[str], where: str) -> str:
+    """The weights' entry point among a folder's file names: an index or a single file."""
+    for name in WEIGHT_FILES:
+        if name in files:
+            return name
+    single = sorted(f for f in files if f.endswith(".safetensors") and not f.startswith("adapter_"))
+    single = [f for f in single if not f.endswith(".frod.safetensors")]  # a basis, beside what it was made from
+    if len(single) == 1:
+        return single[0]
+    if single:
+        raise InvalidInput(f"{where}: several safetensors files and no index; name the one you mean")
+    hint = " (it holds an adapter: name its base model)" if "adapter_config.json" in files else ""
+    raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin{hint}")
+
+
+def shards_of(index: dict[str, Any], where: str) -> dict[str, str]:
+    """The ``weight_map`` of an index, each of its file names checked to lie in the folder itself."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidInput(f"{where}: the index has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or PurePosixPath(file).name != file or "\\" in file or "\0" in file:
+            raise InvalidInput(f"{where}: tensor {name} is said to be in {file!r}, outside the folder")
+    return weight_map
+
+
+def check_is_checkpoint(where: str, tensors: Collection[str]) -> None:
+    """`InvalidInput` where a file's tensors are named as those that frodctl or PEFT writes beside a checkpoint."""
+    if tensors and all(name.startswith(("V.", "tau.", "lambda.", "indices.")) for name in tensors):
+        raise InvalidInput(f"{where}: is a shared-basis file, not a checkpoint")
+    if tensors and all(name.startswith("base_model.") for name in tensors):
+        raise InvalidInput(f"{where}: is an adapter, not a checkpoint: name its base model")
+
+
+def check_complete(shards: dict[Any, str], tensors: Collection[str], where: str) -> None:
+    """Every tensor that the index promises must be in the shard it names."""
+    missing = sorted(name for name in shards if name is not None and name not in tensors)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InvalidInput(f"{where}: tensor {missing[0]}{more} is in the index but not in {shards[missing[0]]}")

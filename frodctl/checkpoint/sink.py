@@ -78,10 +78,8 @@ def check_output_folder(path: Path, reads: Iterable[Path], *, force: bool) -> No
             raise UsageError(f"{path}: is, contains or lies in {given}, which is read; name a folder elsewhere")
     _check_name(path)
     if os.path.lexists(path):
-        if not force:
-            raise UsageError(f"{path}: exists; `force=True` replaces it, or name another folder")
         if not path.is_dir() or path.is_symlink():
-            raise UsageError(f"{path}: is not a folder; name another")
+            raise UsageError(f"{path}: is {'a link' if path.is_symlink() else 'not a folder'}; name a folder")
         foreign = list(islice(manifest.foreign(path), _NAMED + 1))
         if foreign:
             names = ", ".join(foreign[:_NAMED]) + (" and more" if len(foreign) > _NAMED else "")
@@ -89,6 +87,8 @@ def check_output_folder(path: Path, reads: Iterable[Path], *, force: bool) -> No
                 f"{path}: holds more than a checkpoint that frodctl may replace: {names}; move that away, or name "
                 "another folder"
             )
+        if not force:
+            raise UsageError(f"{path}: exists; `force=True` replaces it, or name another folder")
     _check_parent(path)
 
 
@@ -135,7 +135,7 @@ class Staging:
     """``OUTPUT.partial/KEY/``: the finished pieces of the job KEY, until OUTPUT is whole.
 
     A run that was killed leaves its pieces here, and the same job takes them up. Another job's pieces are
-    left alone until OUTPUT is published. One run at a time: a second one is refused. Used in a ``with`` statement.
+    left alone. One run at a time: a second one is refused. Used in a ``with`` statement.
 
     Parameters
     ----------
@@ -214,7 +214,7 @@ class Staging:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._clear()
 
     def publish_folder(self, name: str) -> None:
         """Put the piece ``name``, a folder, in OUTPUT's place and clear the staging away.
@@ -225,7 +225,12 @@ class Staging:
         for path in [*self.path(name).rglob("*"), self.path(name)]:
             _sync(path)
         _put(self.path(name), self.output, self._check, self._replace_folder)
-        shutil.rmtree(self.root, ignore_errors=True)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what is of this job; another job's finished pieces are left for it."""
+        for folder in (self.folder, self._previous):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _replace_folder(self, new: Path, old: Path) -> None:
         if not _exchange(new, old):

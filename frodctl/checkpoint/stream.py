@@ -10,13 +10,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from frodctl.checkpoint.codec import read_into
-from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import InvalidInput, OutOfResources
+
+if TYPE_CHECKING:  # which compares tensors' bytes to find ties
+    from frodctl.checkpoint.records import TensorInfo
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,

@@ -9,8 +9,8 @@ from typing import Any
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.checkpoint.requests import Request
-from frodctl.checkpoint.source import Checkpoint, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
 
 #: The modules that PEFT 0.21 adapts by default, by ``model_type``: names, or one regular expression.

@@ -6,10 +6,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frodctl.checkpoint import codec
-from frodctl.checkpoint.records import TensorInfo
+
+if TYPE_CHECKING:  # which knows its ties
+    from frodctl.checkpoint.records import TensorInfo
 
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|wte|(word_)?embeddings?|shared|embed_in|tok_embeddings|tokens_embed|w)\.weight"
@@ -114,17 +116,21 @@ def _alike(
 ) -> dict[str, str]:
     """Those of the tensors that have the same bytes as the first embedding of their shape, and its name."""
     pairs = [(info, firsts[info.shape]) for info in tensors if info.shape in firsts]
-    return {info.name: first.name for info, first in pairs if root is not None and _same_bytes(root, info, first)}
+    return {info.name: first.name for info, first in pairs if root is not None and same_bytes(root, info, root, first)}
 
 
-def _same_bytes(root: Path, one: TensorInfo, other: TensorInfo) -> bool:
-    if (one.dtype, one.stride) != (other.dtype, other.stride) or (one.data is None) != (other.data is None):
+def same_bytes(root: Path, one: TensorInfo, other_root: Path, other: TensorInfo) -> bool:
+    """Whether two tensors of one shape have the same dtype and, element by element, the same bytes."""
+    if one.dtype != other.dtype:
         return False
-    if one.data is not None:
-        return bool(one.data.equal(other.data))
+    if any(info.data is not None or info.stride is not None for info in (one, other)):  # of a pickle, read by torch
+        from frodctl.checkpoint.stream import read_tensor, tensor_bytes
+
+        mine, theirs = read_tensor(root, one), read_tensor(other_root, other)
+        return tensor_bytes(mine.contiguous()) == tensor_bytes(theirs.contiguous())
     pieces = zip(
         codec.read_chunks(root / one.file, one.offset, one.nbytes),
-        codec.read_chunks(root / other.file, other.offset, other.nbytes),
+        codec.read_chunks(other_root / other.file, other.offset, other.nbytes),
         strict=True,
     )
     return all(first == second for first, second in pieces)

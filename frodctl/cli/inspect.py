@@ -175,7 +175,7 @@ def command(
     """
     if check and options["against"] is None:
         raise click.UsageError("--check goes with --against.")
-    out = Output(format_, json_)
+    out = Output(format_, json_, goes_on=check or plot is not None)
     if plot is not None:
         from frodctl.cli import plot as pictures
 

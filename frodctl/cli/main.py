@@ -19,7 +19,7 @@ from click.shell_completion import shell_complete
 
 import frodctl
 from frodctl.cli.options import as_flags
-from frodctl.cli.output import printable
+from frodctl.cli.output import OutputClosed, printable, silence_stdout
 from frodctl.errors import FrodctlError, OutOfResources
 
 _COMMANDS = {
@@ -124,13 +124,9 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def _closed_pipe(error: BaseException) -> bool:
     """Whether the reader of our output has gone, which is its right."""
-    from frodctl.cli.output import OutputClosed
-
-    if not isinstance(error, OutputClosed | BrokenPipeError):
-        return False
-    # Whatever is left in the buffer cannot be written; without this the interpreter complains at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+    if isinstance(error, BrokenPipeError):
+        silence_stdout()
+    return isinstance(error, OutputClosed | BrokenPipeError)
 
 
 def _show_traceback() -> None:

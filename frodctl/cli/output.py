@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def silence_stdout() -> None:
+    """Whatever is left in the buffer cannot be written; without this the interpreter complains at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a table; those without a title are for programs only."""
@@ -54,9 +60,13 @@ class Column:
 
 
 class Output:
-    """Standard output in one of the formats."""
+    """Standard output in one of the formats.
 
-    def __init__(self, format_: str | None, as_json: bool) -> None:
+    ``goes_on`` says that the command has more to do than to print, and does it although nobody reads any more.
+    """
+
+    def __init__(self, format_: str | None, as_json: bool, *, goes_on: bool = False) -> None:
+        self.goes_on = goes_on
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.format = "json" if as_json else format_ or ("human" if self.terminal else "tsv")
 
@@ -128,7 +138,9 @@ class Output:
             sys.stdout.write(text)
             sys.stdout.flush()
         except BrokenPipeError:
-            raise OutputClosed from None
+            silence_stdout()
+            if not self.goes_on:
+                raise OutputClosed from None
         except OSError as error:
             failure = OutOfResources if error.errno == errno.ENOSPC else FrodctlError
             raise failure(f"stdout: {error.strerror}") from None

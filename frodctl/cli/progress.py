@@ -50,7 +50,7 @@ class Reporter:
                 self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
                 click.echo(text, err=True)
-        except BrokenPipeError:  # nobody reads stderr any more; the work goes on
+        except OSError:  # nobody reads stderr any more, or its disk is full; the work goes on
             self.quiet = True
 
     def _update_bar(self, report: Progress) -> None:

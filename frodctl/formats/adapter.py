@@ -27,7 +27,8 @@ from typing import IO, Any
 from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.inputs import read_json
-from frodctl.checkpoint.source import ADAPTER_FILES, Location, TensorInfo, read_file_header
+from frodctl.checkpoint.opening import read_file_header
+from frodctl.checkpoint.records import ADAPTER_FILES, Location, TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats.basis_file import check_digest, check_version
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
@@ -83,6 +84,8 @@ class Provenance:
         yield "head", _is_head(self.head)
 
 
+#: PEFT's task types whose heads have labels.
+LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 #: What a config.json, and so `Provenance.head`, says of a head's labels.
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 #: Those fields of `Provenance` that are JSON objects.
@@ -455,6 +458,10 @@ def write_adapter(
     """
     from frodctl.checkpoint.stream import digest
 
+    if (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder}: holds a model (config.json), which transformers would load with the adapter; name another"
+        )
     if (folder / CONFIG_FILE).is_file() and "frodctl" not in read_json(folder / CONFIG_FILE):
         raise UsageError(f"{folder}: holds an adapter that is not frodctl's; name another folder")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -464,7 +471,7 @@ def write_adapter(
     writers: dict[str, Callable[[IO[bytes]], None]] = {}
     if not (folder / "README.md").exists():
         writers["README.md"] = lambda file: _write_text(file, card)
-    writers[ADAPTER_FILES[1]] = lambda file: write_tensors(file, plain)
+    writers[ADAPTER_FILES[1]] = lambda file: _write_weights(file, plain)
     writers[CONFIG_FILE] = lambda file: _write_text(file, text)
     sink.replace_files(folder, writers)
 
@@ -480,6 +487,12 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
             yield tensor_bytes(tensors[spec.name].detach().cpu().contiguous())
 
     codec.write_file(file, specs, {"format": "pt"}, chunks())
+
+
+def _write_weights(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
+    write_tensors(file, tensors)
+    file.flush()
+    codec.read_header(Path(file.name))  # before it gets its name: everyone must be able to open it
 
 
 def _write_text(file: IO[bytes], text: str) -> None:

@@ -22,11 +22,11 @@ from typing import IO, Any
 from frodctl import values
 from frodctl.checkpoint import codec, sink
 from frodctl.checkpoint.inputs import decode_json, kind_of
+from frodctl.checkpoint.records import MODEL_DTYPES, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
 
 VERSION = 1
-_V_DTYPES = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,6 @@ class BasisFile:
 
     def tensor(self, name: str) -> Any:
         """The torch.Tensor of that name, in its stored dtype; `InvalidInput` where it is not the recorded one."""
-        from frodctl.checkpoint.source import TensorInfo
         from frodctl.checkpoint.stream import read_tensor
 
         spec, offset = self._place(name)
@@ -213,7 +212,7 @@ def _check_tensors(path: Path, header: codec.Header, metadata: BasisMetadata) ->
     for category in metadata.basis:
         spec = header.tensors.get(f"V.{category}")
         n = spec[0].shape[0] if spec and spec[0].shape else 0
-        expected[f"V.{category}"] = ((n, n), _V_DTYPES)
+        expected[f"V.{category}"] = ((n, n), tuple(MODEL_DTYPES.values()))
         expected[f"tau.{category}"] = ((n,), ("F64",))
         if indices := header.tensors.get(f"indices.{category}"):
             nnz = indices[0].shape[-1] if indices[0].shape else 0

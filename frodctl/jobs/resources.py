@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+#: Resident memory of the process before any tensor: the interpreter and torch.
+PROCESS_BYTES = 320_000_000
+
+
 def choose_device(name: str) -> torch.device:
     """The device called ``name``: "auto" is the first CUDA GPU if there is one, else the CPU.
 

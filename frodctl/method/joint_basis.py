@@ -35,6 +35,7 @@ from torch import Tensor
 
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.method.cost import STACK_ROWS, layer_flops
+from frodctl.method.dual import inverse_transpose
 from frodctl.method.linalg import (
     Scratch,
     add_gram_,
@@ -357,7 +358,10 @@ class _Stack:
     def scales(self, V: Tensor, rank: int, work: torch.dtype) -> list[Tensor]:
         """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank."""
         exact = V.double() * self.factor
-        D = _dual(exact)[:, :rank]
+        D = inverse_transpose(exact)
+        if D is None:
+            raise Unrepresentable("V is so badly conditioned that it is singular as it is stored; give `dtype=float32`")
+        D = D[:, :rank]
         lengths, duals = (torch.linalg.vector_norm(X[:, :rank], dim=0).cpu() for X in (exact, D))
         D = D.to(work).contiguous()
         del exact
@@ -587,15 +591,6 @@ def _check_rounding(scales: Sequence[Tensor], rank: int, dtype: torch.dtype) -> 
     squares = torch.stack([scale.double().square() for scale in scales]).sum(dim=0)[:rank]
     if dtype != torch.float32 and bool(((squares - 1).abs() > 0.5).any()):
         raise Unrepresentable(f"V is too badly conditioned for {_name(dtype)}; give `dtype=float32`")
-
-
-def _dual(V: Tensor) -> Tensor:
-    """V⁻ᵀ (n, n) of a stored V, float64."""
-    inverse: Tensor
-    inverse, failed = torch.linalg.inv_ex(V)
-    if failed or not bool(torch.isfinite(inverse).all()):
-        raise Unrepresentable("V is so badly conditioned that it is singular as it is stored; give `dtype=float32`")
-    return inverse.T
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -17,16 +17,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from frodctl.method.linalg import Scratch, full_float32, rough_norm, spectral_norm
+from frodctl.method.dual import ROUNDED_AFTERWARDS, TO_A_MILLIONTH, Dual
+from frodctl.method.linalg import Scratch, full_float32, rough_norm
 
 #: U is 0 in directions where ‖B[:, k]‖ is no more, as peft 0.21 has it: whatever W's scale.
 _PEFT_NULL = 1e-12
-#: The product W V⁻ᵀ is taken in float32 for a bfloat16 V no narrower and no worse conditioned than this. There about
-#: one entry of U in 4,000 is then rounded to the other neighbour, which only a small matrix would feel.
-_FLOAT32_WIDTH = 512
-_FLOAT32_CONDITION = 16
-#: `Factors` multiplies in float32 up to this condition number of V, and where no λ is smaller, relative to the largest.
-_FACTORS_CONDITION = 64
+#: `Factors` multiplies in float32 where no λ is smaller, relative to the largest.
 _FACTORS_SHARE = 1e-2
 
 #: Rows of the result that are computed at a time.
@@ -57,13 +53,10 @@ class CategoryUpdate:
         self.dtype = V.dtype
         self.scratch = Scratch(device)
         self.work = torch.float64 if V.dtype == torch.float64 else torch.float32
-        exact = V.to(device, torch.float64)
-        dual, condition = dual_basis(exact)
-        if held_in is not None:
-            exact, dual = exact.to(held_in), dual.to(held_in)
+        dual = Dual.of(V, device)
+        exact, D = (dual.V, dual.D) if held_in is None else (dual.V.to(held_in), dual.D.to(held_in))
         self.Vt = exact.to(self.work).T.contiguous()
-        in_float32 = V.dtype == torch.bfloat16 and self.n >= _FLOAT32_WIDTH and condition <= _FLOAT32_CONDITION
-        self.D = dual.to(torch.float32 if in_float32 else torch.float64)
+        self.D = D.to(dual.work(ROUNDED_AFTERWARDS))
         self.rows, self._row_starts, self._columns, self._order = csr_pattern(indices.to(device), self.n)
 
     def reconstruct(self, W: Tensor, scales: Tensor, values: Tensor) -> Blocks:
@@ -171,9 +164,9 @@ class Factors:
     """
 
     def __init__(self, V: Tensor, device: torch.device) -> None:
-        self.D, condition = dual_basis(V.detach().to(device, torch.float64))
-        in_float32 = V.dtype != torch.float64 and condition <= _FACTORS_CONDITION
-        self._rounded = self.D.float() if in_float32 else None
+        dual = Dual.of(V, device)
+        self.D = dual.D
+        self._rounded = self.D.float() if dual.work(TO_A_MILLIONTH) == torch.float32 else None
 
     def __call__(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """U (m, n) in the dtype of W (m, n), 0 where λ ≤ 1e-12 as in PEFT, and λ (n,) in float32."""
@@ -191,14 +184,6 @@ class Factors:
 
 def _row_blocks(m: int) -> list[slice]:
     return [slice(begin, min(begin + _BLOCK_ROWS, m)) for begin in range(0, m, _BLOCK_ROWS)]
-
-
-def dual_basis(V: Tensor) -> tuple[Tensor, float]:
-    """V⁻ᵀ and cond(V), for float64; where V is singular the pseudo-inverse's transpose and infinity."""
-    inverse, failed = torch.linalg.inv_ex(V)
-    if failed or not torch.isfinite(inverse).all():
-        return torch.linalg.pinv(V, rtol=1e-6).T, float("inf")
-    return inverse.T, spectral_norm(V) * spectral_norm(inverse)
 
 
 def csr_pattern(indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,8 +5,9 @@
 
 from frodctl.training.attachment import attach, detach, disabled, merge_, set_adapter, set_scale, trainable_parameters
 from frodctl.training.groups import parameter_groups
+from frodctl.training.loading import load_adapter
 from frodctl.training.report import print_trainable_parameters
-from frodctl.training.saving import load_adapter, save_adapter
+from frodctl.training.saving import save_adapter
 from frodctl.training.selection import select_pattern
 
 __all__ = [

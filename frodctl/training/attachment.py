@@ -7,21 +7,33 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from frodctl import values
-from frodctl.checkpoint import names
+from frodctl.adapted import opening
+from frodctl.adapted.positions import drawn
 from frodctl.checkpoint.requests import module_matcher
 from frodctl.checkpoint.targets import DEFAULT_TARGETS
 from frodctl.errors import InvalidInput, UsageError
-from frodctl.formats import adapted
 from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
-from frodctl.method.pattern import patterns
 from frodctl.training import trainer
+from frodctl.training.attached import (
+    Attached,
+    Attachment,
+    added_prefixes,
+    attachment_of,
+    forget,
+    frod_layers,
+    keep,
+    live_paths,
+    require_attachment,
+    saved_modules,
+    updates_of,
+)
 from frodctl.training.check import check_gradient, check_layer
 from frodctl.training.layer import (
     Basis,
@@ -37,35 +49,7 @@ from frodctl.training.layer import (
 from frodctl.training.reads import weight_uses
 
 Model = TypeVar("Model", bound=nn.Module)
-_ATTRIBUTE = "_frod_attachment"
 _NAME = re.compile(r"[\w.\-]+")
-
-
-@dataclass(frozen=True)
-class Attached:
-    """One adapter on a live model: what it was made from."""
-
-    basis: BasisFile
-    modules: Mapping[str, ModuleRecord]  #: by path in the live model
-    sparsity: Mapping[str, float]  #: by category
-    seed: int | None  #: of the pattern; None where the basis file or the adapter has it
-    modules_to_save: tuple[str, ...]  #: as asked for
-    dropout: float
-    selected: bool = False  #: the pattern is the adapter's own: neither a seed nor the basis file has it
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """``sha256:…`` of V's bytes by category."""
-        return {category: self.basis.metadata.basis[category] for category in sorted(self.sparsity)}
-
-
-@dataclass
-class Attachment:
-    """What `attach` keeps on the model beside the layers."""
-
-    trainable: frozenset[str]  #: parameters that were so before
-    adapters: dict[str, Attached] = field(default_factory=dict)
-    active: str = "default"
 
 
 def attach(
@@ -131,12 +115,12 @@ def attach(
     """
     values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")
     opened = resolved(basis)
-    if note := adapted.without_digests(opened):
+    if note := opening.without_digests(opened):
         warnings.warn(note, stacklevel=2)
     chosen = choose(model, opened, target_modules, exclude_modules)
-    drawn, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
+    seed, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
     saved = values.names(modules_to_save, "modules_to_save")
-    attached = Attached(opened, chosen, rates, drawn, saved, checked_dropout(dropout))
+    attached = Attached(opened, chosen, rates, seed, saved, checked_dropout(dropout))
     return install(model, attached, indices, adapter_name)
 
 
@@ -157,7 +141,7 @@ def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], ada
     saved = _saved_modules(model, attached)
     if attachment is None:
         attachment = Attachment(frozenset(n for n, p in model.named_parameters() if p.requires_grad))
-        setattr(model, _ATTRIBUTE, attachment)
+        keep(model, attachment)
         trainer.prepare(model)
     for path, update in layers.items():
         layer = model.get_submodule(path)
@@ -173,36 +157,6 @@ def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], ada
     trainer.leave_buffers_to_each_process(model)
     set_adapter(model, adapter_name)
     return model
-
-
-def attachment_of(model: nn.Module) -> Attachment | None:
-    """What `attach` keeps on the model; None where nothing is attached."""
-    found = getattr(model, _ATTRIBUTE, None)
-    return found if isinstance(found, Attachment) else None
-
-
-def require_attachment(model: nn.Module) -> Attachment:
-    """As `attachment_of`; `UsageError` where nothing is attached."""
-    found = attachment_of(model)
-    if found is None:
-        raise UsageError(f"{type(model).__name__}: no adapter is attached; call frodctl.attach first")
-    return found
-
-
-def frod_layers(model: nn.Module) -> dict[str, FrodLinear]:
-    """The layers that adapters train, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, FrodLinear)}
-
-
-def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Update]:
-    """What the adapter trains of each layer, by the layer's path."""
-    found = {path: layer.update(adapter_name) for path, layer in frod_layers(model).items()}
-    return {path: update for path, update in found.items() if update is not None}
-
-
-def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """The modules that adapters train as a whole, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SavedModule)}
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -252,7 +206,7 @@ def detach(model: Model) -> Model:
         _replace(model, path, layer.base_layer.train(layer.training))
     for path, module in saved_modules(model).items():
         _replace(model, path, module.original_module)
-    delattr(model, _ATTRIBUTE)
+    forget(model)
     trainer.restore(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in attachment.trainable)
@@ -298,12 +252,6 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = added_prefixes(model)
     return trained, sum(_numel(p) for name, p in model.named_parameters() if not name.startswith(added))
-
-
-def added_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of the adapters' parameters begin with."""
-    layers, saved = frod_layers(model), saved_modules(model)
-    return (*(f"{path}.adapters." for path in layers), *(f"{path}.modules_to_save." for path in saved))
 
 
 def _numel(parameter: Tensor) -> int:
@@ -387,17 +335,6 @@ def _default_targets(model: nn.Module, parameter: str) -> str:
     return DEFAULT_TARGETS[model_type]
 
 
-def live_paths(model: nn.Module, known: Mapping[str, Any]) -> dict[str, str]:
-    """The path in the model of each of the checkpoint's modules that it has exactly once."""
-    inner = tuple(f"{path}." for path in frod_layers(model))
-    paths = [path for path, _ in model.named_modules() if path and not path.startswith(inner)]
-    found: dict[str, list[str]] = {}
-    for path, name in names.match(paths, known.keys()).items():
-        if name is not None:
-            found.setdefault(name, []).append(path)
-    return {name: live[0] for name, live in found.items() if len(live) == 1}
-
-
 def _patterns(
     opened: BasisFile, categories: set[str], sparsity: values.Number | Mapping[str, values.Number] | None, given: Any
 ) -> tuple[int | None, dict[str, float], dict[str, Tensor]]:
@@ -405,10 +342,10 @@ def _patterns(
     rates = {category: float(opened.metadata.sparsity[category]) for category in categories}
     seed = None if given is None else values.seed(given, "seed")
     if sparsity is None and seed is None:
-        drawn = opened.indices()
-        stored = any(f"indices.{category}" in opened for category in drawn)
-        replayable = not stored and categories == set(drawn)
-        return opened.metadata.seed if replayable else None, rates, {c: drawn[c] for c in categories}
+        found = opened.indices()
+        stored = any(f"indices.{category}" in opened for category in found)
+        replayable = not stored and categories == set(found)
+        return opened.metadata.seed if replayable else None, rates, {c: found[c] for c in categories}
     if isinstance(sparsity, Mapping):
         for category, rate in sparsity.items():
             values.require(
@@ -418,13 +355,7 @@ def _patterns(
     elif sparsity is not None:
         rates = dict.fromkeys(categories, values.share(sparsity, "sparsity", at_least=0, at_most=1))
     seed = opened.metadata.seed if seed is None else seed
-    return seed, rates, draw(opened, rates, seed)
-
-
-def draw(opened: BasisFile, rates: Mapping[str, float], seed: int) -> dict[str, Tensor]:
-    """The positions that a seed stands for, for these categories alone, as `frodctl.merge` draws them."""
-    widths = {category: opened.width(category) for category in rates}
-    return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
+    return seed, rates, drawn({category: opened.width(category) for category in rates}, rates, seed)
 
 
 def checked_name(adapter_name: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from frodctl import values
-from frodctl.training.attachment import require_attachment, updates_of
+from frodctl.training.attached import require_attachment, updates_of
 
 
 def parameter_groups(

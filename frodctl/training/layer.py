@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frodctl.method.update import csr_pattern, dual_basis
+from frodctl.method.dual import Dual
+from frodctl.method.update import csr_pattern
 from frodctl.training.products import (
     Positions,
     ignore_beta_warning,
@@ -58,9 +59,9 @@ class Basis(KeepsDtype):
     ) -> None:
         super().__init__()
         self.category, self.digest, self.layers = category, digest, layers
-        exact = V.to("cpu" if device.type == "mps" else device, torch.float64)  # which mps does not have
-        self.register_buffer("V", exact.to(dtype).to(device), persistent=False)
-        self.register_buffer("D", dual_basis(exact)[0].to(dtype).contiguous().to(device), persistent=False)
+        dual = Dual.of(V, torch.device("cpu") if device.type == "mps" else device)  # which has no float64
+        self.register_buffer("V", dual.V.to(dtype).to(device), persistent=False)
+        self.register_buffer("D", dual.D.to(dtype).contiguous().to(device), persistent=False)
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @property

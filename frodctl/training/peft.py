@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frodctl.adapted import opening
+from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import names
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import Location
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.formats import adapted
 from frodctl.formats.adapter import base_scales_key, lambda_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
 from frodctl.training.attachment import choose, resolved
@@ -58,7 +59,7 @@ def get_peft_model(
     """
     peft, layers = _modules()
     opened = resolved(basis)
-    if note := adapted.without_digests(opened):
+    if note := opening.without_digests(opened):
         warnings.warn(note, stacklevel=2)
     chosen = choose(model, opened, options.pop("target_modules", None))
     for path, record in chosen.items():
@@ -115,16 +116,14 @@ def load(
     peft, layers = _modules()
     adapter = open_adapter(Location(str(folder)))
     given = None if basis is None else resolved(basis)
-    opened = adapted.basis_of(adapter, given) if adapter.lacking else None
-    if adapter.lacking and opened is None:
-        raise adapted.no_basis(adapter)
-    if note := adapted.without_digests(adapter, opened):
+    opened = opening.open_source(adapter, given).basis
+    if note := opening.without_digests(adapter, opened):
         warnings.warn(note, stacklevel=2)
     for module in adapter.modules:
         if names.peft_category(module.module) != module.category:
             raise InvalidInput(f"{module.module}: its category is {module.category}, which PEFT cannot have")
-    indices = adapted.positions_of(adapter, opened)
-    projections = {c: (adapted.V_of(adapter, opened, c), indices[c]) for c in adapter.categories}
+    indices = positions_of(adapter, opened)
+    projections = {c: (opening.V_of(adapter, opened, c), indices[c]) for c in adapter.categories}
     known = peft.FrodConfig.__dataclass_fields__
     settings = {key: value for key, value in adapter.config.items() if key in known and key != "peft_type"}
     ours = {base_scales_key(module.module) for module in adapter.modules}

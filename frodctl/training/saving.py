@@ -1,14 +1,13 @@
-"""Saving what was trained, and taking it up again."""
+"""Saving what was trained."""
 
 from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +15,19 @@ from torch import Tensor, nn
 import frodctl
 from frodctl import values
 from frodctl.checkpoint import codec, names, sink
-from frodctl.checkpoint.source import Location
 from frodctl.checkpoint.stream import DTYPE_NAMES, digest
 from frodctl.errors import InvalidInput, UsageError
-from frodctl.formats import adapted
 from frodctl.formats import adapter as adapter_format
-from frodctl.formats.adapter import Adapter, Provenance, TrainedModule, open_adapter
-from frodctl.formats.basis_file import BasisFile, ModuleRecord
-from frodctl.training.attachment import (
+from frodctl.formats.adapter import Provenance
+from frodctl.training.attached import (
     Attached,
     added_prefixes,
-    checked_dropout,
-    checked_name,
     frod_layers,
-    install,
-    live_paths,
     require_attachment,
-    resolved,
     saved_modules,
     updates_of,
 )
-from frodctl.training.layer import FrodLinear, SavedModule, Update, is_transposed, out_features
-
-Model = TypeVar("Model", bound=nn.Module)
+from frodctl.training.layer import Update
 
 #: PEFT's task types by what the model's class is called.
 _TASKS = {
@@ -51,9 +40,7 @@ _TASKS = {
 #: How many folders up, and down again, the way to a basis file may lead to be recorded.
 _NEAR = 2
 _CARD = """---
-library_name: frodctl
-base_model: {base}
-tags: [frod]
+{fields}
 ---
 
 # FRoD adapter
@@ -147,81 +134,6 @@ def save_adapter(
     return folder
 
 
-def load_adapter(
-    model: Model,
-    folder: str | Path,
-    basis: str | Path | BasisFile | None = None,
-    *,
-    dropout: float = 0.0,
-    adapter_name: str = "default",
-) -> Model:
-    """Attach a saved adapter, to apply it or to train it further.
-
-    Parameters
-    ----------
-    model : Module
-        The base model.
-    folder : path
-        What `save_adapter` wrote, or a Hub id; of several adapters the one called ``adapter_name``.
-    basis : path or BasisFile, optional
-        The one that it was trained with. By default the adapter's own, if it holds one (``self_contained``), else a
-        file in its folder, in the one above, or where the adapter recorded it: the file that has the recorded digests,
-        whatever its name.
-    dropout, adapter_name
-        As for `attach`.
-
-    Returns
-    -------
-    Module
-        ``model`` itself; the adapter is the active one.
-
-    Raises
-    ------
-    InvalidInput
-        Basis, base and adapter do not belong together or are damaged, or the adapter is PEFT's own: that one trains
-        another operator; merge it.
-    """
-    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")
-    folder, adapter_name, dropout = values.model(folder, "folder"), checked_name(adapter_name), checked_dropout(dropout)
-    given = None if basis is None else resolved(basis)
-    adapter = open_adapter(Location(folder), _sub_folder(folder, adapter_name))
-    provenance = adapter.provenance
-    if provenance is None or provenance.form != "delta":
-        raise InvalidInput(f"{adapter.name}: not trained by frodctl; merge it into its base instead (frodctl merge)")
-    found = adapted.basis_of(adapter, given) or adapted.basis_in(adapter)
-    if found is None:
-        raise adapted.no_basis(adapter)
-    opened = resolved(found)
-    if note := adapted.without_digests(adapter, opened):
-        warnings.warn(note, stacklevel=2)
-    modules = _modules(model, adapter, opened)
-    attached = Attached(
-        basis=opened,
-        modules={path: record for path, record, _ in modules},
-        sparsity={category: provenance.sparsity.get(category, 0.0) for category in adapter.categories},
-        seed=provenance.seed,
-        modules_to_save=tuple(adapter.config.get("modules_to_save") or ()),
-        dropout=dropout,
-        selected=provenance.seed is None and bool(adapter.indices),
-    )
-    for info in adapter.bases.values():  # compared with its digest, though the basis file's may be used
-        adapter.tensor(info)
-    indices = adapted.positions_of(adapter, opened)
-    numbers = _numbers(adapter, opened, modules)
-    replaced = _replaced(model, adapter)
-    install(model, attached, indices, adapter_name)
-    updates = updates_of(model, adapter_name)
-    with torch.no_grad():
-        for path, (delta, sparse) in numbers.items():
-            updates[path].delta.copy_(delta)
-            updates[path].values.copy_(sparse)
-        for path, module in saved_modules(model).items():
-            if adapter_name in module.modules_to_save:
-                for name, parameter in module.modules_to_save[adapter_name].state_dict().items():
-                    parameter.copy_(replaced[f"{path}.{name}"])
-    return model
-
-
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The trained numbers of all adapters by their names in the model's state: those alone, as quantized layers may
     repack their weights for the rest. Sharded ones are gathered, for which every process must call this.
@@ -249,11 +161,6 @@ def writes(model: nn.Module) -> bool:
 def _whole(tensor: Any) -> Any:
     """Gathered from all processes where it is a DTensor; its shard may be on the CPU, which NCCL cannot gather."""
     return tensor.to(tensor.device_mesh.device_type).full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _sub_folder(folder: str | Path, name: str) -> str | None:
-    """The adapter's name among several in a folder; None where it is the folder's only, or first one."""
-    return name if (Path(folder) / name).is_dir() else None
 
 
 def _trained(
@@ -361,79 +268,15 @@ def _config(model: nn.Module, attached: Attached, tensors: Mapping[str, Tensor])
 
 
 def _card(config: Mapping[str, Any], self_contained: bool) -> str:
+    from huggingface_hub import ModelCardData
+
     base = Path(config["base_model_name_or_path"])
     text = str(base) if not base.is_absolute() else base.name
     return _CARD.format(
+        fields=ModelCardData(library_name="frodctl", base_model=text, tags=["frod"]).to_yaml(),
         base=text,
         version=frodctl.__version__,
         holds="It holds its basis." if self_contained else "Its basis is in the shared-basis file it was trained with.",
         basis="" if self_contained else " --basis FILE",
         peft="" if self_contained else ", and another V",
     )
-
-
-def _modules(model: nn.Module, adapter: Adapter, opened: BasisFile) -> list[tuple[str, ModuleRecord, TrainedModule]]:
-    """For each trained module its path in this model, its record in the basis, and its tensors."""
-    records = adapted.records_of(adapter, opened)
-    live = live_paths(model, {record.name: record for record in records.values()})
-    found = []
-    for module in adapter.modules:
-        record = records[module.module]
-        if record.name not in live:
-            raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {module.module}: another base?")
-        path = live[record.name]
-        if opened.aliases:  # an adapter does not say how many rows a weight has
-            record = replace(record, shape=_shape(model.get_submodule(path), module.n))
-        found.append((path, record, module))
-    return found
-
-
-def _shape(layer: nn.Module, n: int) -> tuple[int, int]:
-    """The shape of a live layer's weight as it is stored."""
-    base = layer.base_layer if isinstance(layer, FrodLinear) else layer
-    known = getattr(base, "out_features", None)  # which quantized layers tell
-    m = known if isinstance(known, int) else out_features(base)
-    return (n, m) if is_transposed(base) else (m, n)
-
-
-def _numbers(
-    adapter: Adapter, opened: BasisFile, modules: Sequence[tuple[str, ModuleRecord, TrainedModule]]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """δ and the values of S by path in the model."""
-    found = {}
-    for path, record, module in modules:
-        start = adapted.start_of(adapter, module, opened, {module.module: record})
-        scales = adapter.tensor(module.scales).double()
-        sparse = adapter.tensor(module.values).float() if module.values is not None else torch.zeros(0)
-        found[path] = (scales - start.double()).float(), sparse
-    return found
-
-
-def _tensors_of(model: nn.Module, name: str) -> list[str]:
-    """The names in the model's state of the tensors of the modules that are called so."""
-    inner = tuple(f"{path}." for path in saved_modules(model))
-    found = []
-    for path, module in model.named_modules():
-        if f".{path}".endswith(f".{name}") and not path.startswith(inner):
-            original = module.original_module if isinstance(module, SavedModule) else module
-            found += [f"{path}.{key}" for key in original.state_dict()]
-    return found
-
-
-def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The modules that were trained as a whole, by tensor name in this model."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in tensors}
-    found = {}
-    for tensor, name in names.match(adapter.replaced, live).items():
-        if name is None:
-            raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {tensor}, which was trained as a whole")
-        found[name] = adapter.tensor(adapter.replaced[tensor])
-        if found[name].shape != live[name].shape:
-            shapes = f"{list(found[name].shape)}, but {list(live[name].shape)}"
-            raise InvalidInput(f"{adapter.name}: {tensor} is {shapes} in {type(model).__name__}")
-    for entry in adapter.config.get("modules_to_save") or ():
-        for tensor in _tensors_of(model, entry):
-            if tensor not in found:
-                raise InvalidInput(f"{adapter.name}: {entry} was trained as a whole, but {tensor} is not there")
-    return found

@@ -17,7 +17,8 @@ from frodctl import values
 from frodctl.checkpoint import sink
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import check_name, write_patterns
-from frodctl.training.attachment import frod_layers, require_attachment, resolved, updates_of
+from frodctl.training.attached import frod_layers, require_attachment, updates_of
+from frodctl.training.attachment import resolved
 from frodctl.training.layer import Pattern, Update, is_transposed
 
 _ROWS = 1 << 12  # tokens whose gradients are multiplied at a time

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from frodctl.training.attached import added_prefixes
 from frodctl.training.layer import Basis, Pattern, Update
+from frodctl.training.saving import save_adapter, save_trained_state, trained_state, writes
 
 #: The name under which transformers' Trainer looks for weights as it resumes.
 TRAINER_FILE = "model.safetensors"
@@ -42,8 +44,6 @@ def restore(model: nn.Module) -> None:
 
 def _expect_no_base(model: nn.Module, keys: Any) -> None:
     """Where a state has nothing of the base, as in the Trainer's checkpoints, do not call the base missing."""
-    from frodctl.training.attachment import added_prefixes
-
     added = added_prefixes(model)
     base = {name for name, _ in model.named_parameters() if not name.startswith(added)}
     if base <= set(keys.missing_keys):
@@ -142,8 +142,6 @@ class SavePretrained:
         state_dict: dict[str, Tensor] | None = None,
         **_: Any,
     ) -> None:
-        from frodctl.training.saving import save_adapter, save_trained_state, trained_state, writes
-
         state = trained_state(self.model) if state_dict is None else state_dict
         if is_main_process and (state_dict is not None or writes(self.model)):
             save_adapter(self.model, save_directory, state_dict=state)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from frodctl.checkpoint.inputs import decode_json, kind_of, open_input, read_json
-from frodctl.checkpoint.source import Location, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import open_adapter
 from frodctl.formats.basis_file import open_basis

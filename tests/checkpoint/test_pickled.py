@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from frodctl.checkpoint import pickled, stream
-from frodctl.checkpoint.source import Location, TensorInfo, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import Location, TensorInfo
 from frodctl.errors import InvalidInput
 
 BASE = torch.arange(24.0).reshape(4, 6)

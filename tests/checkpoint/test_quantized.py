@@ -10,8 +10,9 @@ import torch
 
 import frodctl
 from frodctl.checkpoint.codec import DTYPE_BITS, TensorSpec, write_file
+from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
-from frodctl.checkpoint.source import Location, open_checkpoint
+from frodctl.checkpoint.records import Location
 from frodctl.errors import InvalidInput
 from frodctl.formats.basis_file import open_basis
 from tests.conftest import LLAMA_CONFIG, llama_layers, save_checkpoint

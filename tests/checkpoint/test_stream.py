@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frodctl.checkpoint import codec, stream
-from frodctl.checkpoint.source import TensorInfo
+from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import InvalidInput, OutOfResources
 from tests.conftest import LLAMA_CONFIG, PEAK_MEMORY, llama_layers, save_checkpoint
 

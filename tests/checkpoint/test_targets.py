@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
-from frodctl.checkpoint.source import Checkpoint, Location, TensorInfo, open_checkpoint
+from frodctl.checkpoint.records import Checkpoint, Location, TensorInfo
 from frodctl.checkpoint.targets import DEFAULT_TARGETS, Selection, Target, select
 from frodctl.errors import UsageError
 

@@ -18,7 +18,9 @@ from transformers import (
 )
 
 import frodctl
-from frodctl.checkpoint.source import Checkpoint, Location, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import Checkpoint, Location
+from frodctl.checkpoint.ties import same_bytes
 from tests.conftest import llama_layers, save_checkpoint
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -165,3 +167,29 @@ def test_headers_alone_tell_of_no_equal_bytes(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(Location(str(tmp_path)))
     remote = Checkpoint("org/name", "0" * 40, None, {}, checkpoint.tensors)
     assert (checkpoint.parameters(), remote.parameters()) == (4, 8)
+
+
+@pytest.mark.parametrize("theirs", ["safetensors", "bin", "old"])
+@pytest.mark.parametrize("mine", ["safetensors", "bin", "old"])
+def test_bytes_are_compared_element_by_element_whatever_the_file(mine: str, theirs: str, tmp_path: Path) -> None:
+    A = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    A[2, 3] = float("nan")
+    other = {"equal": A, "columns first": A.T.contiguous().T, "sign of zero": A.clone(), "last": A.clone()}
+    state = {name: tensor.clone() for name, tensor in other.items()}
+    state["sign of zero"][0, 0], other["sign of zero"][0, 0] = 0.0, -0.0
+    other["last"][5, 3] += 1
+
+    def saved(folder: Path, kind: str, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+        folder.mkdir()
+        if kind == "safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+        else:
+            file = folder / "pytorch_model.bin"
+            torch.save(tensors, file, _use_new_zipfile_serialization=kind == "bin")
+        return open_checkpoint(Location(str(folder)))
+
+    one, two = saved(tmp_path / "a", mine, state), saved(tmp_path / "b", theirs, other)
+    assert one.root is not None
+    assert two.root is not None
+    found = {name: same_bytes(one.root, one.tensors[name], two.root, two.tensors[name]) for name in state}
+    assert found == {"equal": True, "columns first": True, "sign of zero": False, "last": False}

@@ -19,6 +19,7 @@ import frodctl
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.stream import digest
 from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.formats.adapter import Provenance, write_adapter
 from frodctl.training import peft as bridge
 from frodctl.training.layer import FrodLinear
 from tests import peft_models
@@ -257,6 +258,60 @@ def on_the_diagonal(positions: torch.Tensor) -> torch.Tensor:
 OUTSIDE = [put(row, value) for row in (0, 1) for value in (-1, -(2**40), 32, 33, 10**6, 2**31, 2**62)]
 
 
+def without_basis(files: Files) -> tuple[str, None]:
+    for path in files.root.glob("*.safetensors"):
+        path.unlink()
+    return "lean", None
+
+
+def another_basis(files: Files) -> tuple[str, str]:
+    frodctl.decompose(files.root / "base", files.root / "other.safetensors", target_modules="q_proj,down_proj", alpha=1)
+    return "lean", "other.safetensors"
+
+
+def narrower_basis(files: Files) -> tuple[str, str]:
+    frodctl.decompose(files.root / "base", files.root / "other.safetensors", target_modules="q_proj")
+    return "lean", "other.safetensors"
+
+
+def other_positions(files: Files) -> tuple[str, str]:
+    return "over-patterns", "basis.safetensors"
+
+
+def another_base(files: Files) -> tuple[str, str]:
+    files.edit("lean", lambda config: config["frodctl"]["base"].update({Q: f"sha256:{0:064}"}))
+    return "lean", "basis.safetensors"
+
+
+def another_seed(files: Files) -> tuple[str, None]:
+    files.edit("self-contained", lambda config: config["frodctl"].update(seed=4))
+    return "self-contained", None
+
+
+def damaged(files: Files) -> tuple[str, None]:
+    next(flipped(files.root / "lean" / WEIGHTS))
+    return "lean", None
+
+
+class TestOneSentence:
+    """A refusal is the same one whoever reads the adapter."""
+
+    @pytest.mark.parametrize(
+        "fault",
+        [without_basis, another_basis, narrower_basis, other_positions, another_base, another_seed, damaged],
+    )
+    def test_from_everybody(self, fault: Callable[[Files], tuple[str, str | None]], files: Files) -> None:
+        ways = files.ways(*fault(files))
+        if fault is without_basis:  # the figures of λ and S do without
+            del ways["inspect --spectrum"]
+        said = {}
+        for way, read in ways.items():
+            with pytest.raises(InvalidInput) as error:
+                accepted(way, read)
+            said[way] = str(error.value)
+        assert len(set(said.values())) == 1, said
+
+
 class TestPositions:
     """They are never taken on trust: torch writes to wherever they point."""
 
@@ -424,3 +479,17 @@ def test_a_path_that_is_not_there(files: Files) -> None:
     for read in files.ways("nowhere").values():
         with pytest.raises(FrodctlError, match="nowhere"):
             read()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_weights_that_cannot_be_read_again_get_no_name(earlier: bool, tmp_path: Path) -> None:
+    """They are opened before an adapter that is there is replaced."""
+    folder = tmp_path / "adapter"
+    tensors = {f"{KEY}lambda_s": torch.ones(3)}
+    provenance = Provenance("delta", {}, {}, None, {}, {}, {}, {})
+    if earlier:
+        write_adapter(folder, tensors, {"r": 1}, provenance, "card")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InvalidInput, match="1001 characters"):
+        write_adapter(folder, {**tensors, "a" * 1001: torch.ones(1)}, {"r": 2}, provenance, "card")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

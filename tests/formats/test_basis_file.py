@@ -228,7 +228,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="not a shared-basis file"):
         open_basis(tmp_path / "x.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"text")
-    with pytest.raises(InvalidInput, match="not a safetensors file"):
+    with pytest.raises(InvalidInput, match="not a valid safetensors file"):
         open_basis(tmp_path / "x.safetensors")
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import powerlaw
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import frodctl
+from frodctl.checkpoint.stream import digest
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from tests import peft_models
 from tests.jobs.test_merge import sign, write_adapter
@@ -282,6 +284,22 @@ def test_a_basis_of_another_base(example: Path, tmp_path: Path) -> None:
     assert found["lambda.model.layers.1.self_attn.q_proj"]["base_digest"] == "same"
 
 
+def test_a_singular_basis_loses_what_lies_in_its_null_direction(example: Path, tmp_path: Path) -> None:
+    basis = tmp_path / "b.safetensors"
+    frodctl.decompose(str(example), basis, target_modules="q_proj")
+    state = load_file(basis)
+    with safe_open(basis, "pt") as file:
+        kept = json.loads(file.metadata()["frodctl"])
+    exact = rows(basis, base=str(example))
+    ((category, _),) = kept["basis"].items()
+    state[f"V.{category}"][:, -1] = 0
+    kept["basis"][category] = digest(state[f"V.{category}"])
+    save_file(state, basis, {"format": "pt", "frodctl": json.dumps(kept)})
+    found = rows(basis, base=str(example))
+    for name in (name for name in found if name.startswith("lambda.")):
+        assert exact[name]["reconstruction_error"] < 0.01 < found[name]["reconstruction_error"] < 1
+
+
 # Comparisons
 
 
@@ -419,5 +437,5 @@ def test_targets_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FrodctlError, match="no such file"):
         rows(tmp_path / "missing")
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(InvalidInput, match="not a safetensors file"):
+    with pytest.raises(InvalidInput, match="not a valid safetensors file"):
         rows(tmp_path / "x.safetensors")

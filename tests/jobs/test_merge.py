@@ -29,7 +29,7 @@ from transformers import (
 
 import frodctl
 from frodctl.checkpoint import codec, manifest
-from frodctl.checkpoint.source import ADAPTER_FILES
+from frodctl.checkpoint.records import ADAPTER_FILES
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge import MergeOptions, plan_merge, run_merge
 from frodctl.jobs.progress import Progress

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import frodctl
 from frodctl.errors import InvalidInput
 from frodctl.method.update import CategoryUpdate
-from frodctl.training.attachment import updates_of
+from frodctl.training.attached import updates_of
 from tests.conftest import save_checkpoint
 from tests.training.conftest import perturb
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaForCausalLM
 import frodctl
 from frodctl import training
 from frodctl.errors import InvalidInput, UsageError
-from frodctl.training.attachment import frod_layers
+from frodctl.training.attached import frod_layers
 from frodctl.training.layer import FrodLinear
 from tests.training.conftest import Case, batch, mamba, perturb
 

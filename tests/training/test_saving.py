@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -24,7 +25,7 @@ from frodctl.checkpoint import sink
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
 from frodctl.jobs.progress import Progress
 from frodctl.training import peft as bridge
-from frodctl.training.attachment import attachment_of
+from frodctl.training.attached import attachment_of
 from frodctl.training.layer import FrodLinear
 from tests import peft_models
 from tests.conftest import snapshot
@@ -165,6 +166,14 @@ class TestTheFiles:
         assert (own["seed"], own["sparsity"]) == (3, dict(opened.metadata.sparsity))
         card = (tmp_path / "adapter" / "README.md").read_text()
         assert str(tmp_path) not in card
+
+    def test_the_card_of_a_base_whose_name_is_not_plain_yaml(self, tmp_path: Path) -> None:
+        base = peft_models.save_base(tmp_path / "no: 'b' # \"é\"\n- c", "gpt2", torch.float32)
+        frodctl.decompose(base, tmp_path / "b.safetensors", target_modules="c_attn")
+        model = frodctl.attach(peft_models.task_model("gpt2", base), tmp_path / "b.safetensors")
+        frodctl.save_adapter(model, tmp_path / "adapter")
+        fields = {"library_name": "frodctl", "base_model": base.name, "tags": ["frod"]}
+        assert metadata_load(tmp_path / "adapter" / "README.md") == fields
 
     @pytest.mark.parametrize("says", [True, False, None])
     @pytest.mark.parametrize("self_contained", [False, True])

@@ -25,7 +25,7 @@ import frodctl.training.peft as bridge
 from frodctl.checkpoint.stream import digest
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
 from frodctl.training import selection
-from frodctl.training.attachment import frod_layers
+from frodctl.training.attached import frod_layers
 from tests import peft_models
 from tests.training.conftest import Case, Cases, labelled, mamba, perturb
 

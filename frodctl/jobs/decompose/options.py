@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from frodctl import values
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import MODEL_DTYPES
 from frodctl.errors import UsageError
+from frodctl.jobs.options import HubOptions
 from frodctl.values import option, optional
 
 MEGABYTE = 1_000_000
-#: How a stored V may be rounded: torch's name of the dtype, and the safetensors format's.
-V_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 PRECISIONS = ("auto", "float32", "float64")
 ALLOCATIONS = ("uniform", "spectrum")
 _SPARSITY = 0.01
 
 
 @dataclass(frozen=True)
-class DecomposeOptions(values.Options):
+class DecomposeOptions(HubOptions):
     """The parameters of `frodctl.decompose`, each in its one form; the command line has a flag for each."""
 
     target_modules: str = option("default", values.modules)  #: default, all-linear, names with commas, or a regex
@@ -34,13 +33,8 @@ class DecomposeOptions(values.Options):
     seed: int = option(0, values.seed)  #: of the sparse pattern
     device: str = option("auto", values.device)
     precision: str = option("auto", values.choice(*PRECISIONS))  #: of the products with weights
-    dtype: str = option("float32", values.choice(*V_DTYPES))  #: of the stored V
+    dtype: str = option("float32", values.dtype(*MODEL_DTYPES))  #: of the stored V
     cache_size: int = option(128 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
-    revision: str | None = option(None, optional(values.text))
-    subfolder: str = option("", values.text_or_nothing)
-    token: str | None = option(None, optional(values.text), repr=False)
-    cache_dir: str | None = option(None, optional(values.model))
-    offline: bool = option(False, values.flag)
     force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
 
@@ -52,7 +46,3 @@ class DecomposeOptions(values.Options):
             raise UsageError(f"`allocate` {self.allocate}: needs a `budget`")
         if self.budget is None and self.sparsity is None:
             object.__setattr__(self, "sparsity", _SPARSITY)
-
-    def location(self, model: str) -> Location:
-        """The model as these options reach it."""
-        return Location(model, self.revision, self.subfolder, self.token, self.cache_dir, self.offline)

@@ -10,19 +10,17 @@ from typing import Any
 import frodctl
 from frodctl import values
 from frodctl.checkpoint import codec, names, sink, targets
+from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
-from frodctl.checkpoint.source import Checkpoint, open_checkpoint
+from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
 from frodctl.errors import UsageError
 from frodctl.formats import basis_file
-from frodctl.jobs.decompose.options import MEGABYTE, V_DTYPES, DecomposeOptions
+from frodctl.jobs import SCHEMA_VERSION
+from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import choose_device
+from frodctl.jobs.resources import PROCESS_BYTES, choose_device
 from frodctl.method import budget, cost
 from frodctl.values import PathLike
-
-SCHEMA_VERSION = 1
-#: Resident memory of the process before any tensor: the interpreter and torch.
-_PROCESS_BYTES = 320 * MEGABYTE
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class DecomposePlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Peak resident memory of the whole process, about."""
-        return _PROCESS_BYTES + max(_working_bytes(c, self.options) for c in self.categories)
+        return PROCESS_BYTES + max(_working_bytes(c, self.options) for c in self.categories)
 
     @property
     def flops(self) -> float:
@@ -124,7 +122,7 @@ class DecomposePlan:
     def specs(self, category: CategoryPlan) -> list[codec.TensorSpec]:
         """The tensors that the file holds of a category."""
         modules = [target.module for target in category.targets]
-        return basis_file.specs_of(category.name, category.n, V_DTYPES[self.options.dtype], modules)
+        return basis_file.specs_of(category.name, category.n, MODEL_DTYPES[self.options.dtype], modules)
 
     def metadata(self, digests: Mapping[str, str], modules: Mapping[str, str]) -> basis_file.BasisMetadata:
         """The file's metadata, given the digests of each of its tensors and of each module's weight."""

@@ -14,11 +14,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import frodctl
 from frodctl.checkpoint import codec, sink
-from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
-from frodctl.jobs.decompose.options import V_DTYPES
 from frodctl.jobs.decompose.plan import CategoryPlan, DecomposePlan
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
@@ -147,7 +146,7 @@ class _Parts:
                     layers,
                     alpha=options.alpha,
                     precision=options.precision,
-                    dtype=stream.TORCH_DTYPES[V_DTYPES[options.dtype]],
+                    dtype=stream.TORCH_DTYPES[MODEL_DTYPES[options.dtype]],
                     device=self.device,
                     cache_bytes=options.cache_size,
                     advance=lambda flops: self._advance(category, flops),

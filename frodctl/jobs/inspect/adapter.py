@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from os.path import relpath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frodctl.formats import adapted
+from frodctl.adapted import opening
+from frodctl.adapted.matching import Match, Weight, match
+from frodctl.adapted.positions import positions_of
+from frodctl.adapted.updates import WeightUpdates
 from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.inspect import headers
-from frodctl.jobs.inspect.matrices import Spectra
+from frodctl.jobs.inspect.matrices import Spectra, quantiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
-from frodctl.jobs.merge.options import MergeOptions
-from frodctl.jobs.merge.plan import Match, Weight, match
-from frodctl.jobs.merge.updates import WeightUpdates
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
@@ -27,19 +26,16 @@ _QUANTILES = (0.5, 0.95)
 
 def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progress: Callback) -> Report:
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
-    basis = adapted.basis_of(adapter, options.basis, trust=options.trust_basis)
+    basis = opening.basis_of(adapter, options.basis, trust=options.trust_basis)
     if basis is not None and options.basis is None:
-        progress(Progress(f"{adapter.name}: takes its basis, by its digests, from {relpath(basis.path)}"))
-    if note := adapted.without_digests(adapter, basis):
+        progress(Progress(opening.found_near(adapter, basis)))
+    if note := opening.without_digests(adapter, basis):
         progress(Progress(f"Warning: {note}."))
     if options.base is not None:
-        if adapter.lacking and basis is None:
-            raise adapted.no_basis(adapter)
-        merging = MergeOptions(
-            basis=basis.path if basis else None, trust_basis=options.trust_basis, token=options.token,
-            cache_dir=options.cache_dir, offline=options.offline,
-        )  # fmt: skip
-        rows = _with_base(match(options.base, adapter, merging, progress=progress), basis, options)
+        source = opening.open_source(adapter, basis, trust=options.trust_basis)
+        location = options.location_of_other(options.base)
+        found = match(location, (source,), progress=lambda text: progress(Progress(text)))
+        rows = _with_base(found, basis, options)
     else:
         rows = _alone(adapter, basis, options)
     there = [module.module for module in adapter.modules]
@@ -60,16 +56,14 @@ class _Trained:
 
     def __init__(self, adapter: Adapter, basis: BasisFile | None) -> None:
         self.adapter, self.basis = adapter, basis
-        self.records = adapted.records_of(adapter, basis) if basis is not None else {}
+        self.records = opening.records_of(adapter, basis) if basis is not None else {}
         # checked, though the figures of S do not depend on where it is
         if adapter.indices or basis is not None:
-            adapted.positions_of(adapter, basis)
+            positions_of(adapter, basis)
 
     def of(self, module: TrainedModule) -> tuple[Tensor, Tensor, Tensor | None]:
         """λ', the values of S, and λ where a file says it."""
-        scales = self.adapter.tensor(module.scales)
-        values = self.adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
-        return scales, values, adapted.start_of(self.adapter, module, self.basis, self.records)
+        return opening.trained_of(self.adapter, module, self.basis, self.records)
 
 
 def changes(scales: Tensor, values: Tensor, start: Tensor | None) -> dict[str, Any]:
@@ -91,8 +85,8 @@ def changes(scales: Tensor, values: Tensor, start: Tensor | None) -> dict[str, A
     S = values.double().abs()
     moved = (scales.double() - start.double()).abs() if start is not None else None
     whole = float(S.square().sum() + moved.square().sum()) if moved is not None else 0.0
-    median, high = _quantiles(S)
-    moved_median, moved_high = _quantiles(moved) if moved is not None else (None, None)
+    median, high = quantiles(S, _QUANTILES)
+    moved_median, moved_high = quantiles(moved, _QUANTILES) if moved is not None else (None, None)
     relative = _ratio(moved.norm(), start.double().norm()) if moved is not None and start is not None else None
     return {
         "scales_norm": float(scales.double().norm()),
@@ -141,14 +135,6 @@ def _delta(weight: Weight, updates: WeightUpdates) -> tuple[Tensor, Tensor, Tens
     for rows, block in updates.changes(W, task) if task.trained else ():
         delta[rows] = block
     return delta, updates.start(weight, W), W.double().norm()
-
-
-def _quantiles(values: Tensor) -> tuple[float | None, float | None]:
-    if not len(values):
-        return None, None
-    ordered = values.sort().values
-    first, second = (float(ordered[round(q * (len(ordered) - 1))]) for q in _QUANTILES)
-    return first, second
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float | None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from frodctl.checkpoint import codec, names, stream
+from frodctl.checkpoint import names, stream
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.source import Checkpoint, TensorInfo, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import Checkpoint, TensorInfo
+from frodctl.checkpoint.ties import same_bytes
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.matrices import Spectra
 from frodctl.jobs.inspect.options import InspectOptions
@@ -73,13 +75,13 @@ def _compare(
     values |= {"other_name": theirs.name, "other_dtype": theirs.dtype}
     if mine.shape != theirs.shape:
         return Row(values | {"status": "other shape"} | empty)
-    if mine.dtype == theirs.dtype and _same_bytes(first, mine, second, theirs):
+    assert first.root is not None
+    assert second.root is not None
+    if same_bytes(first.root, mine, second.root, theirs):
         return Row(values | {"status": "equal", "relative_difference": 0.0, "cosine": 1.0, "max_difference": 0.0})
     status = "differs" if mine.dtype == theirs.dtype else "other dtype"
     if mine.dtype not in FLOAT_DTYPES or theirs.dtype not in FLOAT_DTYPES:
         return Row(values | {"status": status} | empty)
-    assert first.root is not None
-    assert second.root is not None
     A, B = stream.read_tensor(first.root, mine), stream.read_tensor(second.root, theirs)
     row = values | {"status": status} | _differences(A, B)
     if spectra is None or A.ndim != 2:
@@ -87,17 +89,6 @@ def _compare(
     figures = spectra.of(B.double() - A.double(), f"difference of {info.name}")
     more = {f"difference_{key}": value for key, value in figures.values.items() if key != "profile"}
     return Row(row | more | {"profile": figures.values["profile"]}, figures.singular_values)
-
-
-def _same_bytes(first: Checkpoint, mine: TensorInfo, second: Checkpoint, theirs: TensorInfo) -> bool:
-    assert first.root is not None
-    assert second.root is not None
-    if any(info.data is not None or info.stride is not None for info in (mine, theirs)):
-        A, B = stream.read_tensor(first.root, mine), stream.read_tensor(second.root, theirs)
-        return stream.tensor_bytes(A.contiguous()) == stream.tensor_bytes(B.contiguous())
-    pieces = codec.read_chunks(first.root / mine.file, mine.offset, mine.nbytes)
-    others = codec.read_chunks(second.root / theirs.file, theirs.offset, theirs.nbytes)
-    return all(bytes(piece) == bytes(other) for piece, other in zip(pieces, others, strict=True))
 
 
 def _differences(A: torch.Tensor, B: torch.Tensor) -> dict[str, float | None]:

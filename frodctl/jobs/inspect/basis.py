@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frodctl.adapted import opening
 from frodctl.checkpoint import stream
-from frodctl.checkpoint.source import Checkpoint, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
-from frodctl.formats import adapted
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.jobs.inspect import headers
-from frodctl.jobs.inspect.matrices import Spectra
+from frodctl.jobs.inspect.matrices import Spectra, quantiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
+from frodctl.method.dual import Dual
 
 _QUANTILES = (0.05, 0.5, 0.95)
 
@@ -29,7 +31,7 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
     if options.base is not None:
         location = options.location_of_other(options.base)
         checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
-    if note := adapted.without_digests(basis):
+    if note := opening.without_digests(basis):
         progress(Progress(f"Warning: {note}."))
     figures = _BasisFigures(basis, checkpoint, options)
     there = headers.basis_rows(basis)
@@ -51,7 +53,7 @@ class _BasisFigures:
         self.spectra = Spectra(choose_device(options.device))
         self.conditions: dict[str, float | None] = {}
         self.records = {f"lambda.{record.name}": record for record in basis.metadata.modules}
-        self._dual: tuple[str, Tensor, Tensor] | None = None  #: of the category last asked for: V and V⁻ᵀ
+        self._dual: tuple[str, Dual] | None = None  #: of the category last asked for
 
     def rows(self, rows: list[dict[str, Any]]) -> Iterator[Row]:
         for row in rows:
@@ -66,7 +68,7 @@ class _BasisFigures:
         values = self.basis.tensor(row["name"]).double()
         more: dict[str, Any] = {}
         if kind in ("lambda", "tau") and len(values):
-            more = dict(zip(("minimum", "median", "maximum"), _quantiles(values, (0, 0.5, 1)), strict=True))
+            more = dict(zip(("minimum", "median", "maximum"), quantiles(values, (0, 0.5, 1)), strict=True))
         if row["name"] in self.records and self.checkpoint is not None:
             more |= self._reconstruction(self.records[row["name"]], values)
         return Row(row | more)
@@ -90,18 +92,18 @@ class _BasisFigures:
             "tau_min": float(tau[0]),
             "tau_max": float(tau[-1]),
             "null_directions": int((fourth == 0).sum()),
-            "sharing_quantiles": dict(zip(("p05", "p50", "p95"), _quantiles(sharing, _QUANTILES), strict=True)),
+            "sharing_quantiles": dict(zip(("p05", "p50", "p95"), quantiles(sharing, _QUANTILES), strict=True)),
             "sharing": [round(value, 4) for value in sharing.tolist()],
         }
 
     def _reconstruction(self, record: ModuleRecord, scales: Tensor) -> dict[str, Any]:
         """How far U diag(λ) Vᵀ is from the base's weight, relative to it, and whether that is the recorded one."""
         W, digest = self._weight(record)
-        V, dual = self._basis_of(record.category)
-        X = W.to(V)
-        B = X @ dual
+        dual = self._basis_of(record.category)
+        X = W.to(dual.V)
+        B = X @ dual.D
         U = B / B.norm(dim=0).clamp(min=1e-300)
-        error = (U * scales.to(V) @ V.T - X).norm() / X.norm().clamp(min=1e-300)
+        error = (U * scales.to(dual.V) @ dual.V.T - X).norm() / X.norm().clamp(min=1e-300)
         return {"reconstruction_error": float(error), "base_digest": "same" if digest == record.digest else "differs"}
 
     def _weight(self, record: ModuleRecord) -> tuple[Tensor, str]:
@@ -120,16 +122,7 @@ class _BasisFigures:
             )
         return stored.T if record.transposed else stored, stream.digest(stored)
 
-    def _basis_of(self, category: str) -> tuple[Tensor, Tensor]:
+    def _basis_of(self, category: str) -> Dual:
         if self._dual is None or self._dual[0] != category:
-            V = self.basis.tensor(f"V.{category}").to(self.spectra.device, torch.float64)
-            self._dual = category, V, torch.linalg.inv(V).T
-        return self._dual[1:]
-
-
-def _quantiles(values: Tensor, at: tuple[float, ...]) -> list[float | None]:
-    if not len(values):
-        return [None] * len(at)
-    ordered = values.sort().values
-    places = [min(len(ordered) - 1, round(q * (len(ordered) - 1))) for q in at]
-    return [float(ordered[place]) for place in places]
+            self._dual = category, Dual.of(self.basis.tensor(f"V.{category}"), self.spectra.device)
+        return self._dual[1]

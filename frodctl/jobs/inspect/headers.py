@@ -8,7 +8,7 @@ from typing import Any
 
 from frodctl.checkpoint import names, targets
 from frodctl.checkpoint.quantized import refuse_quantized
-from frodctl.checkpoint.source import Checkpoint, TensorInfo
+from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.adapter import Adapter
 from frodctl.formats.basis_file import BasisFile

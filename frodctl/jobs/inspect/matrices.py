@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from frodctl.checkpoint import stream
-from frodctl.checkpoint.source import TensorInfo
+from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import InvalidInput
 from frodctl.method.estimate import Products, estimate, frobenius_norm
 from frodctl.method.linalg import Scratch
@@ -110,3 +110,9 @@ def _profile(sigma: Tensor) -> list[float] | None:
 def reading(root: Path, info: TensorInfo, index: int | None, name: str) -> Callable[[], tuple[Tensor, str]]:
     """A task for `Spectra.of_all`: the matrix in a file."""
     return lambda: (stream.read_tensor(root, info, index), name)
+
+
+def quantiles(values: Tensor, at: Sequence[float]) -> list[float | None]:
+    """The values (k,) that lie at these shares of their order; None where there are none."""
+    ordered = values.sort().values
+    return [float(ordered[round(q * (len(ordered) - 1))]) if len(ordered) else None for q in at]

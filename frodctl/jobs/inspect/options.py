@@ -7,13 +7,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from frodctl import values
-from frodctl.checkpoint.source import Location
 from frodctl.errors import UsageError
+from frodctl.jobs.options import HubOptions
 from frodctl.values import option, optional
 
 
 @dataclass(frozen=True)
-class InspectOptions(values.Options):
+class InspectOptions(HubOptions):
     """The parameters of `frodctl.inspect`, each in its one form; the command line has a flag for each."""
 
     spectrum: bool = option(False, values.flag)  #: exact figures of every matrix
@@ -29,11 +29,6 @@ class InspectOptions(values.Options):
     top: int | None = option(None, optional(values.count))  #: so many rows
     seed: int = option(0, values.seed)  #: of the randomised methods
     device: str = option("auto", values.device)
-    revision: str | None = option(None, optional(values.text))
-    subfolder: str = option("", values.text_or_nothing)
-    token: str | None = option(None, optional(values.text), repr=False)
-    cache_dir: str | None = option(None, optional(values.model))
-    offline: bool = option(False, values.flag)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,14 +41,6 @@ class InspectOptions(values.Options):
     def headers_only(self) -> bool:
         """Whether no tensor's bytes are needed."""
         return not (self.spectrum or self.estimate or self.against or self.base)
-
-    def location(self, model: str) -> Location:
-        """A target as these options reach it."""
-        return Location(model, self.revision, self.subfolder, self.token, self.cache_dir, self.offline)
-
-    def location_of_other(self, model: str) -> Location:
-        """What a target is held against: its revision can only be in its name."""
-        return Location(model, token=self.token, cache_dir=self.cache_dir, offline=self.offline)
 
     def selects(self, name: str) -> bool:
         """Whether a tensor of this name is wanted."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from frodctl.errors import UsageError
 
-SCHEMA_VERSION = 1
-
 #: The figures of a spectrum, in the order of the columns.
 FIGURES = (
     "spectral_norm", "frobenius_norm", "nuclear_norm", "stable_rank", "effective_rank", "numerical_rank",

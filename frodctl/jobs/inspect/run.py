@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from frodctl.checkpoint import names
 from frodctl.checkpoint import targets as linear_layers
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.source import Checkpoint, TensorInfo
+from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.errors import UsageError
+from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.inspect import headers
 from frodctl.jobs.inspect.options import InspectOptions
-from frodctl.jobs.inspect.report import SCHEMA_VERSION, Report, Row, arranged
+from frodctl.jobs.inspect.report import Report, Row, arranged
 from frodctl.jobs.inspect.target import Target, open_target
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors

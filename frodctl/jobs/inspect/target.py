@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from frodctl.checkpoint import codec
-from frodctl.checkpoint.source import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, Location, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, Location
 from frodctl.formats.adapter import Adapter, open_adapter
 from frodctl.formats.basis_file import BasisFile, open_basis
 from frodctl.jobs.inspect.options import InspectOptions

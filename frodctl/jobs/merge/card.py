@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import frodctl
 from frodctl.checkpoint.manifest import MERGED_BY
 from frodctl.jobs.merge import config as model_config
@@ -16,23 +14,18 @@ from frodctl.jobs.merge.plan import MergePlan
 #: What is taken over from the base's card.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
 
 
 def model_card(plan: MergePlan) -> str:
     """README.md of the result: base, revision, adapters, form and tool, without any path of this machine."""
     base = plan.checkpoint.model if plan.checkpoint.revision else plan.sources[0].adapter.base
     base = base if base and _is_hub_id(base) else None
-    kept = _kept(plan)
-    tag = _pipeline_tag(plan, kept.pop("pipeline_tag", None))
-    data: dict[str, Any] = {"library_name": "transformers", "tags": ["frod"], **kept, **tag}
-    if base:
-        data |= {"base_model": base, "base_model_relation": "finetune"}
+    kept = kept_fields(plan.checkpoint.root / "README.md") if plan.checkpoint.root else {}
+    adapter = model_config.headed(plan.sources[0].adapter, plan.added, plan.replaced)
+    tag = model_config.pipeline_tag(adapter, plan.added, kept.get("pipeline_tag"))
     revision = f" at revision `{plan.checkpoint.revision}`" if plan.checkpoint.revision else ""
     lines = [
-        "---",
-        yaml.safe_dump(data, allow_unicode=True).rstrip(),
-        "---",
+        *front_matter(kept | {"pipeline_tag": tag}, base),
         "",
         f"# {plan.output.resolve().name}",
         "",
@@ -45,6 +38,16 @@ def model_card(plan: MergePlan) -> str:
     return "\n".join(lines) + "\n"
 
 
+def front_matter(fields: dict[str, Any], base: str | None) -> list[str]:
+    """The lines that the Hub reads: ``fields`` as they are, and what the result is."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(library_name="transformers", tags=["frod"], base_model=base, **fields)
+    if base:
+        data["base_model_relation"] = "finetune"
+    return ["---", data.to_yaml(), "---"]
+
+
 def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
@@ -54,19 +57,16 @@ def _public_name(name: str) -> str:
     return name if _is_hub_id(name) else Path(name).resolve().name
 
 
-def _kept(plan: MergePlan) -> dict[str, Any]:
-    path = plan.checkpoint.root / "README.md" if plan.checkpoint.root else None
-    if path is None or not path.is_file():
-        return {}
-    found = _FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace"))
+def kept_fields(readme: Path) -> dict[str, Any]:
+    """What is taken over from the card of a base: the fields that are text, or lists of it, as the Hub has them."""
+    from huggingface_hub import metadata_load
+
     try:
-        data = yaml.safe_load(found[1]) if found else None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # a stranger's; the card is an extra
+        found = metadata_load(readme) if readme.is_file() else None
+    except Exception:  # of whatever kind: the card is a stranger's, and an extra
         return {}
-    return {key: data[key] for key in _KEPT if key in data} if isinstance(data, dict) else {}
+    return {key: value for key, value in (found or {}).items() if key in _KEPT and _is_text(value)}
 
 
-def _pipeline_tag(plan: MergePlan, base_tag: Any) -> dict[str, Any]:
-    adapter = model_config.headed(plan.sources[0].adapter, plan.added, plan.replaced)
-    tag = model_config.pipeline_tag(adapter, plan.added, base_tag)
-    return {"pipeline_tag": tag} if tag else {}
+def _is_text(value: Any) -> bool:
+    return all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from frodctl.checkpoint.codec import FLOAT_DTYPES, TensorSpec
-from frodctl.formats.adapter import LABEL_KEYS, Adapter
+from frodctl.formats.adapter import LABEL_KEYS, LABELLING_TASKS, Adapter
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 #: PEFT's task types, and what transformers calls a model for it.
@@ -27,7 +27,6 @@ _PIPELINE_TAGS = {
     "ForAudioClassification": "audio-classification",
 }
 TASKS_WITHOUT_LM_HEAD = (*_TASK_CLASSES, "FEATURE_EXTRACTION")
-LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def usual_dtype(specs: Sequence[TensorSpec]) -> str:
@@ -88,7 +87,7 @@ def _heads(replaced: Mapping[str, tuple[Any, Any]]) -> set[str]:
     return {name for name, (source, _) in replaced.items() if source.adapter.is_saved_module(name)}
 
 
-def pipeline_tag(adapter: Adapter, added: Collection[str], base_tag: Any) -> Any:
+def pipeline_tag(adapter: Adapter, added: Collection[str], base_tag: str | None) -> str | None:
     """The Hub's name for what the result is for: a classifier's own; else the base's, unless it got a new head."""
     named = class_of(adapter) or _TASK_CLASSES.get(adapter.task or "", "")
     own = next((tag for ending, tag in _PIPELINE_TAGS.items() if named.endswith(ending)), None)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from frodctl import values
-from frodctl.checkpoint.source import Location
+from frodctl.checkpoint.records import MODEL_DTYPES
+from frodctl.jobs.options import HubOptions
 from frodctl.values import option, optional
 
 FORMS = ("auto", "delta", "reconstruct")
-#: Dtypes to convert to: torch's name, and the safetensors format's.
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
-class MergeOptions(values.Options):
+class MergeOptions(HubOptions):
     """The parameters of `frodctl.merge`, each in its one form; the command line has a flag for each."""
 
     basis: Path | None = option(None, optional(values.basis))  #: for an adapter without V; None: found near it
@@ -25,23 +23,14 @@ class MergeOptions(values.Options):
     #: run PEFT's routine for the V of an adapter without one
     recompute_projection: bool = option(False, values.flag)
     #: of the base as a PEFT adapter without V was trained over it; auto: as the adapter tells, or as it is stored
-    projection_dtype: str = option("auto", values.choice("auto", *DTYPES))
+    projection_dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES))
     form: str = option("auto", values.choice(*FORMS))
     scale: float = option(1.0, values.share)  #: s of W + s (W' − W)
     also: tuple[tuple[str, float], ...] = option((), values.several_scaled)  #: further adapters, each with its scale
     adapter_name: str | None = option(None, optional(values.text))  #: which of several adapters in the folder
-    dtype: str = option("auto", values.choice("auto", *DTYPES))  #: of the result; auto keeps each tensor's
+    dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES))  #: of the result; auto keeps each tensor's
     max_shard_size: int = option("5GB", values.shard_size)  #: bytes of tensors in one file
     device: str = option("auto", values.device)
-    revision: str | None = option(None, optional(values.text))
-    subfolder: str = option("", values.text_or_nothing)
-    token: str | None = option(None, optional(values.text), repr=False)
-    cache_dir: str | None = option(None, optional(values.model))
-    offline: bool = option(False, values.flag)
     force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
     verify: bool = option(True, values.flag)  #: read the result again before it gets its name
-
-    def location(self, model: str, **more: Any) -> Location:
-        """A model as these options reach it."""
-        return Location(model, token=self.token, cache_dir=self.cache_dir, offline=self.offline, **more)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import frodctl
+from frodctl.adapted.matching import Part
+from frodctl.adapted.opening import Source
 from frodctl.checkpoint import manifest, shards, sink
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge.card import model_card
-from frodctl.jobs.merge.plan import MergePlan, Part, Source
+from frodctl.jobs.merge.plan import MergePlan
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frodctl.adapted.matching import Weight
+from frodctl.adapted.opening import Source
+from frodctl.adapted.updates import Task, WeightUpdates
 from frodctl.checkpoint import codec, stream
+from frodctl.checkpoint.records import TensorInfo
 from frodctl.checkpoint.shards import ShardWriter
-from frodctl.checkpoint.source import TensorInfo
 from frodctl.errors import InvalidInput
-from frodctl.jobs.merge.plan import MergePlan, Source, Weight, flops
-from frodctl.jobs.merge.updates import Task, WeightUpdates, all_finite
+from frodctl.jobs.merge.plan import MergePlan, flops
 from frodctl.jobs.progress import Callback, Progress
 
 
@@ -99,7 +101,7 @@ class TensorMerger:
         for rows, block in self.updates.rows(W, task):
             behind.finish()  # writing what was in the buffer before
             rows_first[rows].copy_(block)
-        if not all_finite(out):
+        if not _all_finite(out):
             stream.check_finite(task.stored, info.name, str(self.root / info.file))
             cause = "the adapter's values are too large, or it belongs to another base"
             raise InvalidInput(f"{name}: the merged weight holds NaN or Inf in {str(dtype)[6:]}; {cause}")
@@ -108,7 +110,7 @@ class TensorMerger:
     def _replace(self, name: str, source: Source, info: TensorInfo) -> None:
         tensor = source.adapter.tensor(info)
         converted = tensor.to(stream.TORCH_DTYPES[self.plan.dtypes[name]])
-        if not all_finite(converted):
+        if not _all_finite(converted):
             raise InvalidInput(f"{source.adapter.name}: tensor {info.name} holds NaN or Inf, or has them as {name}")
         self.writer.write(name, [stream.tensor_bytes(converted.contiguous())])
 
@@ -149,6 +151,11 @@ def _pieces(root: Path, info: TensorInfo) -> Iterator[Any]:
         yield from codec.read_chunks(root / info.file, info.offset, info.nbytes)
     else:
         yield stream.tensor_bytes(stream.read_tensor(root, info).contiguous())
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or Inf, without a mask of the tensor's size."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tuple(torch.aminmax(tensor)))).all())
 
 
 def _ring(count: int, nbytes: int) -> Iterator[Tensor]:

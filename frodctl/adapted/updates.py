@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from frodctl.adapted import opening
+from frodctl.adapted.matching import Part, Weight
+from frodctl.adapted.opening import Source
+from frodctl.adapted.projection import Projections
 from frodctl.checkpoint import stream
-from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
-from frodctl.formats import adapted
-from frodctl.jobs.merge.plan import Part, Source, Weight
-from frodctl.jobs.merge.projection import Projections
 from frodctl.method.update import Blocks, CategoryUpdate
 
 
@@ -100,11 +101,9 @@ class WeightUpdates:
 
     def _read_part(self, part: Part) -> Trained:
         adapter, trained = part.source.adapter, part.trained
-        scales = adapter.tensor(trained.scales)
-        values = adapter.tensor(trained.values) if trained.values is not None else scales.new_zeros(0)
         # PEFT begins with the scales that it computes
         basis = part.source.basis if adapter.provenance is not None else None
-        return Trained(part, scales, values, adapted.start_of(adapter, trained, basis, self.records[id(part.source)]))
+        return Trained(part, *opening.trained_of(adapter, trained, basis, self.records[id(part.source)]))
 
     def _check_digest(self, weight: Weight, stored: Tensor) -> None:
         """Compare the base's bytes with what adapter or basis say they were made from."""
@@ -181,10 +180,5 @@ def _held_in(part: Part) -> torch.dtype | None:
     return None if name is None else stream.TORCH_DTYPES[name]
 
 
-def _records(source: Source) -> adapted.Records:
-    return adapted.records_of(source.adapter, source.basis) if source.basis is not None else {}
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN or Inf, without a mask of the tensor's size."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(tuple(torch.aminmax(tensor)))).all())
+def _records(source: Source) -> opening.Records:
+    return opening.records_of(source.adapter, source.basis) if source.basis is not None else {}

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import frodctl
-from frodctl.checkpoint.source import WEIGHT_FILES, Location, choose_weights, open_checkpoint
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.records import WEIGHT_FILES, Location, choose_weights
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from tests.conftest import LLAMA_CONFIG, llama_layers, save_checkpoint
 

@@ -1,22 +1,37 @@
 """An adapter with the basis that it was trained over: found and checked in one place, whoever asks.
 
-Merging, inspecting, loading and the bridge to PEFT all take V, λ and the positions of S from here.
+Merging, inspecting, loading and the bridge to PEFT all take V and λ from here, and the positions of S from
+`frodctl.adapted.positions`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import codec, names
-from frodctl.checkpoint.source import ADAPTER_FILES
+from frodctl.checkpoint.records import ADAPTER_FILES, MODEL_DTYPES, Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
 from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis
-from frodctl.formats.fields import is_rate, is_seed
 
 Records = Mapping[str, ModuleRecord]  #: of a basis, by the module's path in the live model
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One adapter, and how it is to be applied."""
+
+    adapter: Adapter = field(repr=False)
+    scale: float
+    form: str  #: delta or reconstruct
+    basis: BasisFile | None = field(repr=False)  #: where V is, for an adapter without
+    recompute: bool  #: whether V comes from PEFT's routine
+    projection_dtype: str | None = None  #: of V (the format's name) for PEFT's adapters without; None: the base's
 
 
 def opened(basis: str | Path | BasisFile) -> BasisFile:
@@ -54,6 +69,95 @@ def basis_of(
     basis = opened(given)
     check_basis(adapter, basis, trust=trust)
     return basis
+
+
+def found_near(adapter: Adapter, basis: BasisFile) -> str:
+    """The note on a basis file that was not given but found."""
+    return f"{adapter.name}: takes its basis, by its digests, from {relpath(basis.path)}"
+
+
+def open_source(
+    adapter: Adapter,
+    given: str | Path | BasisFile | None = None,
+    *,
+    trust: bool | None = None,
+    recompute: bool | None = None,
+    projection_dtype: str | None = None,
+    form: str | None = None,
+    scale: float = 1.0,
+) -> Source:
+    """Resolve where an adapter's V comes from, and how the adapter is to be applied.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    given, trust
+        As for `basis_of`; for an adapter without V.
+    recompute : bool, optional
+        Have PEFT's routine compute V where there is none. None: the caller offers no choice.
+    projection_dtype : str, optional
+        The format's name of the dtype of the base as a PEFT adapter without V was trained over it.
+    form : {"delta", "reconstruct"}, optional
+        By default as it was trained.
+    scale : float
+
+    Raises
+    ------
+    InvalidInput
+        There is no V, or not the adapter's.
+    """
+    basis = basis_of(adapter, given, trust=trust) if adapter.lacking else None
+    recomputes = bool(adapter.lacking) and basis is None
+    if recomputes:
+        _check_recomputing(adapter, recompute)
+    trained = adapter.provenance.form if adapter.provenance else "reconstruct"
+    return Source(adapter, scale, form or trained, basis, recomputes, projection_dtype or _projection_dtype(adapter))
+
+
+def _check_recomputing(adapter: Adapter, asked: bool | None) -> None:
+    """`InvalidInput` unless V may come from PEFT's routine."""
+    error = no_basis(adapter)
+    if adapter.provenance is not None and asked:
+        raise InvalidInput(
+            f"{error}; `recompute_projection` gives another V than the one whose digest the adapter records"
+        )
+    if not asked:
+        offered = adapter.provenance is None and asked is not None
+        hint = ", or `recompute_projection=True` for what PEFT computes on this machine" if offered else ""
+        raise InvalidInput(f"{error}{hint}")
+
+
+def _projection_dtype(adapter: Adapter) -> str | None:
+    """The dtype of the base in the training of a PEFT adapter without V; None where nothing tells.
+
+    PEFT keeps λ in float32 over a 16-bit base too, unless it is told not to; what was trained as a whole keeps the
+    model's dtype.
+    """
+    if adapter.provenance is not None or not adapter.lacking:
+        return None
+    scales = {module.scales.dtype for module in adapter.modules} - {"F32"}
+    found = scales or {info.dtype for info in adapter.replaced.values()} & set(MODEL_DTYPES.values())
+    return found.pop() if len(found) == 1 else None
+
+
+def base_of(location: Location, adapter: Adapter) -> tuple[Location, list[str]]:
+    """Where the base is, for ``-`` the one that the adapter names; and a warning where it is called otherwise there.
+
+    Raises
+    ------
+    InvalidInput
+        The adapter names none.
+    """
+    recorded = adapter.base
+    if location.model == "-":
+        if recorded is None:
+            raise InvalidInput(f"{adapter.name}: does not name its base model; name it in place of -")
+        own = adapter.config.get("revision")
+        revision = location.revision or (own if isinstance(own, str) else None)
+        return replace(location, model=recorded, revision=revision), []
+    if recorded is not None and Path(recorded.partition("@")[0]).name != location.short_name():
+        return location, [f"the adapter was trained on {recorded}, not on {location.model}"]
+    return location, []
 
 
 def no_basis(adapter: Adapter) -> InvalidInput:
@@ -213,84 +317,31 @@ def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, r
     return found
 
 
-def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, Any]:
-    """The positions of S by category, (2, nnz) int64: the adapter's own, the seed's, or the basis file's.
+def trained_of(
+    adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records
+) -> tuple[Any, Any, Any]:
+    """λ' (n,) and the values of S (nnz,) of a module, and λ (n,) where adapter or basis say it (see `start_of`)."""
+    scales = adapter.tensor(module.scales)
+    values = adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
+    return scales, values, start_of(adapter, module, basis, records)
 
-    Raises
-    ------
-    InvalidInput
-        There are none; one lies outside the matrix or on its diagonal, or is there twice; they are not as many as the
-        values of S; or they are not those that the adapter was trained at: the seed's, where it has one, and those of
-        the recorded digest.
-    """
-    own, widths = adapter.provenance, adapter.categories
-    stored = _stored_positions(adapter)
-    if own is not None and own.seed is not None:
-        found = _drawn(widths, own.sparsity, own.seed)
-        for category, positions in stored.items():
-            if not positions.equal(found[category]):
-                name = adapter.indices[category].name
-                raise InvalidInput(f"{adapter.name}: tensor {name} is not the pattern of the adapter's seed {own.seed}")
-    elif set(widths) <= set(stored):
-        found = stored
-    elif own is None:
-        found = _drawn(widths, *_peft_pattern(adapter)) | stored
-    elif basis is None:
-        raise InvalidInput(f"{adapter.name}: holds neither its pattern nor a seed; give its basis file (`basis`)")
-    else:
-        found = {category: positions for category, positions in basis.indices().items() if category in widths} | stored
-    for category, positions in found.items():
-        where = f"{basis.path}" if basis is not None and category not in stored else adapter.name
-        _check_positions(adapter, category, positions, where)
+
+def doubts(source: Source) -> list[str]:
+    """Warnings on a V that may be another one than was trained with."""
+    found, name = [], source.adapter.name
+    if source.recompute:
+        found.append(
+            f"{name} does not hold its basis; PEFT's routine recomputes it here, and where this machine differs "
+            "from the one it was trained on the result is wrong and nothing can tell"
+        )
+    if source.adapter.lacking and source.adapter.provenance is None:
+        called = {label: dtype for dtype, label in MODEL_DTYPES.items()}
+        dtype = called.get(source.projection_dtype or "", "the dtype of the base")
+        found.append(
+            f"{name}: V is taken in {dtype}; if the base was loaded in another dtype for training, say which "
+            "(`projection_dtype`), or the result is wrong"
+        )
     return found
-
-
-def _stored_positions(adapter: Adapter) -> dict[str, Any]:
-    """The positions that an adapter holds, as they may be: in the matrix, off its diagonal, each once."""
-    from frodctl.method.pattern import fault
-
-    widths = adapter.categories
-    for category, info in adapter.sizes.items():
-        if adapter.tensor(info).tolist() != [widths[category]] * 2:
-            raise InvalidInput(f"{adapter.name}: tensor {info.name} does not say {[widths[category]] * 2}")
-    stored = {category: adapter.tensor(info) for category, info in adapter.indices.items()}
-    for category, positions in stored.items():
-        if wrong := fault(positions.numpy(), widths[category]):
-            raise InvalidInput(f"{adapter.name}: tensor {adapter.indices[category].name} {wrong}")
-    return stored
-
-
-def _check_positions(adapter: Adapter, category: str, positions: Any, where: str) -> None:
-    """`InvalidInput` where positions, found in ``where``, are not those of the recorded digest, or of S's values."""
-    from frodctl.checkpoint.stream import digest
-
-    recorded = adapter.provenance.pattern.get(category) if adapter.provenance else None
-    if recorded is not None and digest(positions.contiguous()) != recorded:
-        raise InvalidInput(
-            f"{where}: the positions of {category} are not those that {adapter.name} was trained at (digests differ); "
-            "give the basis file that has them"
-        )
-    counts = {module.nnz for module in adapter.modules if module.category == category}
-    if counts != {positions.shape[1]}:
-        raise InvalidInput(
-            f"{adapter.name}: {max(counts)} sparse values for the {positions.shape[1]} positions of {category}"
-        )
-
-
-def _drawn(widths: Mapping[str, int], rates: Mapping[str, float], seed: int) -> dict[str, Any]:
-    import torch
-
-    from frodctl.method.pattern import patterns
-
-    return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
-
-
-def _peft_pattern(adapter: Adapter) -> tuple[dict[str, float], int]:
-    """Sparsity by category and seed of PEFT's adapters."""
-    seed, rate = adapter.config.get("projection_prng_key"), adapter.config.get("sparse_rate")
-    if not is_seed(seed) or not is_rate(rate):
-        raise InvalidInput(f"{adapter.name}: its config lacks projection_prng_key or sparse_rate")
-    return dict.fromkeys(adapter.categories, float(rate)), seed
 
 
 def without_digests(*sources: Adapter | BasisFile | None) -> str | None:

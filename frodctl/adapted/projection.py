@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from frodctl.adapted import opening
+from frodctl.adapted.matching import Weight
+from frodctl.adapted.opening import Source
+from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import names, stream
-from frodctl.checkpoint.source import Checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.formats import adapted
 from frodctl.formats.fields import is_alpha
-from frodctl.jobs.merge.plan import Source, Weight
 
 
 class Projections:
@@ -32,17 +34,17 @@ class Projections:
         Raises
         ------
         InvalidInput
-            As `adapted.V_of` and `adapted.positions_of`; or PEFT's routine gives NaN or Inf.
+            As `opening.V_of` and `positions_of`; or PEFT's routine gives NaN or Inf.
         """
         adapter = source.adapter
         recomputed = source.recompute and category not in adapter.bases
-        V = self._recomputed(source, category) if recomputed else adapted.V_of(adapter, source.basis, category)
+        V = self._recomputed(source, category) if recomputed else opening.V_of(adapter, source.basis, category)
         if category not in adapter.bases and adapter.provenance is None:
             V = V.to(stream.TORCH_DTYPES[source.projection_dtype] if source.projection_dtype else dtype)
         if not torch.isfinite(V).all():
             raise InvalidInput(f"{adapter.name}: V of {category} holds NaN or Inf")
         if id(source) not in self._positions:
-            self._positions[id(source)] = adapted.positions_of(adapter, source.basis)
+            self._positions[id(source)] = positions_of(adapter, source.basis)
         return V, self._positions[id(source)][category]
 
     def _recomputed(self, source: Source, category: str) -> Tensor:

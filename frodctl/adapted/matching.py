@@ -1,0 +1,174 @@
+"""Which weights of a checkpoint, or modules of a live model, are those that adapters trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from frodctl.adapted.opening import Source, base_of
+from frodctl.checkpoint import codec, names, ties
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.quantized import refuse_quantized
+from frodctl.checkpoint.records import Checkpoint, Location, TensorInfo
+from frodctl.checkpoint.targets import Target, linear_layer
+from frodctl.errors import InvalidInput
+from frodctl.formats.adapter import LABELLING_TASKS, Adapter, TrainedModule
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one adapter does to one weight."""
+
+    source: Source
+    trained: TrainedModule
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that is merged."""
+
+    target: Target
+    parts: tuple[Part, ...]
+
+    @property
+    def group(self) -> tuple[tuple[int, str], ...]:
+        """Equal for weights that are updated with the same bases."""
+        return tuple((id(part.source), part.trained.category) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A base, adapters over it, and which of its weights they change."""
+
+    checkpoint: Checkpoint
+    sources: tuple[Source, ...]
+    weights: tuple[Weight, ...]  #: those of one group stand together
+    prefix: str  #: that the adapters' names have over the checkpoint's
+    warnings: tuple[str, ...]
+
+    def replaced(self) -> dict[str, tuple[Source, TensorInfo]]:
+        """The tensors that were trained as a whole, by their names in the checkpoint or, if new, in the live model.
+
+        Raises
+        ------
+        InvalidInput
+            One matches nothing, has another shape, or is there twice.
+        """
+        return _replaced(self.checkpoint, self.sources)
+
+
+def match(
+    base: Location,
+    sources: tuple[Source, ...],
+    *,
+    headers_only: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Match:
+    """Open the base of adapters, fetching what is on the Hub, and find the weights that they change.
+
+    Parameters
+    ----------
+    base : Location
+        ``-`` for the one that the first adapter names.
+    sources : tuple of Source
+    headers_only, progress
+        As for `open_checkpoint`.
+
+    Raises
+    ------
+    InvalidInput
+        The base is not the adapters', or quantized.
+    FrodctlError
+        As `open_checkpoint`.
+    """
+    location, warnings = base_of(base, sources[0].adapter)
+    checkpoint = open_checkpoint(location, headers_only=headers_only, everything=True, progress=progress)
+    refuse_quantized(checkpoint)
+    weights, prefix = _weights(checkpoint, sources)
+    return Match(checkpoint, sources, weights, prefix, tuple(warnings))
+
+
+def live_paths(paths: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Of a live model's paths that of each of the checkpoint's modules that it has exactly once."""
+    found: dict[str, list[str]] = {}
+    for path, name in names.match(paths, known).items():
+        if name is not None:
+            found.setdefault(name, []).append(path)
+    return {name: live[0] for name, live in found.items() if len(live) == 1}
+
+
+def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[Weight, ...], str]:
+    """The weights to merge, and the prefix that their live names have over the checkpoint's."""
+    matrices = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
+    parts: dict[str, list[Part]] = {}
+    prefixes = set()
+    for source in sources:
+        matched = names.match([module.module for module in source.adapter.modules], matrices)
+        prefixes.add(names.live_prefix(matched))
+        found: dict[str, str] = {}
+        for module in source.adapter.modules:
+            name = matched[module.module]
+            if name is None:
+                raise _unmatched(module.scales.name, module.module, checkpoint, source.adapter)
+            if name in found:
+                raise InvalidInput(f"{source.adapter.name}: {found[name]} and {module.module} are both {name} here")
+            found[name] = module.module
+            parts.setdefault(name, []).append(Part(source, module))
+    weights = []
+    for name, items in parts.items():
+        target = linear_layer(checkpoint.tensors[f"{name}.weight"], checkpoint)
+        if any(part.source.adapter.config.get("fan_in_fan_out") is True for part in items) and target.named_conv1d:
+            target = replace(target, transposed=True)  # PEFT saw the module; the config may not tell
+        for part in items:
+            if part.trained.n != target.n:
+                raise InvalidInput(
+                    f"{part.source.adapter.name}: {part.trained.scales.name} has {part.trained.n} scales, but "
+                    f"{name}.weight of {checkpoint.model} has {target.n} columns: another base?"
+                )
+        weights.append(Weight(target, tuple(items)))
+    order = {id(source): number for number, source in enumerate(sources)}
+    weights.sort(
+        key=lambda w: (
+            [(order[id(p.source)], p.trained.category) for p in w.parts],
+            names.natural_key(w.target.module),
+        )
+    )
+    return tuple(weights), prefixes.pop() if len(prefixes) == 1 else ""
+
+
+def _unmatched(tensor: str, module: str, checkpoint: Checkpoint, adapter: Adapter) -> InvalidInput:
+    if ties.is_head(f"{module}.weight"):
+        return InvalidInput(
+            f"{adapter.name}: {tensor}: {checkpoint.model} stores no {module}.weight, it is tied to the input "
+            "embedding; merging it would change both"
+        )
+    return InvalidInput(
+        f"{adapter.name}: tensor {tensor} matches nothing, or several things, in {checkpoint.model}: another base?"
+    )
+
+
+def _replaced(checkpoint: Checkpoint, sources: Sequence[Source]) -> dict[str, tuple[Source, TensorInfo]]:
+    """The tensors that were trained as a whole, by their names in the checkpoint or, if new, in the live model."""
+    found: dict[str, tuple[Source, TensorInfo]] = {}
+    for source in sources:
+        adapter = source.adapter
+        matched = names.match(adapter.replaced, checkpoint.tensors)
+        for live, info in adapter.replaced.items():
+            name = matched[live] or (live if adapter.is_saved_module(live) else None)
+            if name is None:
+                raise _unmatched(info.name, live.removesuffix(".weight"), checkpoint, adapter)
+            if name in found:
+                other = found[name][0].adapter.name
+                raise InvalidInput(f"{adapter.name}: {name} was trained as a whole in {other} too; merge one of them")
+            base = checkpoint.tensors.get(name)
+            is_head = adapter.is_saved_module(live) and adapter.task in LABELLING_TASKS
+            same = base is None or base.shape == info.shape or (is_head and base.shape[1:] == info.shape[1:])
+            if base is not None and not same:
+                raise InvalidInput(
+                    f"{adapter.name}: tensor {info.name} is {list(info.shape)}, but {name} of {checkpoint.model} is "
+                    f"{list(base.shape)}"
+                )
+            if info.dtype not in codec.FLOAT_DTYPES:
+                raise InvalidInput(f"{adapter.name}: tensor {info.name} is {info.dtype}, not floating point")
+            found[name] = source, info
+    return found

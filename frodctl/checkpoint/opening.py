@@ -1,0 +1,117 @@
+"""Where a checkpoint is and what it holds: a folder, a file or a Hub id becomes a `Checkpoint`.
+
+Only headers and configs are read here; the tensors' bytes are read by `frodctl.checkpoint.stream`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from frodctl.checkpoint import codec
+from frodctl.checkpoint.inputs import kind_of, read_json
+from frodctl.checkpoint.records import (
+    Checkpoint,
+    Location,
+    TensorInfo,
+    check_complete,
+    check_is_checkpoint,
+    choose_weights,
+    shards_of,
+)
+from frodctl.errors import FrodctlError, InvalidInput
+
+
+def open_checkpoint(
+    location: Location,
+    *,
+    headers_only: bool = False,
+    everything: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """Find the checkpoint and read its headers; download it first if it is on the Hub.
+
+    Parameters
+    ----------
+    location : Location
+    headers_only : bool
+        Fetch no weights from the Hub: headers come by range requests, and the result cannot be streamed.
+    everything : bool
+        Fetch also what the model needs beside its weights (see `frodctl.checkpoint.companions`).
+    progress : callable, optional
+        Called with a line of text before anything slow.
+
+    Raises
+    ------
+    FrodctlError
+        The model does not exist, or the Hub cannot be reached.
+    InvalidInput
+        A file is truncated, missing from beside its index, or not a checkpoint.
+    """
+    path = location.local_path()
+    if path is None:
+        from frodctl.checkpoint import hub
+
+        if headers_only and not hub.is_offline(location):
+            return hub.remote_headers(location)
+        model, revision, root = hub.download(location, progress, everything=everything)
+        return _from_folder(root, model, revision)
+    if path.is_file() and path.name.endswith(".index.json"):
+        return _from_folder(path.parent, location.model, None, path.name)
+    if path.is_file():
+        return replace(_from_file(path, location.model), path=path)
+    folder = path / location.subfolder
+    if not folder.is_dir():
+        raise FrodctlError(f"{folder}: no such folder")
+    return _from_folder(folder, location.model, None)
+
+
+def _from_file(path: Path, model: str) -> Checkpoint:
+    tensors = _read_headers(path.parent, {None: path.name})
+    return Checkpoint(model, None, path.parent, _read_config(path.parent), tensors)
+
+
+def _from_folder(folder: Path, model: str, revision: str | None, entry: str | None = None) -> Checkpoint:
+    entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder))
+    if entry.endswith(".index.json"):
+        shards: dict[Any, str] = dict(shards_of(read_json(folder / entry), str(folder / entry)))
+    else:
+        shards = {None: entry}
+    tensors = _read_headers(folder, shards)
+    return Checkpoint(model, revision, folder, _read_config(folder), tensors)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; empty where there is none, which a folder or a broken link of that name is not."""
+    path = folder / "config.json"
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def _read_headers(folder: Path, shards: dict[Any, str]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(shards.values())):
+        path = folder / file
+        if kind_of(path) is None:
+            raise InvalidInput(f"{path}: named by the index but missing; download the checkpoint again")
+        infos = read_file_header(path)
+        check_is_checkpoint(str(path), [info.name for info in infos])
+        for info in infos:
+            if shards.get(info.name, file) == file:
+                tensors[info.name] = info
+    check_complete(shards, tensors, str(folder))
+    return tensors
+
+
+def read_file_header(path: Path) -> list[TensorInfo]:
+    """The tensors of one file, safetensors or pickled."""
+    if path.suffix == ".safetensors":
+        header = codec.read_header(path)
+        return [TensorInfo(s.name, s.dtype, s.shape, path.name, at) for s, at in header.tensors.values()]
+    if path.suffix in (".bin", ".pt", ".pth"):
+        from frodctl.checkpoint import pickled
+
+        return pickled.read_header(path)
+    raise InvalidInput(f"{path}: not a checkpoint; expected .safetensors or .bin")

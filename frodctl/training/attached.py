@@ -1,0 +1,96 @@
+"""What adapters on a live model are made from, and where they are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from frodctl.adapted import matching
+from frodctl.errors import UsageError
+from frodctl.formats.basis_file import BasisFile, ModuleRecord
+from frodctl.training.layer import FrodLinear, SavedModule, Update
+
+_ATTRIBUTE = "_frod_attachment"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One adapter on a live model: what it was made from."""
+
+    basis: BasisFile
+    modules: Mapping[str, ModuleRecord]  #: by path in the live model
+    sparsity: Mapping[str, float]  #: by category
+    seed: int | None  #: of the pattern; None where the basis file or the adapter has it
+    modules_to_save: tuple[str, ...]  #: as asked for
+    dropout: float
+    selected: bool = False  #: the pattern is the adapter's own: neither a seed nor the basis file has it
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """``sha256:…`` of V's bytes by category."""
+        return {category: self.basis.metadata.basis[category] for category in sorted(self.sparsity)}
+
+
+@dataclass
+class Attachment:
+    """What `attach` keeps on the model beside the layers."""
+
+    trainable: frozenset[str]  #: parameters that were so before
+    adapters: dict[str, Attached] = field(default_factory=dict)
+    active: str = "default"
+
+
+def keep(model: nn.Module, attachment: Attachment) -> None:
+    """Have the model know what is attached to it."""
+    setattr(model, _ATTRIBUTE, attachment)
+
+
+def forget(model: nn.Module) -> None:
+    """Undo `keep`."""
+    delattr(model, _ATTRIBUTE)
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What `attach` keeps on the model; None where nothing is attached."""
+    found = getattr(model, _ATTRIBUTE, None)
+    return found if isinstance(found, Attachment) else None
+
+
+def require_attachment(model: nn.Module) -> Attachment:
+    """As `attachment_of`; `UsageError` where nothing is attached."""
+    found = attachment_of(model)
+    if found is None:
+        raise UsageError(f"{type(model).__name__}: no adapter is attached; call frodctl.attach first")
+    return found
+
+
+def frod_layers(model: nn.Module) -> dict[str, FrodLinear]:
+    """The layers that adapters train, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FrodLinear)}
+
+
+def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Update]:
+    """What the adapter trains of each layer, by the layer's path."""
+    found = {path: layer.update(adapter_name) for path, layer in frod_layers(model).items()}
+    return {path: update for path, update in found.items() if update is not None}
+
+
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """The modules that adapters train as a whole, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, SavedModule)}
+
+
+def added_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the adapters' parameters begin with."""
+    layers, saved = frod_layers(model), saved_modules(model)
+    return (*(f"{path}.adapters." for path in layers), *(f"{path}.modules_to_save." for path in saved))
+
+
+def live_paths(model: nn.Module, known: Mapping[str, Any]) -> dict[str, str]:
+    """The path in the model of each of the checkpoint's modules that it has exactly once."""
+    inner = tuple(f"{path}." for path in frod_layers(model))
+    paths = [path for path, _ in model.named_modules() if path and not path.startswith(inner)]
+    return matching.live_paths(paths, known.keys())

@@ -1,0 +1,177 @@
+"""Taking up again what was saved."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from frodctl import values
+from frodctl.adapted import opening
+from frodctl.adapted.positions import positions_of
+from frodctl.checkpoint import names
+from frodctl.checkpoint.records import Location
+from frodctl.errors import InvalidInput
+from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
+from frodctl.formats.basis_file import BasisFile, ModuleRecord
+from frodctl.training.attached import (
+    Attached,
+    live_paths,
+    saved_modules,
+    updates_of,
+)
+from frodctl.training.attachment import checked_dropout, checked_name, install, resolved
+from frodctl.training.layer import FrodLinear, SavedModule, is_transposed, out_features
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_adapter(
+    model: Model,
+    folder: str | Path,
+    basis: str | Path | BasisFile | None = None,
+    *,
+    dropout: float = 0.0,
+    adapter_name: str = "default",
+) -> Model:
+    """Attach a saved adapter, to apply it or to train it further.
+
+    Parameters
+    ----------
+    model : Module
+        The base model.
+    folder : path
+        What `save_adapter` wrote, or a Hub id; of several adapters the one called ``adapter_name``.
+    basis : path or BasisFile, optional
+        The one that it was trained with. By default the adapter's own, if it holds one (``self_contained``), else a
+        file in its folder, in the one above, or where the adapter recorded it: the file that has the recorded digests,
+        whatever its name.
+    dropout, adapter_name
+        As for `attach`.
+
+    Returns
+    -------
+    Module
+        ``model`` itself; the adapter is the active one.
+
+    Raises
+    ------
+    InvalidInput
+        Basis, base and adapter do not belong together or are damaged, or the adapter is PEFT's own: that one trains
+        another operator; merge it.
+    """
+    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")
+    folder, adapter_name, dropout = values.model(folder, "folder"), checked_name(adapter_name), checked_dropout(dropout)
+    given = None if basis is None else resolved(basis)
+    adapter = open_adapter(Location(folder), _sub_folder(folder, adapter_name))
+    provenance = adapter.provenance
+    if provenance is None or provenance.form != "delta":
+        raise InvalidInput(f"{adapter.name}: not trained by frodctl; merge it into its base instead (frodctl merge)")
+    found = opening.basis_of(adapter, given) or opening.basis_in(adapter)
+    if found is None:
+        raise opening.no_basis(adapter)
+    opened = resolved(found)
+    if note := opening.without_digests(adapter, opened):
+        warnings.warn(note, stacklevel=2)
+    modules = _modules(model, adapter, opened)
+    attached = Attached(
+        basis=opened,
+        modules={path: record for path, record, _ in modules},
+        sparsity={category: provenance.sparsity.get(category, 0.0) for category in adapter.categories},
+        seed=provenance.seed,
+        modules_to_save=tuple(adapter.config.get("modules_to_save") or ()),
+        dropout=dropout,
+        selected=provenance.seed is None and bool(adapter.indices),
+    )
+    for info in adapter.bases.values():  # compared with its digest, though the basis file's may be used
+        adapter.tensor(info)
+    indices = positions_of(adapter, opened)
+    numbers = _numbers(adapter, opened, modules)
+    replaced = _replaced(model, adapter)
+    install(model, attached, indices, adapter_name)
+    updates = updates_of(model, adapter_name)
+    with torch.no_grad():
+        for path, (delta, sparse) in numbers.items():
+            updates[path].delta.copy_(delta)
+            updates[path].values.copy_(sparse)
+        for path, module in saved_modules(model).items():
+            if adapter_name in module.modules_to_save:
+                for name, parameter in module.modules_to_save[adapter_name].state_dict().items():
+                    parameter.copy_(replaced[f"{path}.{name}"])
+    return model
+
+
+def _sub_folder(folder: str | Path, name: str) -> str | None:
+    """The adapter's name among several in a folder; None where it is the folder's only, or first one."""
+    return name if (Path(folder) / name).is_dir() else None
+
+
+def _modules(model: nn.Module, adapter: Adapter, opened: BasisFile) -> list[tuple[str, ModuleRecord, TrainedModule]]:
+    """For each trained module its path in this model, its record in the basis, and its tensors."""
+    records = opening.records_of(adapter, opened)
+    live = live_paths(model, {record.name: record for record in records.values()})
+    found = []
+    for module in adapter.modules:
+        record = records[module.module]
+        if record.name not in live:
+            raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {module.module}: another base?")
+        path = live[record.name]
+        if opened.aliases:  # an adapter does not say how many rows a weight has
+            record = replace(record, shape=_shape(model.get_submodule(path), module.n))
+        found.append((path, record, module))
+    return found
+
+
+def _shape(layer: nn.Module, n: int) -> tuple[int, int]:
+    """The shape of a live layer's weight as it is stored."""
+    base = layer.base_layer if isinstance(layer, FrodLinear) else layer
+    known = getattr(base, "out_features", None)  # which quantized layers tell
+    m = known if isinstance(known, int) else out_features(base)
+    return (n, m) if is_transposed(base) else (m, n)
+
+
+def _numbers(
+    adapter: Adapter, opened: BasisFile, modules: Sequence[tuple[str, ModuleRecord, TrainedModule]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """δ and the values of S by path in the model."""
+    found = {}
+    for path, record, module in modules:
+        scales, sparse, start = opening.trained_of(adapter, module, opened, {module.module: record})
+        found[path] = (scales.double() - start.double()).float(), sparse.float()
+    return found
+
+
+def _tensors_of(model: nn.Module, name: str) -> list[str]:
+    """The names in the model's state of the tensors of the modules that are called so."""
+    inner = tuple(f"{path}." for path in saved_modules(model))
+    found = []
+    for path, module in model.named_modules():
+        if f".{path}".endswith(f".{name}") and not path.startswith(inner):
+            original = module.original_module if isinstance(module, SavedModule) else module
+            found += [f"{path}.{key}" for key in original.state_dict()]
+    return found
+
+
+def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The modules that were trained as a whole, by tensor name in this model."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in tensors}
+    found = {}
+    for tensor, name in names.match(adapter.replaced, live).items():
+        if name is None:
+            raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {tensor}, which was trained as a whole")
+        found[name] = adapter.tensor(adapter.replaced[tensor])
+        if found[name].shape != live[name].shape:
+            shapes = f"{list(found[name].shape)}, but {list(live[name].shape)}"
+            raise InvalidInput(f"{adapter.name}: {tensor} is {shapes} in {type(model).__name__}")
+    for entry in adapter.config.get("modules_to_save") or ():
+        for tensor in _tensors_of(model, entry):
+            if tensor not in found:
+                raise InvalidInput(f"{adapter.name}: {entry} was trained as a whole, but {tensor} is not there")
+    return found
