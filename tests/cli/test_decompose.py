@@ -199,7 +199,7 @@ def test_existing_output_needs_force(frodctl: Run, model: Path, tmp_path: Path) 
         (["model", "--exclude-modules", "qproj"], 2, "nothing is called qproj (did you mean q_proj?)"),
         (["model", "--sparsity", "2"], 2, "--sparsity 2: must lie between 0 and 1"),
         (["model", "--budget", "0.001%"], 2, "the scales alone take"),
-        (["model", "--budget", "lots"], 2, "expected a share"),
+        (["model", "--budget", "lots"], 2, "expected a number such as 0.5, or per cent"),
         (["model", "--budget", "1%", "--sparsity", "0.1"], 2, "exclude each other"),
         (["model", "--allocate", "spectrum"], 2, "--allocate spectrum: needs a --budget"),
         (["model", "--alpha", "0"], 2, "positive"),
