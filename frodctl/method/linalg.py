@@ -123,7 +123,7 @@ def rough_norm(W: Tensor) -> float:
 
 
 def spectral_norm(A: Tensor, steps: int = 12) -> float:
-    """‖A‖₂ by power iteration on AᵀA from A's largest column: a lower bound, mostly within a few per cent."""
+    """‖A‖₂ of A (n, n) by power iteration on AᵀA, from its largest column: a lower bound, mostly within a few %."""
     x = A[:, A.norm(dim=0).argmax()]
     for _ in range(steps):
         y = A @ (x / x.norm())
