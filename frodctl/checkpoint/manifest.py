@@ -35,6 +35,8 @@ _VARIANTS = r"""(?!.*\.frod\.) ((diffusion_)?pytorch_model | model | consolidate
 PART_OF_A_MODEL = re.compile(
     rf"(?xi) {_WEIGHTS} | {_VARIANTS} | {_CONFIGS} | adapter_config\.json | adapter_model\.(safetensors|bin)"
 )
+#: Those that hold weights.
+WEIGHTS = re.compile(rf"(?xi) {_WEIGHTS} | adapter_model\.(safetensors|bin)")
 #: What save_pretrained makes, of transformers' models and of sentence-transformers' modules.
 _CHECKPOINT_FILE = re.compile(
     rf"(?x) {_WEIGHTS} | {_CONFIGS} | modules\.json | config_sentence_transformers\.json "

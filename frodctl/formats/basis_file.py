@@ -243,7 +243,7 @@ def check_name(path: Path) -> None:
     """Refuse to write a basis file under a name by which no command would know it (`UsageError`)."""
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: a basis file's name must end in .safetensors")
-    if manifest.PART_OF_A_MODEL.fullmatch(path.name):
+    if manifest.WEIGHTS.fullmatch(path.name):
         raise UsageError(f"{path}: would be taken for a model's or an adapter's weights; give it another name")
 
 

@@ -275,7 +275,8 @@ def _card(config: Mapping[str, Any], self_contained: bool) -> str:
     from huggingface_hub import ModelCardData
 
     base = Path(config["base_model_name_or_path"])
-    text = str(base) if not base.is_absolute() else base.name
+    name = str(base) if not base.is_absolute() else base.name
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in name)
     return _CARD.format(
         fields=ModelCardData(library_name="frodctl", base_model=text, tags=["frod"]).to_yaml(),
         base=text,

@@ -20,6 +20,7 @@ from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import (
     BasisMetadata,
     ModuleRecord,
+    check_name,
     file_metadata,
     open_basis,
     specs_of,
@@ -281,3 +282,11 @@ def test_a_tensor_that_is_not_there(tmp_path: Path) -> None:
     basis = open_basis(save(tmp_path / "x.safetensors", TENSORS))
     with pytest.raises(UsageError, match=r"no tensor V\.q_prj; V\.q_proj"):
         basis.tensor("V.q_prj")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"])
+def test_no_basis_is_written_under_a_name_of_weights(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="would be taken for"):
+        check_name(tmp_path / name)
+    for good in ("model.frod.safetensors", "model.basis.safetensors", "b.safetensors"):
+        check_name(tmp_path / good)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from frodctl.jobs.merge.card import front_matter, kept_fields
 
 #: What YAML could take for something else, and whatever else there is.
-TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
     [
         "no",
         "null",
@@ -31,6 +31,8 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
         "\0\x1b",
     ]
 )
+#: What is taken from a card: YAML, as it is written here, changes some other characters.
+TEXT = ANY_TEXT.filter(lambda text: text.replace("\n", "").isprintable())
 FIELDS = st.fixed_dictionaries(
     {}, optional={"license": TEXT, "license_link": TEXT, "language": TEXT | st.lists(TEXT, max_size=3)}
 )

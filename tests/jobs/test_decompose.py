@@ -357,6 +357,8 @@ def test_another_job_does_not_take_up_the_pieces(example: Path, tmp_path: Path) 
     kill(example, output, (1, "mlp_up_proj"))
     result = frodctl.decompose(str(example), output, target_modules="all-linear", alpha=0.5)
     assert not any(category.resumed for category in result.categories)
+    first = frodctl.decompose(str(example), output, target_modules="all-linear", force=True)
+    assert any(category.resumed for category in first.categories)  # nor does it take them away
     assert not (tmp_path / "b.safetensors.partial").exists()
 
 

@@ -70,7 +70,7 @@ def test_nothing_attached(cases: Cases) -> None:
 
 
 @pytest.mark.parametrize("rate", [
-    float("nan"), float("inf"), -1e-3, "-1", "nan", "fast", "", None, True, b"", [], {}, object(), torch.zeros(()),
+    float("nan"), float("inf"), -1e-3, "-1", "nan", "fast", "", None, True, b"", [], {}, object(), torch.zeros(2),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["rho_lambda", "rho_sparse", "lr", "weight_decay", "frod_weight_decay"])
 def test_what_is_no_rate(name: str, rate: Any, cases: Cases) -> None:

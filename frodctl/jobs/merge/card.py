@@ -69,4 +69,6 @@ def kept_fields(readme: Path) -> dict[str, Any]:
 
 
 def _is_text(value: Any) -> bool:
-    return all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
+    """Whether it is text, or a list of it, that YAML writes as it reads it."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) and item.replace("\n", "").isprintable() for item in items)
