@@ -124,14 +124,12 @@ def share(
     value: Any, parameter: str, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
     """A number, which may be given in per cent: ``0.0172`` or ``1.72%``."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        percent = _float(value.strip()[:-1].strip())
-        if percent is None:
-            raise _wrong(value, parameter, "a number such as 0.5, or per cent such as 50%")
-        return _within(percent / 100, value, parameter, at_least, above, at_most)
-    if _float(value.strip() if isinstance(value, str) else value) is None:
+    given = value.strip() if isinstance(value, str) else value
+    percent = isinstance(given, str) and given.endswith("%")
+    found = _float(given[:-1].strip() if percent else given)
+    if found is None:
         raise _wrong(value, parameter, "a number such as 0.5, or per cent such as 50%")
-    return number(value, parameter, at_least=at_least, above=above, at_most=at_most)
+    return _within(found / 100 if percent else found, value, parameter, at_least, above, at_most)
 
 
 def between(

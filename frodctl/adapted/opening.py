@@ -113,19 +113,12 @@ def open_source(
         )
     basis = basis_of(adapter, given, trust=trust) if adapter.lacking else None
     recomputes = bool(adapter.lacking) and basis is None
-    if recomputes:
-        _check_recomputing(adapter, recompute)
+    if recomputes and not recompute:
+        offered = recompute is not None and adapter.provenance is None
+        hint = ", or `recompute_projection=True` for what PEFT computes on this machine" if offered else ""
+        raise InvalidInput(f"{no_basis(adapter)}{hint}")
     trained = adapter.provenance.form if adapter.provenance else "reconstruct"
     return Source(adapter, scale, form or trained, basis, recomputes, projection_dtype or _projection_dtype(adapter))
-
-
-def _check_recomputing(adapter: Adapter, asked: bool | None) -> None:
-    """`InvalidInput` unless V may come from PEFT's routine."""
-    error = no_basis(adapter)
-    if not asked:
-        offered = adapter.provenance is None and asked is not None
-        hint = ", or `recompute_projection=True` for what PEFT computes on this machine" if offered else ""
-        raise InvalidInput(f"{error}{hint}")
 
 
 def _projection_dtype(adapter: Adapter) -> str | None:

@@ -266,7 +266,7 @@ def merge_(model: Model) -> Model:
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """How many numbers are trained, and how many the model has without its adapters."""
-    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module")
+    require_module(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = added_prefixes(model)
     return trained, sum(_numel(p) for name, p in model.named_parameters() if not name.startswith(added))

@@ -23,6 +23,7 @@ from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.training.attached import (
     Attached,
     live_paths,
+    require_module,
     saved_modules,
     updates_of,
 )
@@ -66,7 +67,7 @@ def load_adapter(
         Basis, base and adapter do not belong together or are damaged, or the adapter is PEFT's own: that one trains
         another operator; merge it.
     """
-    values.require(isinstance(model, nn.Module), "model", model, "expected a torch.nn.Module: load it first")
+    require_module(model)
     folder, adapter_name, dropout = values.model(folder, "folder"), checked_name(adapter_name), checked_dropout(dropout)
     given = None if basis is None else resolved(basis)
     adapter = open_adapter(Location(folder), _sub_folder(folder, adapter_name))
