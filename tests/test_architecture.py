@@ -188,6 +188,22 @@ def test_no_torch_where_plans_are_made(pattern: str) -> None:
     assert loading == {}
 
 
+def annotations(path: Path) -> Iterator[str]:
+    """The types that a file names, and what its aliases of types stand for."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        found = [getattr(node, field, None) for field in ("annotation", "returns")]
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias":
+            found.append(node.value)
+        yield from (ast.unparse(annotation) for annotation in found if annotation is not None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_training_is_typed_for_torch_alone(path: Path) -> None:
+    """Elsewhere what holds numbers is an `Array`, whichever library's it is."""
+    if path.relative_to(ROOT).parts[0] not in ("training", "arrays.py"):
+        assert not [text for text in annotations(path) if re.search(r"\bTensor\b", text)]
+
+
 def test_all_that_is_imported_is_declared() -> None:
     """What is installed with something else may go with it."""
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]

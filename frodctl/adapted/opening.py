@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import relpath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import codec, names
@@ -18,6 +18,9 @@ from frodctl.checkpoint.records import ADAPTER_FILES, MODEL_DTYPES, Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
 from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 Records = Mapping[str, ModuleRecord]  #: of a basis, by the module's path in the live model
 
@@ -282,7 +285,7 @@ def _record(module: TrainedModule, transposed: bool) -> ModuleRecord:
     return ModuleRecord(module.base, module.category, layer, shape, transposed, module.digest)
 
 
-def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> Any:
+def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> Array:
     """V (n, n) of a category as it is stored: the adapter's own, or the basis file's."""
     if category in adapter.bases:
         return adapter.tensor(adapter.bases[category])
@@ -291,7 +294,7 @@ def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> Any:
     return basis.tensor(f"V.{category}")
 
 
-def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records) -> Any:
+def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records) -> Array | None:
     """λ (n,) where training of a module began, as adapter or basis say; None where neither does.
 
     Raises
@@ -313,7 +316,7 @@ def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, r
 
 def trained_of(
     adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records
-) -> tuple[Any, Any, Any]:
+) -> tuple[Array, Array, Array | None]:
     """λ' (n,) and the values of S (nnz,) of a module, and λ (n,) where adapter or basis say it (see `start_of`)."""
     scales = adapter.tensor(module.scales)
     values = adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import Adapter
 from frodctl.formats.basis_file import BasisFile
 from frodctl.formats.fields import is_rate, is_seed
 
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
-def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, Any]:
+
+def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, Array]:
     """The positions of S by category, (2, nnz) int64: the adapter's own, the seed's, or the basis file's.
 
     Raises
@@ -43,7 +46,7 @@ def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, Any]:
     return found
 
 
-def _stored_positions(adapter: Adapter) -> dict[str, Any]:
+def _stored_positions(adapter: Adapter) -> dict[str, Array]:
     """The positions that an adapter holds, as they may be: in the matrix, off its diagonal, each once."""
     from frodctl.method.pattern import fault
 
@@ -58,7 +61,7 @@ def _stored_positions(adapter: Adapter) -> dict[str, Any]:
     return stored
 
 
-def _check_positions(adapter: Adapter, category: str, positions: Any, where: str) -> None:
+def _check_positions(adapter: Adapter, category: str, positions: Array, where: str) -> None:
     """`InvalidInput` where positions, found in ``where``, are not those of the recorded digest, or of S's values."""
     from frodctl.checkpoint.stream import digest
 
@@ -75,7 +78,7 @@ def _check_positions(adapter: Adapter, category: str, positions: Any, where: str
         )
 
 
-def drawn(widths: Mapping[str, int], rates: Mapping[str, float], seed: int) -> dict[str, Any]:
+def drawn(widths: Mapping[str, int], rates: Mapping[str, float], seed: int) -> dict[str, Array]:
     """The positions that a seed stands for, by category, as everybody draws them."""
     import torch
 

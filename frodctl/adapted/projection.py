@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from frodctl.adapted import opening
 from frodctl.adapted.matching import Weight
@@ -16,6 +16,9 @@ from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.fields import is_alpha
 
+if TYPE_CHECKING:
+    from frodctl.arrays import Array, DType
+
 
 class Projections:
     """V and pattern of every category of every adapter over a base."""
@@ -23,9 +26,9 @@ class Projections:
     def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight]) -> None:
         self.checkpoint = checkpoint
         self.weights = weights
-        self._positions: dict[int, dict[str, Tensor]] = {}
+        self._positions: dict[int, dict[str, Array]] = {}
 
-    def of(self, source: Source, category: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def of(self, source: Source, category: str, dtype: DType) -> tuple[Array, Array]:
         """V (n, n) and the positions of S (2, nnz) of one category.
 
         A V that is not the adapter's own is rounded for PEFT's adapters, to the dtype that the base had in training:
@@ -47,10 +50,10 @@ class Projections:
             self._positions[id(source)] = positions_of(adapter, source.basis)
         return V, self._positions[id(source)][category]
 
-    def _recomputed(self, source: Source, category: str) -> Tensor:
+    def _recomputed(self, source: Source, category: str) -> Array:
         """V as PEFT computes it as it loads the adapter: from float32 copies of the base's weights, on the CPU."""
         routine = _peft_routine()
-        layers: dict[int, Tensor] = {}
+        layers: dict[int, Array] = {}
         targets = {part.trained.module: w.target for w in self.weights for part in w.parts if part.source is source}
         assert self.checkpoint.root is not None
         for number, module in enumerate(source.adapter.modules):
@@ -65,12 +68,12 @@ class Projections:
         return routine([layers[number] for number in sorted(layers)], alpha)
 
 
-def _peft_routine() -> Callable[[list[Tensor], float], Tensor]:
+def _peft_routine() -> Callable[[list[Array], float], Array]:
     try:
         from peft.tuners.frod.model import _projection_from_weights
     except ImportError:
         raise FrodctlError(
             "`recompute_projection` runs PEFT's own routine: pip install 'frodctl[peft]' (tested with peft 0.21)"
         ) from None
-    routine: Callable[[list[Tensor], float], Tensor] = _projection_from_weights
+    routine: Callable[[list[Array], float], Array] = _projection_from_weights
     return routine

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from frodctl.adapted import opening
 from frodctl.adapted.matching import Part, Weight
@@ -18,15 +18,18 @@ from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
 from frodctl.method.update import Blocks, CategoryUpdate
 
+if TYPE_CHECKING:
+    from frodctl.arrays import Array, DType
+
 
 @dataclass(frozen=True)
 class Trained:
     """What one adapter holds for one weight, read."""
 
     part: Part
-    scales: Tensor  #: λ', (n,)
-    values: Tensor  #: of S, (nnz,)
-    base_scales: Tensor | None  #: λ, (n,), where the file says it
+    scales: Array  #: λ', (n,)
+    values: Array  #: of S, (nnz,)
+    base_scales: Array | None  #: λ, (n,), where the file says it
 
     @property
     def reconstructs(self) -> bool:
@@ -47,7 +50,7 @@ class Task:
     """One weight, ready for the arithmetic; without its bytes where they will be copied."""
 
     weight: Weight
-    stored: Tensor | None
+    stored: Array | None
     trained: tuple[Trained, ...]
 
 
@@ -72,7 +75,7 @@ class WeightUpdates:
         self.records = {key: _records(source) for key, source in sources.items()}
         self.updates: dict[tuple[tuple[int, str], ...], list[CategoryUpdate]] = {}  #: of the current group
 
-    def read(self, weight: Weight, buffer: Tensor | None = None) -> Task:
+    def read(self, weight: Weight, buffer: Array | None = None) -> Task:
         """The weight's bytes (into ``buffer`` if given) and what was trained for it, checked."""
         trained = tuple(self._read_part(part) for part in weight.parts)
         stored = self.stored(weight, buffer)
@@ -84,7 +87,7 @@ class WeightUpdates:
         """Whether no adapter changes the weight."""
         return all(self._read_part(part).untouched for part in weight.parts)
 
-    def stored(self, weight: Weight, buffer: Tensor | None = None) -> Tensor:
+    def stored(self, weight: Weight, buffer: Array | None = None) -> Array:
         """The weight as the base stores it."""
         return stream.read_tensor(self.root, weight.target.tensor, buffer=buffer)
 
@@ -95,7 +98,7 @@ class WeightUpdates:
             raise AssertionError("its bytes were not kept")
         return next(known, None) or stream.digest(task.stored.contiguous())
 
-    def start(self, weight: Weight, W: Tensor) -> Tensor:
+    def start(self, weight: Weight, W: Array) -> Array:
         """λ (n,) as PEFT begins with it, for the weight's first adapter: the norms of W V⁻ᵀ rounded to V's dtype."""
         return self._updates_of(weight)[0].start(W)
 
@@ -105,7 +108,7 @@ class WeightUpdates:
         basis = part.source.basis if adapter.provenance is not None else None
         return Trained(part, *opening.trained_of(adapter, trained, basis, self.records[id(part.source)]))
 
-    def _check_digest(self, weight: Weight, stored: Tensor) -> None:
+    def _check_digest(self, weight: Weight, stored: Array) -> None:
         """Compare the base's bytes with what adapter or basis say they were made from."""
         recorded = self._recorded_digests(weight)
         found = stream.digest(stored) if recorded else ""
@@ -128,7 +131,7 @@ class WeightUpdates:
                 recorded.append((source.basis.path, record.digest))
         return recorded
 
-    def rows(self, W: Tensor, task: Task) -> Blocks:
+    def rows(self, W: Array, task: Task) -> Blocks:
         """Rows of W + Σ s (W' − W) for W (m, n) in its stored dtype, not rounded yet."""
         updates = dict(zip(task.weight.parts, self._updates_of(task.weight), strict=True))
         first = task.trained[0]
@@ -158,7 +161,7 @@ class WeightUpdates:
             ]
         return self.updates[weight.group]
 
-    def changes(self, W: Tensor, task: Task) -> Blocks:
+    def changes(self, W: Array, task: Task) -> Blocks:
         """Rows of W' − W for W (m, n), of the first adapter alone, in float64 and never added to W."""
         (item,) = task.trained
         update = self._updates_of(task.weight)[0]
@@ -167,13 +170,13 @@ class WeightUpdates:
             yield rows, exact - W[rows].double() if item.reconstructs else exact
 
 
-def _change(update: CategoryUpdate, W: Tensor, trained: Trained) -> Blocks:
+def _change(update: CategoryUpdate, W: Array, trained: Trained) -> Blocks:
     if trained.reconstructs:
         return update.reconstruct(W, trained.scales, trained.values)
     return update.delta(W, trained.scales, trained.values, trained.base_scales)
 
 
-def _held_in(part: Part) -> torch.dtype | None:
+def _held_in(part: Part) -> DType | None:
     """The dtype of V and V⁻ᵀ in training, where the adapter says it."""
     provenance = part.source.adapter.provenance
     name = provenance.dtype.get(part.trained.category) if provenance else None

@@ -147,7 +147,9 @@ def file_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> int:
     return len(header_bytes(specs, metadata)) + sum(spec.nbytes for spec in specs)
 
 
-def write_file(file: IO[bytes], specs: Sequence[TensorSpec], metadata: dict[str, str], chunks: Iterator[Any]) -> None:
+def write_file(
+    file: IO[bytes], specs: Sequence[TensorSpec], metadata: dict[str, str], chunks: Iterable[bytes | memoryview]
+) -> None:
     """Write a safetensors file: the header first, then ``chunks``.
 
     Parameters
@@ -158,7 +160,7 @@ def write_file(file: IO[bytes], specs: Sequence[TensorSpec], metadata: dict[str,
         The tensors in the order in which their bytes come (see `layout`).
     metadata : dict of str
         The header's ``__metadata__``. Keys are written sorted, so equal input gives equal bytes.
-    chunks : iterator of buffers
+    chunks : iterable of bytes or memoryview
         The tensors' bytes, one after another, in pieces of any size.
     """
     file.write(header_bytes(specs, metadata))

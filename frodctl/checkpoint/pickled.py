@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from math import prod
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,9 @@ from frodctl.checkpoint.inputs import open_input
 from frodctl.checkpoint.records import TensorInfo
 from frodctl.checkpoint.stream import DTYPE_NAMES
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 #: Bytes of pickled instructions, a few hundred for each tensor; what they make may take a hundred times the memory.
 _MAX_PICKLE_BYTES = 8_000_000
@@ -88,7 +91,7 @@ class _Instructions(io.BufferedReader):
         return data
 
 
-def _load(path: Path, source: Path | IO[bytes], size: int, device: str, **options: Any) -> dict[str, torch.Tensor]:
+def _load(path: Path, source: Path | IO[bytes], size: int, device: str, **options: Any) -> dict[str, Array]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -136,7 +139,7 @@ def _is_named_dense(name: object, item: object) -> bool:
     )
 
 
-def _check_tensors(path: Path, state: Mapping[str, torch.Tensor], size: int, device: str) -> None:
+def _check_tensors(path: Path, state: Mapping[str, Array], size: int, device: str) -> None:
     """`InvalidInput` unless all of the tensors lie in their storages, and stand for no more bytes than the file has."""
     viewed = 0
     for name, tensor in state.items():
@@ -223,7 +226,7 @@ def _place(item: zipfile.ZipInfo, file: IO[bytes]) -> tuple[int, int]:
     return item.header_offset + 30 + name_bytes + extra_bytes, item.file_size
 
 
-def _mapped_places(state: Mapping[str, torch.Tensor], records: Mapping[int, int]) -> dict[str, int | None]:
+def _mapped_places(state: Mapping[str, Array], records: Mapping[int, int]) -> dict[str, int | None]:
     """Where the storages of a mapped archive begin in it; None where that is not certain.
 
     The mapping begins at a page, and each of the storages where a record of its size does.
@@ -238,7 +241,7 @@ def _mapped_places(state: Mapping[str, torch.Tensor], records: Mapping[int, int]
     return {name: storage.data_ptr() - bases[0] for name, storage in storages.items()}
 
 
-def _info(name: str, tensor: torch.Tensor, path: Path, begin: int | None, records: Mapping[int, int]) -> TensorInfo:
+def _info(name: str, tensor: Array, path: Path, begin: int | None, records: Mapping[int, int]) -> TensorInfo:
     """Where the tensor's bytes lie in the archive."""
     nbytes = tensor.untyped_storage().nbytes()
     if nbytes and (begin is None or records.get(begin) != nbytes):
@@ -248,7 +251,7 @@ def _info(name: str, tensor: torch.Tensor, path: Path, begin: int | None, record
     return TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, offset, stride)
 
 
-def _in_memory(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
+def _in_memory(name: str, tensor: Array, path: Path) -> TensorInfo:
     data = tensor.contiguous()
     offset = data.data_ptr()  # stands for a place in the file: equal where tensors are tied
     return TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(data.shape), path.name, offset, data=data)

@@ -129,7 +129,7 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def write(self, name: str, chunks: Iterable[Any], origin: Callable[[], str] = lambda: "") -> None:
+    def write(self, name: str, chunks: Iterable[bytes | memoryview], origin: Callable[[], str] = lambda: "") -> None:
         """Write the tensor's bytes, which come in pieces of any size, and note that it is finished.
 
         ``origin``, asked after the last piece, gives the digest of what they were made from.
@@ -217,7 +217,7 @@ def _digests(folder: Path, places: Mapping[str, tuple[str, int, TensorSpec]]) ->
         return dict(zip(places, pool.map(digest, places.values()), strict=True))
 
 
-def _write_at(handle: int, data: Any, offset: int) -> int:
+def _write_at(handle: int, data: bytes | memoryview, offset: int) -> int:
     view = memoryview(data)
     if not view.nbytes:
         return 0

@@ -17,8 +17,9 @@ import torch
 from frodctl.checkpoint.codec import read_into
 from frodctl.errors import InvalidInput, OutOfResources
 
-if TYPE_CHECKING:  # which compares tensors' bytes to find ties
-    from frodctl.checkpoint.records import TensorInfo
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
+    from frodctl.checkpoint.records import TensorInfo  # which compares tensors' bytes to find ties
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
@@ -37,9 +38,7 @@ _PIECE = 1 << 20  # elements
 T = TypeVar("T")
 
 
-def read_tensor(
-    root: Path, info: TensorInfo, index: int | None = None, buffer: torch.Tensor | None = None
-) -> torch.Tensor:
+def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: Array | None = None) -> Array:
     """Read one tensor, or slice ``index`` of its first dimension, in its stored dtype and shape.
 
     Its bytes go to the beginning of ``buffer`` (uint8) if one is given, else to fresh memory. The result is
@@ -54,8 +53,7 @@ def read_tensor(
         There is no memory for it.
     """
     if info.data is not None:
-        whole: torch.Tensor = info.data
-        return whole if index is None else whole[index]
+        return info.data if index is None else info.data[index]
     if index is not None:
         info = info.slice(index)
     path, nbytes = root / info.file, info.nbytes
@@ -67,31 +65,30 @@ def read_tensor(
     return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
 
 
-def _empty(nbytes: int, name: str) -> torch.Tensor:
+def _empty(nbytes: int, name: str) -> Array:
     try:
         return torch.empty(nbytes, dtype=torch.uint8)
     except (MemoryError, RuntimeError):
         raise OutOfResources(f"out of memory: tensor {name} takes {nbytes / 1e9:.2f} GB") from None
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: Array) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def digest(tensor: torch.Tensor) -> str:
+def digest(tensor: Array) -> str:
     """``sha256:…`` of the tensor's bytes in their stored order."""
     if not tensor.is_contiguous():  # a view over a pickled storage: its bytes are the storage's
         tensor = torch.as_strided(tensor, (_span(tensor),), (1,))
     return "sha256:" + hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-def _span(tensor: torch.Tensor) -> int:
+def _span(tensor: Array) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def check_finite(tensor: torch.Tensor, name: str, file: str) -> None:
+def check_finite(tensor: Array, name: str, file: str) -> None:
     """Raise `InvalidInput` that names the tensor if it holds NaN or Inf."""
     rows = tensor.reshape(-1) if tensor.is_contiguous() else tensor
     step = max(1, _PIECE * len(rows) // max(1, rows.numel()))

@@ -18,7 +18,11 @@ from frodctl.errors import FrodctlError, UsageError
 from frodctl.jobs.inspect import Row, TargetResult
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    from frodctl.arrays import Array
 
 _SUFFIXES = (".png", ".svg", ".html")
 _COLUMNS = 4
@@ -66,6 +70,7 @@ class _Curve:
     label: str  #: a category of a basis; empty where the depth tells curves apart
     depth: int | None
     row: Row
+    sigma: Array  #: its singular values, (k,)
 
 
 def draw(file: str, targets: Sequence[TargetResult], *, force: bool = False) -> None:
@@ -145,14 +150,16 @@ def _panels(targets: Sequence[TargetResult]) -> dict[str, list[_Curve]]:
     panels: dict[str, list[_Curve]] = {}
     for number, target in enumerate(targets):
         for row in sorted(target.rows, key=lambda row: names.natural_key(row.values["name"])):
-            if row.singular_values is None or len(row.singular_values) < 2 or not row.singular_values[0] > 0:
+            sigma = row.singular_values
+            if sigma is None or len(sigma) < 2 or not sigma[0] > 0:
                 continue
             name = row.values["name"]
             if target.kind == "basis":
-                panels.setdefault("V of every category", []).append(_Curve(number, row.values["category"], None, row))
+                curve = _Curve(number, row.values["category"], None, row, sigma)
+                panels.setdefault("V of every category", []).append(curve)
                 continue
             role = (row.values.get("role") or names.role(name)).removesuffix(".weight")
-            panels.setdefault(role, []).append(_Curve(number, "", names.layer_index(name), row))
+            panels.setdefault(role, []).append(_Curve(number, "", names.layer_index(name), row, sigma))
     return dict(sorted(panels.items(), key=lambda item: -len(item[1])))
 
 
@@ -204,17 +211,17 @@ class _Styles:
         every = (curve.label for curves in panels.values() for curve in curves)
         self.labels = list(dict.fromkeys([*labels, *filter(None, every)]))
 
-    def of_layer(self, curve: _Curve) -> dict[str, Any]:
+    def of_layer(self, source: int, depth: int | None) -> dict[str, Any]:
         """For a curve among others of its role."""
         from matplotlib import colormaps
 
-        depths = self.depths.get(curve.source, [0])
+        depths = self.depths.get(source, [0])
         first, last = min(depths), max(depths)
-        place = (curve.depth - first) / (last - first) if curve.depth is not None and last > first else 0.0
+        place = (depth - first) / (last - first) if depth is not None and last > first else 0.0
         if not self.several:
             return {"color": colormaps["viridis"](place), "lw": 0.8}
-        hue = colormaps[_HUES[curve.source % len(_HUES)]]
-        return {"color": hue(0.95 - 0.6 * place), "lw": 0.8, "ls": self.dashes(curve.source)}
+        hue = colormaps[_HUES[source % len(_HUES)]]
+        return {"color": hue(0.95 - 0.6 * place), "lw": 0.8, "ls": self.dashes(source)}
 
     def of_label(self, label: str, source: int) -> dict[str, Any]:
         """For a category or a role among others."""
@@ -226,22 +233,23 @@ class _Styles:
     def dashes(self, source: int) -> str:
         return _DASHES[source % len(_DASHES)]
 
-    def example(self, source: int) -> Any:
+    def example(self, source: int) -> Line2D:
         """A line for the legend of targets."""
         from matplotlib.lines import Line2D
 
-        colour = self.of_layer(_Curve(source, "", None, Row({})))["color"] if source in self.depths else "0.3"
+        colour = self.of_layer(source, None)["color"] if source in self.depths else "0.3"
         return Line2D([], [], color=colour, ls=self.dashes(source))
 
 
-def _draw_spectra(axis: Any, role: str, curves: Sequence[_Curve], styles: _Styles) -> None:
+def _draw_spectra(axis: Axes, role: str, curves: Sequence[_Curve], styles: _Styles) -> None:
     """Singular values in order, on a logarithmic scale."""
     from matplotlib import ticker
 
     for curve in curves:
-        sigma = curve.row.singular_values
-        visible = sigma[sigma > 1e-9 * sigma[0]]
-        style = styles.of_label(curve.label, curve.source) if curve.label else styles.of_layer(curve)
+        visible = curve.sigma[curve.sigma > 1e-9 * curve.sigma[0]]
+        style = (
+            styles.of_label(curve.label, curve.source) if curve.label else styles.of_layer(curve.source, curve.depth)
+        )
         axis.plot(range(1, len(visible) + 1), visible.numpy(), **style)
     axis.set_yscale("log")
     low, high = axis.get_ylim()
@@ -255,14 +263,14 @@ def _draw_spectra(axis: Any, role: str, curves: Sequence[_Curve], styles: _Style
     _legend(axis, [curve.label for curve in curves if curve.label], styles)
 
 
-def _draw_ranks(axis: Any, panels: Mapping[str, Sequence[_Curve]], styles: _Styles) -> None:
+def _draw_ranks(axis: Axes, panels: Mapping[str, Sequence[_Curve]], styles: _Styles) -> None:
     """Effective rank by layer, as a share of what it could be; of several matrices in a layer the mean."""
     for role, curves in panels.items():
         for source in dict.fromkeys(curve.source for curve in curves):
             shares: dict[int, list[float]] = {}
             for curve in curves:
                 if curve.source == source and curve.depth is not None:
-                    shares.setdefault(curve.depth, []).append(_rank_share(curve.row))
+                    shares.setdefault(curve.depth, []).append(_rank_share(curve))
             means = [sum(found) / len(found) for _, found in sorted(shares.items())]
             axis.plot(sorted(shares), means, marker="o", ms=2.5, **styles.of_label(role, source))
     axis.set_ylim(0, 1)
@@ -272,14 +280,14 @@ def _draw_ranks(axis: Any, panels: Mapping[str, Sequence[_Curve]], styles: _Styl
     _legend(axis, list(panels), styles)
 
 
-def _rank_share(row: Row) -> float:
-    rank = row.values.get(
-        "effective_rank", row.values.get("delta_effective_rank", row.values.get("difference_effective_rank"))
-    )
-    return float(rank) / len(row.singular_values) if rank is not None else float("nan")
+def _rank_share(curve: _Curve) -> float:
+    values = curve.row.values
+    keys = ("effective_rank", "delta_effective_rank", "difference_effective_rank")
+    rank = next((values[key] for key in keys if key in values), None)
+    return float(rank) / len(curve.sigma) if rank is not None else float("nan")
 
 
-def _draw_sharing(axis: Any, sharing: Sequence[tuple[int, str, list[float]]], styles: _Styles) -> None:
+def _draw_sharing(axis: Axes, sharing: Sequence[tuple[int, str, list[float]]], styles: _Styles) -> None:
     """In how many layers each direction of a basis is used, in effect, in the order of τ."""
     for source, category, values in sharing:
         places = [k / max(1, len(values) - 1) for k in range(len(values))]
@@ -291,7 +299,7 @@ def _draw_sharing(axis: Any, sharing: Sequence[tuple[int, str, list[float]]], st
     _legend(axis, [category for _, category, _ in sharing], styles)
 
 
-def _legend(axis: Any, labels: Sequence[str], styles: _Styles) -> None:
+def _legend(axis: Axes, labels: Sequence[str], styles: _Styles) -> None:
     """Which colour stands for which role or category."""
     from matplotlib.lines import Line2D
 

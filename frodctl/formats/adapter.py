@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
@@ -34,6 +34,9 @@ from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats.basis_file import check_digest, check_version
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
 from frodctl.method.budget import nnz
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 VERSION = 1
 CONFIG_FILE = ADAPTER_FILES[0]
@@ -179,8 +182,8 @@ class Adapter:
         task = self.config.get("task_type")
         return task if isinstance(task, str) else None
 
-    def tensor(self, info: TensorInfo) -> Any:
-        """The torch.Tensor, in its stored dtype; `InvalidInput` where it is not the recorded one, or not finite."""
+    def tensor(self, info: TensorInfo) -> Array:
+        """The tensor, in its stored dtype; `InvalidInput` where it is not the recorded one, or not finite."""
         import torch
 
         from frodctl.checkpoint.stream import read_tensor
@@ -454,7 +457,7 @@ def indices_key(category: str) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Any], config: Mapping[str, Any], provenance: Provenance, card: str
+    folder: Path, tensors: Mapping[str, Array], config: Mapping[str, Any], provenance: Provenance, card: str
 ) -> None:
     """Write an adapter's files into a folder, which may hold others; a reader finds all of it or none.
 
@@ -462,7 +465,7 @@ def write_adapter(
     ----------
     folder : Path
         Made where it is not there.
-    tensors : mapping of str to torch.Tensor
+    tensors : mapping of str to Array
         By the names that the ``…_key`` functions give.
     config : mapping
         PEFT's fields; ``peft_type`` is this format's own.
@@ -508,7 +511,7 @@ def _is_ours(weights: Path) -> bool:
         return False
 
 
-def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
+def write_tensors(file: IO[bytes], tensors: Mapping[str, Array]) -> None:
     """Write a safetensors file of torch.Tensors."""
     from frodctl.checkpoint.stream import DTYPE_NAMES, tensor_bytes
 
@@ -521,7 +524,7 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
     codec.write_file(file, specs, {"format": "pt"}, chunks())
 
 
-def _write_weights(file: IO[bytes], tensors: Mapping[str, Any]) -> None:
+def _write_weights(file: IO[bytes], tensors: Mapping[str, Array]) -> None:
     write_tensors(file, tensors)
     file.flush()
     codec.read_header(Path(file.name))  # before it gets its name: everyone must be able to open it

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from frodctl import values
 from frodctl.checkpoint import codec, manifest, sink
@@ -26,6 +26,9 @@ from frodctl.checkpoint.inputs import decode_json, kind_of
 from frodctl.checkpoint.records import MODEL_DTYPES, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 VERSION = 1
 
@@ -136,8 +139,8 @@ class BasisFile:
         """n of the category."""
         return self._place(f"V.{category}")[0].shape[0]
 
-    def tensor(self, name: str) -> Any:
-        """The torch.Tensor of that name, in its stored dtype; `InvalidInput` where it is not the recorded one."""
+    def tensor(self, name: str) -> Array:
+        """The tensor of that name, in its stored dtype; `InvalidInput` where it is not the recorded one."""
         from frodctl.checkpoint.stream import read_tensor
 
         spec, offset = self._place(name)
@@ -155,7 +158,7 @@ class BasisFile:
             raise UsageError(f"{self.path}: no tensor {name}; {close}")
         return self.header.tensors[known]
 
-    def indices(self) -> dict[str, Any]:
+    def indices(self) -> dict[str, Array]:
         """The sparse pattern of every category, (2, nnz) int64: stored, or drawn from the seed.
 
         Raises
@@ -183,7 +186,7 @@ class BasisFile:
             self.tensor(name)
 
 
-def check_digest(tensor: Any, recorded: str | None, what: str) -> None:
+def check_digest(tensor: Array, recorded: str | None, what: str) -> None:
     """`InvalidInput` if a tensor's bytes are not those of the recorded digest; None says that there is none."""
     from frodctl.checkpoint.stream import digest
 
@@ -264,7 +267,7 @@ def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata)
 
 
 def write_patterns(
-    basis: BasisFile, path: Path, indices: Mapping[str, Any], sparsity: Mapping[str, float], *, force: bool
+    basis: BasisFile, path: Path, indices: Mapping[str, Array], sparsity: Mapping[str, float], *, force: bool
 ) -> None:
     """Write a basis file again, with other patterns for some categories.
 
@@ -273,7 +276,7 @@ def write_patterns(
     basis : BasisFile
     path : Path
         Never the basis file's own.
-    indices : mapping of str to torch.Tensor
+    indices : mapping of str to Array
         Positions by category, (2, nnz) int64.
     sparsity : mapping of str to float
         By category.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from frodctl.method.linalg import spectral_norm
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array, DType
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Accuracy:
 
     condition: float  #: cond(V) at most
     width: int = 0  #: n at least
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)  #: of V as stored
+    dtypes: tuple[DType, ...] = (torch.float32, torch.bfloat16, torch.float16)  #: of V as stored
 
 
 #: U is rounded to V's dtype afterwards: about one of its entries in 4,000 is then rounded to the other neighbour, which
@@ -31,13 +34,13 @@ TO_A_MILLIONTH = Accuracy(condition=64)
 class Dual:
     """V and V⁻ᵀ (n, n) in float64; where V is singular the pseudo-inverse's transpose."""
 
-    V: Tensor
-    D: Tensor
-    stored: torch.dtype  #: of V
+    V: Array
+    D: Array
+    stored: DType  #: of V
     regular: bool
 
     @classmethod
-    def of(cls, V: Tensor, device: torch.device | None = None) -> Dual:
+    def of(cls, V: Array, device: torch.device | None = None) -> Dual:
         """Of V (n, n) as it is stored, computed on the device."""
         exact = V.detach().to(device or V.device, torch.float64)
         D = inverse_transpose(exact)
@@ -49,14 +52,14 @@ class Dual:
         """cond(V), mostly within a few per cent; infinity where V is singular."""
         return spectral_norm(self.V) * spectral_norm(self.D.T) if self.regular else float("inf")
 
-    def work(self, accuracy: Accuracy) -> torch.dtype:
+    def work(self, accuracy: Accuracy) -> DType:
         """The dtype in which products W V⁻ᵀ are taken."""
         cheap = self.stored in accuracy.dtypes and len(self.V) >= accuracy.width
         return torch.float32 if cheap and self.condition <= accuracy.condition else torch.float64
 
 
-def inverse_transpose(V: Tensor) -> Tensor | None:
+def inverse_transpose(V: Array) -> Array | None:
     """V⁻ᵀ (n, n) for V in float64; None where V is singular."""
-    inverse: Tensor
+    inverse: Array
     inverse, failed = torch.linalg.inv_ex(V)
     return None if failed or not torch.isfinite(inverse).all() else inverse.T

@@ -12,11 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from frodctl.method.spectra import NotFinite
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 #: Half-widths are this many standard deviations of the average over the probes, plus the truncation.
 DEVIATIONS = 3.0
@@ -39,12 +42,12 @@ class Products:
     """
 
     shape: tuple[int, int]
-    forward: Callable[[Tensor], Tensor]
-    adjoint: Callable[[Tensor], Tensor]
+    forward: Callable[[Array], Array]
+    adjoint: Callable[[Array], Array]
     device: torch.device
 
     @classmethod
-    def of(cls, W: Tensor, *, in_blocks: bool = False) -> Products:
+    def of(cls, W: Array, *, in_blocks: bool = False) -> Products:
         """The products of a matrix in memory, of any real dtype.
 
         They keep a float64 copy of it, of 8mn bytes; ``in_blocks`` converts some rows at a time instead, for every
@@ -53,10 +56,10 @@ class Products:
         rows = max(1, _BLOCK // max(1, W.shape[1])) if in_blocks else max(1, W.shape[0])
         parts = torch.split(W if in_blocks else W.to(torch.float64), rows)
 
-        def forward(X: Tensor) -> Tensor:
+        def forward(X: Array) -> Array:
             return torch.cat([part.to(torch.float64) @ X for part in parts])
 
-        def adjoint(Y: Tensor) -> Tensor:
+        def adjoint(Y: Array) -> Array:
             total = torch.zeros(W.shape[1], Y.shape[1], dtype=torch.float64, device=W.device)
             for part, y in zip(parts, torch.split(Y, rows), strict=True):
                 total.addmm_(part.to(torch.float64).T, y)
@@ -71,7 +74,7 @@ class Products:
         return self if m >= n else Products((n, m), self.adjoint, self.forward, self.device)
 
 
-def frobenius_norm(W: Tensor) -> float:
+def frobenius_norm(W: Array) -> float:
     """√Σ wᵢⱼ² in float64, some rows of W (m, n) at a time. Raises `NotFinite` if that is NaN or Inf."""
     total = _root_of_squares(W, 1.0)
     if W.dtype == torch.float64 and not 1e-140 < total < 1e140:  # squares leave float64
@@ -82,7 +85,7 @@ def frobenius_norm(W: Tensor) -> float:
     return total
 
 
-def _root_of_squares(W: Tensor, unit: float) -> float:
+def _root_of_squares(W: Array, unit: float) -> float:
     rows = max(1, _BLOCK // max(1, W.shape[1]))
     parts = (part.to(torch.float64) for part in torch.split(W, rows))
     return math.sqrt(sum(float((part if unit == 1 else part / unit).square().sum()) for part in parts))
@@ -216,13 +219,13 @@ class _Scaled:
         self._products = products
         self._scale = 1 / frobenius
 
-    def forward(self, X: Tensor) -> Tensor:
+    def forward(self, X: Array) -> Array:
         return self._checked(self._products.forward(X.T.contiguous()))
 
-    def adjoint(self, Y: Tensor) -> Tensor:
+    def adjoint(self, Y: Array) -> Array:
         return self._checked(self._products.adjoint(Y.T.contiguous()))
 
-    def _checked(self, product: Tensor) -> Tensor:
+    def _checked(self, product: Array) -> Array:
         if not bool(product.isfinite().all()):
             raise NotFinite("a product with the matrix is NaN or Inf")
         return product.T * self._scale
@@ -235,9 +238,9 @@ class _Bidiagonal:
     ``B`` is (p, k, k + 1), its last column βₖeₖ; ``U`` (p, k, m) and ``V`` (p, k, n) hold the vectors in rows.
     """
 
-    U: Tensor
-    V: Tensor
-    B: Tensor
+    U: Array
+    V: Array
+    B: Array
 
 
 @dataclass(frozen=True)
@@ -247,18 +250,18 @@ class _Leading:
     ``missing`` bounds (σ₁² − top²) / σ₁² with probability 1 − `MISSED`.
     """
 
-    sigma: Tensor
-    U: Tensor
-    V: Tensor
+    sigma: Array
+    U: Array
+    V: Array
     top: float
     missing: float
 
 
-def _random(probes: int, length: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def _random(probes: int, length: int, generator: torch.Generator, device: torch.device) -> Array:
     return torch.randn(probes, length, dtype=torch.float64, generator=generator).to(device)
 
 
-def _bidiagonalize(W: _Scaled, start: Tensor, steps: int, lead: _Leading | None = None) -> _Bidiagonal:
+def _bidiagonalize(W: _Scaled, start: Array, steps: int, lead: _Leading | None = None) -> _Bidiagonal:
     """Golub–Kahan bidiagonalisation with full reorthogonalisation, from each row of ``start`` (p, n).
 
     With ``lead`` it is that of W without those triplets. Where a Krylov space is exhausted, zeros follow.
@@ -276,7 +279,7 @@ def _bidiagonalize(W: _Scaled, start: Tensor, steps: int, lead: _Leading | None 
     return _Bidiagonal(U, V, B)
 
 
-def _next(x: Tensor, basis: Tensor, lead: Tensor | None) -> tuple[Tensor, Tensor]:
+def _next(x: Array, basis: Array, lead: Array | None) -> tuple[Array, Array]:
     """x (p, n) made orthogonal to each probe's basis (p, j, n) and to the rows of lead, twice; and its length."""
     for _ in range(2):
         if lead is not None:
@@ -311,7 +314,7 @@ def _missing(W: _Scaled, steps: int) -> float:
 
 def _quadrature(
     W: _Scaled, lead: _Leading, probes: int, steps: int, generator: torch.Generator
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+) -> list[tuple[Array, Array, Array]]:
     """Nodes σ², weights and widths for what ``lead`` leaves of the spectrum: (p, ·), a probe's weights sum to 1.
 
     First the Gauss rule, then that of Gauss and Radau with one node at 0.
@@ -327,7 +330,7 @@ def _quadrature(
     return rules
 
 
-def _widths(nodes: Tensor) -> Tensor:
+def _widths(nodes: Array) -> Array:
     """Half the distance between the neighbours of each node, of (p, k) in descending order; 0 lies beyond the last."""
     around = torch.cat([nodes[:, :1], nodes, torch.zeros_like(nodes[:, :1])], dim=1)
     return (around[:, :-2] - around[:, 2:]) / 2
@@ -340,15 +343,15 @@ class _Rule:
     ``widths`` is the part of the spectrum's range that each node stands for, 0 where it is an eigenvalue.
     """
 
-    nodes: Tensor
-    weights: Tensor
+    nodes: Array
+    weights: Array
     exact: int
-    widths: Tensor
+    widths: Array
 
-    def sum(self, f: Tensor) -> float:
+    def sum(self, f: Array) -> float:
         return float(self.weights @ f)
 
-    def deviation(self, f: Tensor, probes: int) -> float:
+    def deviation(self, f: Array, probes: int) -> float:
         """The standard deviation of `sum` that comes from the choice of the probes.
 
         D vᵀAv for v uniform on the sphere in D dimensions has the variance 2D/(D + 2) Σ(aᵢ − ā)², and what the
@@ -372,7 +375,7 @@ class _Rule:
 
 
 def _rules(
-    exact: Tensor, found: list[tuple[Tensor, Tensor, Tensor]] | None, dimension: int, rest: float
+    exact: Array, found: list[tuple[Array, Array, Array]] | None, dimension: int, rest: float
 ) -> tuple[_Rule, _Rule]:
     """The two quadrature rules for the whole spectrum, calibrated to Σ 1 and Σ σ²."""
     exact = exact.cpu()
@@ -426,7 +429,7 @@ def _effective_rank(rules: tuple[_Rule, _Rule], probes: int) -> Figure:
     return Figure(value, value * math.expm1(error) + _rounding(value))
 
 
-def _xlogx(x: Tensor) -> Tensor:
+def _xlogx(x: Array) -> Array:
     return torch.xlogy(x, x)
 
 

@@ -28,10 +28,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.method.cost import STACK_ROWS, layer_flops
@@ -46,6 +45,9 @@ from frodctl.method.linalg import (
     spectral_norm,
     times_upper,
 )
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array, DType
 
 #: float32 products are used up to these condition numbers of R, where they leave τ within a few 1e-6 of τ_max:
 #: for Gram matrices of wide layers, and (the terms of T being more sensitive to them) of tall ones.
@@ -93,7 +95,7 @@ class Layers(Protocol):
         """(m_i, n) of each weight."""
         ...
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Array]:
         """The weights W_i (m_i, n), floating point, on the CPU."""
         ...
 
@@ -102,9 +104,9 @@ class Layers(Protocol):
 class JointBasis:
     """The joint basis of N weights of width n."""
 
-    V: Tensor  #: (n, n) in the dtype asked for: the shared basis, null directions last
-    tau: Tensor  #: (n,) float64, ascending; 1/α in null directions
-    scales: list[Tensor]  #: λ_i, N tensors (n,) float32; 0 in null directions
+    V: Array  #: (n, n) in the dtype asked for: the shared basis, null directions last
+    tau: Array  #: (n,) float64, ascending; 1/α in null directions
+    scales: list[Array]  #: λ_i, N tensors (n,) float32; 0 in null directions
     rank: int  #: number of directions that are not null
     condition: float  #: condition number of R on its range; estimated from below, to about 10 %
     precision: str  #: of the products: "float32" or "float64"
@@ -122,12 +124,12 @@ class _Root:
     With a frame E (n, r), EᵀE = I, they are R (r, r) and P (r, r) for the weights W_i E.
     """
 
-    R: Tensor
-    P: Tensor
-    null: Tensor
+    R: Array
+    P: Array
+    null: Array
     triangular: bool
     condition: float
-    frame: Tensor | None = None
+    frame: Array | None = None
 
 
 @full_float32()
@@ -136,7 +138,7 @@ def joint_basis(
     *,
     alpha: float = 1e-3,
     precision: str = "auto",
-    dtype: torch.dtype = torch.float32,
+    dtype: DType = torch.float32,
     device: torch.device | str = "cpu",
     cache_bytes: int = 0,
     advance: Callable[[float], None] = lambda flops: None,
@@ -157,7 +159,7 @@ def joint_basis(
         for α ≥ 1e-3); "float32" up to 1000, with errors of τ up to 1e-3 of its largest. Beyond that it is float64,
         as it is where one layer has directions to itself (Σ m_i less the largest is below n), where n/2 < m < n
         for some layer, and where m < n for some layers and not for others.
-    dtype : torch.dtype
+    dtype : DType
         Of the stored V. λ is computed from V as stored.
     device : torch.device or str
         Where to compute.
@@ -223,7 +225,7 @@ class _Stack:
         self.scratch = Scratch(device)
         self.norms = [0.0] * len(self.shapes)  #: ‖W_i‖_F, known after the first pass
         self.factor = 1.0  #: a power of two, by which all weights are multiplied
-        self.grams: dict[int, Tensor] = {}
+        self.grams: dict[int, Array] = {}
         self.gram_room = int(cache_bytes // (8 * self.n**2))
 
     @property
@@ -269,9 +271,7 @@ class _Stack:
         largest = max(self.norms)
         return sum((norm / largest) ** 2 for norm in self.norms) - 1 < DOMINANCE if largest else False
 
-    def stacks(
-        self, step: int, work: torch.dtype, factors: Sequence[float] | None = None
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def stacks(self, step: int, work: DType, factors: Sequence[float] | None = None) -> Iterator[tuple[slice, Array]]:
         """The weights times their factors on the device, with the numbers of their layers; ``step`` is the pass.
 
         The factors, powers of two, are by default the common one. Wide weights come in the working dtype, several of
@@ -299,7 +299,7 @@ class _Stack:
                 yield slice(first, i + 1), stack[: held * m]
                 held = 0
 
-    def gram(self, work: torch.dtype) -> Tensor:
+    def gram(self, work: DType) -> Array:
         """G = Σ W_iᵀ W_i (n, n) float64."""
         self.grams.clear()
         total = _Sum(self.n, self.device)
@@ -313,14 +313,14 @@ class _Stack:
             total.sum += gram  # each G_i as it is used again: ties depend on G being their sum exactly
         return total.result()
 
-    def gram_of(self, W: Tensor, work: torch.dtype, *, keep: bool) -> Tensor:
+    def gram_of(self, W: Array, work: DType, *, keep: bool) -> Array:
         """The upper triangle of WᵀW (n, n), in scratch memory unless it is to be kept."""
         shape = (self.n, self.n)
         dtype = torch.float64 if _nearly_square(tuple(W.shape)) else work
         kept = torch.empty(shape, dtype=dtype, device=self.device) if keep else self.scratch.empty("gram", shape, dtype)
         return add_gram_(kept, self.scratch.cast("W", W, dtype), beta=0)
 
-    def mean_resolvent(self, G: Tensor, root: _Root, alpha: float, work: torch.dtype) -> Tensor:
+    def mean_resolvent(self, G: Array, root: _Root, alpha: float, work: DType) -> Array:
         """T = (1/N) Σ (C_i + αI)⁻¹ (r, r) float64."""
         terms = _Resolvents(G, root, alpha, work, self.scratch)
         for layers, W in self.stacks(1, work):
@@ -332,7 +332,7 @@ class _Stack:
                 terms.add_whitened(self.scratch.cast("W", W, work), m)
         return terms.mean()
 
-    def qr_root(self, G: Tensor) -> _Root:
+    def qr_root(self, G: Array) -> _Root:
         """R by a QR factorisation of all weights, for layers of different scales whose G is badly conditioned.
 
         As far as small layers go, G is rounding of the large ones. The null space is that of the Gram matrix of the
@@ -355,7 +355,7 @@ class _Stack:
         P = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
         return _Root(R, P, null, True, spectral_norm(R) * spectral_norm(P), E)
 
-    def scales(self, V: Tensor, rank: int, work: torch.dtype) -> list[Tensor]:
+    def scales(self, V: Array, rank: int, work: DType) -> list[Array]:
         """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank."""
         exact = V.double() * self.factor
         D = inverse_transpose(exact)
@@ -384,7 +384,7 @@ class _Stack:
         common = norm * self.factor
         return self.factor if not common or common >= _SAFE_NORM else _inverse_scale(norm)
 
-    def _norms_of_products(self, D: Tensor, factors: Sequence[float], work: torch.dtype) -> Tensor:
+    def _norms_of_products(self, D: Array, factors: Sequence[float], work: DType) -> Array:
         """‖f_i W_i d_k‖ (N, r) float64 for the columns d_k of D (n, r), f_i being the factors."""
         rank = D.shape[1]
         squares = torch.zeros(len(self.shapes), rank, dtype=torch.float64, device=self.device)
@@ -416,10 +416,10 @@ class _Sum:
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.sum = torch.zeros(n, n, dtype=torch.float64, device=device)
-        self.pending: Tensor | None = None
+        self.pending: Array | None = None
         self.rows = 0
 
-    def add_gram(self, X: Tensor, *, lower: bool = False) -> None:
+    def add_gram(self, X: Array, *, lower: bool = False) -> None:
         """Add XᵀX for X (m, n); ``lower`` says that X is lower triangular."""
         if X.dtype == self.sum.dtype:
             add_gram_(self.sum, X, lower=lower)
@@ -436,7 +436,7 @@ class _Sum:
             self.sum += self.pending
         self.rows = 0
 
-    def result(self) -> Tensor:
+    def result(self) -> Array:
         """The whole symmetric sum."""
         self.flush()
         return mirror_(self.sum)
@@ -445,7 +445,7 @@ class _Sum:
 class _Resolvents:
     """The sum of (C_i + αI)⁻¹ over the layers, each by the cheapest of the equal formulas."""
 
-    def __init__(self, G: Tensor, root: _Root, alpha: float, work: torch.dtype, scratch: Scratch) -> None:
+    def __init__(self, G: Array, root: _Root, alpha: float, work: DType, scratch: Scratch) -> None:
         self.G = G
         self.root = root
         self.alpha = alpha
@@ -458,7 +458,7 @@ class _Resolvents:
         self.wide_count = 0
         self.count = 0
 
-    def add_unwhitened(self, gram: Tensor) -> None:
+    def add_unwhitened(self, gram: Array) -> None:
         """A layer with m ≥ n, by the upper triangle of its Gram matrix G_i (n, n)."""
         self.count += 1
         shifted = torch.add(gram, self.G, alpha=self.alpha, out=self.scratch.empty("shifted", tuple(gram.shape)))
@@ -466,7 +466,7 @@ class _Resolvents:
         inverse = inverse_cholesky(shifted, self.scratch.empty("inverse", tuple(gram.shape)))
         self.unwhitened.add_gram(inverse, lower=True)
 
-    def add_whitened(self, W: Tensor, m: int) -> None:
+    def add_whitened(self, W: Array, m: int) -> None:
         """Layers of any one height m, on top of each other in W, by Q_i = W_i P (m, r)."""
         r = self.r
         if self.root.frame is not None:
@@ -486,14 +486,14 @@ class _Resolvents:
         for part in torch.split(Q, m):
             self.tall.add_gram(self._inverse_root(part), lower=True)
 
-    def _inverse_root(self, Q: Tensor) -> Tensor:
+    def _inverse_root(self, Q: Array) -> Array:
         """L⁻¹ (k, k) for QᵀQ + αI = LLᵀ, Q having k columns; in scratch memory."""
         k = Q.shape[1]
         C = add_gram_(self.scratch.empty("shifted", (k, k), Q.dtype), Q, beta=0)
         C.diagonal().add_(self.alpha)
         return inverse_cholesky(C, self.scratch.empty("inverse", (k, k), Q.dtype))
 
-    def mean(self) -> Tensor:
+    def mean(self) -> Array:
         """T (r, r) float64."""
         T = torch.zeros(self.r, self.r, dtype=torch.float64, device=self.G.device)
         if self.unwhitened is not None:
@@ -511,7 +511,7 @@ def _nearly_square(shape: tuple[int, ...]) -> bool:
     return n <= m < 2 * n
 
 
-def _cholesky_root(G: Tensor) -> _Root | None:
+def _cholesky_root(G: Array) -> _Root | None:
     """The Cholesky factor of G as its root; None where G is singular or too badly conditioned for it."""
     L, info = torch.linalg.cholesky_ex(G)
     if int(info) != 0 or not bool(torch.isfinite(L.diagonal()).all()):
@@ -524,7 +524,7 @@ def _cholesky_root(G: Tensor) -> _Root | None:
     return _Root(L.T, P.contiguous(), G.new_empty(len(G), 0), True, condition)
 
 
-def _eigen_root(G: Tensor) -> _Root:
+def _eigen_root(G: Array) -> _Root:
     """diag(√g) Eᵀ of G = E diag(g) Eᵀ as its root, the null space split off."""
     values, vectors = torch.linalg.eigh(G)
     threshold = len(G) * torch.finfo(G.dtype).eps * values[-1].clamp(min=0)
@@ -534,7 +534,7 @@ def _eigen_root(G: Tensor) -> _Root:
     return _Root(root[:, None] * E.T, E / root, vectors[:, ~kept], False, condition)
 
 
-def _untie(V: Tensor, tau: Tensor, *, graded: bool) -> Tensor:
+def _untie(V: Array, tau: Array, *, graded: bool) -> Array:
     """Rotate V's columns (n, r) within each cluster of equal τ so that they are orthogonal there.
 
     With V = RᵀZ the rotation diagonalises Zᵀ R Rᵀ Z; the longest column comes first, as in an SVD.
@@ -557,7 +557,7 @@ def _untie(V: Tensor, tau: Tensor, *, graded: bool) -> Tensor:
     return V
 
 
-def _append_null(V: Tensor, tau: Tensor, null: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _append_null(V: Array, tau: Array, null: Array, alpha: float) -> tuple[Array, Array]:
     """V and τ with the null directions last, as long as the others are on average (RMS)."""
     if null.shape[1] == 0:
         return V, tau
@@ -566,7 +566,7 @@ def _append_null(V: Tensor, tau: Tensor, null: Tensor, alpha: float) -> tuple[Te
     return torch.cat([V, null * length], dim=1), torch.cat([tau, ceiling])
 
 
-def _store(V: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
+def _store(V: Array, dtype: DType, factor: float) -> Array:
     """V/factor rounded to ``dtype``, the largest component of each column (by magnitude) made positive."""
     stored = (V / factor).to(dtype)
     if not _holds(stored, V, factor):
@@ -580,20 +580,20 @@ def _store(V: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
     return stored * torch.where(peaks < 0, -1, 1).to(dtype)
 
 
-def _holds(stored: Tensor, V: Tensor, factor: float) -> bool:
+def _holds(stored: Array, V: Array, factor: float) -> bool:
     """Whether ``stored`` is V/factor to its dtype's rounding, column by column: nothing over- or underflowed."""
     error = torch.linalg.vector_norm(stored.double().mul_(factor).sub_(V), dim=0)
     return bool((error <= torch.finfo(stored.dtype).eps * torch.linalg.vector_norm(V, dim=0)).all())
 
 
-def _check_rounding(scales: Sequence[Tensor], rank: int, dtype: torch.dtype) -> None:
+def _check_rounding(scales: Sequence[Array], rank: int, dtype: DType) -> None:
     """See by Σ_i λ_ik² = 1 that V rounded to 16 bits still is the basis."""
     squares = torch.stack([scale.double().square() for scale in scales]).sum(dim=0)[:rank]
     if dtype != torch.float32 and bool(((squares - 1).abs() > 0.5).any()):
         raise Unrepresentable(f"V is too badly conditioned for {_name(dtype)}; give `dtype=float32`")
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: DType) -> str:
     return str(dtype).removeprefix("torch.")
 
 

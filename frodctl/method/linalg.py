@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array, DType
 
 #: Up to this size LAPACK is as fast as our own recursion.
 _LEAF = 128
@@ -44,9 +46,9 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.blocks: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.blocks: dict[tuple[str, DType], Array] = {}
 
-    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    def empty(self, name: str, shape: tuple[int, ...], dtype: DType = torch.float64) -> Array:
         """A contiguous tensor whose contents are whatever was left there."""
         size = prod(shape)
         block = self.blocks.get((name, dtype))
@@ -54,7 +56,7 @@ class Scratch:
             block = self.blocks[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return block[:size].view(shape)
 
-    def cast(self, name: str, X: Tensor, dtype: torch.dtype) -> Tensor:
+    def cast(self, name: str, X: Array, dtype: DType) -> Array:
         """X in another dtype; X itself where it has it already."""
         return X if X.dtype == dtype else self.empty(name, tuple(X.shape), dtype).copy_(X)
 
@@ -66,7 +68,7 @@ def _blocks(n: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def add_gram_(total: Tensor, X: Tensor, *, beta: int = 1, lower: bool = False) -> Tensor:
+def add_gram_(total: Array, X: Array, *, beta: int = 1, lower: bool = False) -> Array:
     """Replace the upper triangle of ``total`` (n, n) by ``beta total`` + XᵀX, X (m, n) of the same dtype.
 
     What is below the diagonal is undefined then; see `mirror_`. ``lower`` says that X is lower triangular.
@@ -77,7 +79,7 @@ def add_gram_(total: Tensor, X: Tensor, *, beta: int = 1, lower: bool = False) -
     return total
 
 
-def inverse_cholesky(A: Tensor, out: Tensor) -> Tensor:
+def inverse_cholesky(A: Array, out: Array) -> Array:
     """L⁻¹ in ``out`` (n, n), lower triangular, for the symmetric positive definite A = LLᵀ (n, n).
 
     Only the upper triangle of A is read, and A is overwritten. By halves, so that most of it is matrix products:
@@ -98,20 +100,20 @@ def inverse_cholesky(A: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def mirror_(total: Tensor) -> Tensor:
+def mirror_(total: Array) -> Array:
     """Fill the lower triangle of ``total`` (n, n) from the upper one."""
     strict = total.triu(1)
     return total.triu_().add_(strict.T)
 
 
-def times_upper(X: Tensor, P: Tensor, out: Tensor) -> Tensor:
+def times_upper(X: Array, P: Array, out: Array) -> Array:
     """X P for X (m, n) and upper triangular P (n, n), in ``out`` (m, n)."""
     for begin, end in _blocks(P.shape[0]):
         torch.mm(X[:, :end], P[:end, begin:end], out=out[:, begin:end])
     return out
 
 
-def rough_norm(W: Tensor) -> float:
+def rough_norm(W: Array) -> float:
     """‖W‖_F to a few per cent, whatever W's scale; NaN or infinity where W holds such."""
     norm = float(torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)))
     if 1e-15 < norm < 1e15:
@@ -122,7 +124,7 @@ def rough_norm(W: Tensor) -> float:
     return peak * float(torch.linalg.vector_norm(W.double() / peak))
 
 
-def spectral_norm(A: Tensor, steps: int = 12) -> float:
+def spectral_norm(A: Array, steps: int = 12) -> float:
     """‖A‖₂ of A (n, n) by power iteration on AᵀA, from its largest column: a lower bound, mostly within a few %."""
     x = A[:, A.norm(dim=0).argmax()]
     for _ in range(steps):

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from frodctl.method.linalg import Scratch, add_gram_
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 #: Condition number, seen from the Gram matrix, up to which its eigenvalues are used; beyond it the SVD is.
 #:
@@ -64,14 +67,14 @@ def workers(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def singular_values(W: Tensor, scratch: Scratch | None = None) -> Tensor:
+def singular_values(W: Array, scratch: Scratch | None = None) -> Array:
     """All singular values of W, each within 1e-6 of itself or within rounding (ε σ₁) of the exact one.
 
     Safe to call from several threads at a time, each with a scratch of its own (see `workers`).
 
     Parameters
     ----------
-    W : Tensor
+    W : Array
         (m, n) of a real floating-point dtype, on any device. It is not changed.
     scratch : Scratch, optional
         Memory on W's device that is used again for float64 rows of W and its Gram matrix, up to 16k² bytes or so,
@@ -79,7 +82,7 @@ def singular_values(W: Tensor, scratch: Scratch | None = None) -> Tensor:
 
     Returns
     -------
-    Tensor
+    Array
         (k,) float64 on W's device, in descending order, none negative.
 
     Raises
@@ -100,11 +103,11 @@ def singular_values(W: Tensor, scratch: Scratch | None = None) -> Tensor:
     squares = _gram_eigenvalues(tall, 1 / scale, scratch or Scratch(W.device))
     if bool(squares[-1] * GRAM_CONDITION_LIMIT**2 > squares[0]):
         return squares.sqrt_().mul_(scale)
-    sigma: Tensor = torch.linalg.svdvals(tall.to(torch.float64) * (1 / scale))
+    sigma: Array = torch.linalg.svdvals(tall.to(torch.float64) * (1 / scale))
     return sigma.mul_(scale)
 
 
-def _peak(W: Tensor) -> float:
+def _peak(W: Array) -> float:
     """The largest magnitude, by the extremes: they carry a NaN along, and torch finds them at full speed."""
     least, most = torch.aminmax(W)
     peak = max(-float(least), float(most))
@@ -113,7 +116,7 @@ def _peak(W: Tensor) -> float:
     return peak
 
 
-def _gram_eigenvalues(W: Tensor, factor: float, scratch: Scratch) -> Tensor:
+def _gram_eigenvalues(W: Array, factor: float, scratch: Scratch) -> Array:
     """The eigenvalues of (cW)ᵀ(cW), c the power of two ``factor``, in descending order. W (m, n) is tall."""
     m, n = W.shape
     gram = scratch.empty("spectra.gram", (n, n))
@@ -122,7 +125,7 @@ def _gram_eigenvalues(W: Tensor, factor: float, scratch: Scratch) -> Tensor:
         block = W[begin : begin + rows]
         X = scratch.empty("spectra.rows", tuple(block.shape)).copy_(block).mul_(factor)  # exact, in (−2, 2)
         add_gram_(gram, X, beta=int(begin > 0))
-    squares: Tensor = torch.linalg.eigvalsh(gram, UPLO="U")
+    squares: Array = torch.linalg.eigvalsh(gram, UPLO="U")
     return squares.flip(0)
 
 
@@ -135,7 +138,7 @@ class PowerLaw:
     xmin: float
 
 
-def fit_power_law(values: Tensor, alpha_max: float = ALPHA_MAX) -> PowerLaw | None:
+def fit_power_law(values: Array, alpha_max: float = ALPHA_MAX) -> PowerLaw | None:
     """The power law of a sample's tail, by the method of Clauset, Shalizi and Newman.
 
     For each candidate xmin, α = 1 + n / Σ ln(x/xmin) over the n values from xmin on (their Eq. 3.1, the maximum
@@ -145,7 +148,7 @@ def fit_power_law(values: Tensor, alpha_max: float = ALPHA_MAX) -> PowerLaw | No
 
     Parameters
     ----------
-    values : Tensor
+    values : Array
         (n,) of any order. Those that are not positive are left out.
     alpha_max : float
         Candidates whose α is not below it are passed over.
@@ -177,7 +180,7 @@ def fit_power_law(values: Tensor, alpha_max: float = ALPHA_MAX) -> PowerLaw | No
     return PowerLaw(float(alpha[chosen]), float(distances[best]), float(x[chosen]))
 
 
-def _distances(logs: Tensor, tail: Tensor, alpha: Tensor, candidates: Tensor) -> Tensor:
+def _distances(logs: Array, tail: Array, alpha: Array, candidates: Array) -> Array:
     """max |1 − (x/xmin)^(1−α) − S(x)| for each candidate, S(x) being the share of the tail that is below x.
 
     ``candidates`` are ascending; (n,) logs and counts of the values from each on.
@@ -241,12 +244,12 @@ class Spectrum:
         return {key: value if value is None or math.isfinite(value) else None for key, value in asdict(self).items()}
 
 
-def summarize(sigma: Tensor, shape: tuple[int, int], alpha_max: float = ALPHA_MAX) -> Spectrum:
+def summarize(sigma: Array, shape: tuple[int, int], alpha_max: float = ALPHA_MAX) -> Spectrum:
     """The figures of a matrix, from its singular values and shape alone.
 
     Parameters
     ----------
-    sigma : Tensor
+    sigma : Array
         (min(m, n),), not negative, in descending order, as `singular_values` gives them.
     shape : tuple of int
         (m, n).
@@ -296,12 +299,12 @@ def summarize(sigma: Tensor, shape: tuple[int, int], alpha_max: float = ALPHA_MA
     )
 
 
-def _count_to(running: Tensor, amount: float) -> int:
+def _count_to(running: Array, amount: float) -> int:
     """The least k whose running sum reaches ``amount``, up to rounding."""
     return int(torch.searchsorted(running, amount * (1 - 1e-12))) + 1
 
 
-def _fit_squares(sigma: Tensor, top: float, alpha_max: float) -> PowerLaw | None:
+def _fit_squares(sigma: Array, top: float, alpha_max: float) -> PowerLaw | None:
     """`fit_power_law` of σ², scaled by a power of two on the way so that no square overflows."""
     scale = math.ldexp(1.0, max(math.frexp(top)[1] - 1, -1022))
     fit = fit_power_law((sigma / scale).square(), alpha_max)

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
 
 from frodctl.method.dual import ROUNDED_AFTERWARDS, TO_A_MILLIONTH, Dual
 from frodctl.method.linalg import Scratch, full_float32, rough_norm
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array, DType
 
 #: U is 0 in directions where ‖B[:, k]‖ is no more, as peft 0.21 has it: whatever W's scale.
 _PEFT_NULL = 1e-12
@@ -29,7 +32,7 @@ _FACTORS_SHARE = 1e-2
 _BLOCK_ROWS = 1024
 
 #: Consecutive rows of a weight, and their values. Valid until the next.
-Blocks = Iterator[tuple[slice, Tensor]]
+Blocks: TypeAlias = "Iterator[tuple[slice, Array]]"
 
 
 class CategoryUpdate:
@@ -37,18 +40,18 @@ class CategoryUpdate:
 
     Parameters
     ----------
-    V : Tensor, (n, n), floating point
+    V : Array, (n, n), floating point
         The shared basis as stored. Its dtype is the one that PEFT's operator is rounded to.
-    indices : Tensor, (2, nnz), int64
+    indices : Array, (2, nnz), int64
         Rows and columns of S. A position that is given twice counts twice.
     device : torch.device
         Where to compute.
-    held_in : torch.dtype, optional
+    held_in : DType, optional
         What V and V⁻ᵀ are rounded to, each once, where a layer was trained with such copies of them: then that is
         the operator which was trained.
     """
 
-    def __init__(self, V: Tensor, indices: Tensor, device: torch.device, held_in: torch.dtype | None = None) -> None:
+    def __init__(self, V: Array, indices: Array, device: torch.device, held_in: DType | None = None) -> None:
         self.n = len(V)
         self.dtype = V.dtype
         self.scratch = Scratch(device)
@@ -59,20 +62,20 @@ class CategoryUpdate:
         self.D = D.to(dual.work(ROUNDED_AFTERWARDS))
         self.rows, self._row_starts, self._columns, self._order = csr_pattern(indices.to(device), self.n)
 
-    def reconstruct(self, W: Tensor, scales: Tensor, values: Tensor) -> Blocks:
+    def reconstruct(self, W: Array, scales: Array, values: Array) -> Blocks:
         """W' = U (diag(λ') + S) Vᵀ as PEFT trains it: W, U, λ' and S rounded to V's dtype, W' not yet rounded.
 
         Parameters
         ----------
-        W : Tensor, (m, n), floating point
-        scales : Tensor, (n,)
+        W : Array, (m, n), floating point
+        scales : Array, (n,)
             λ'.
-        values : Tensor, (nnz,)
+        values : Array, (nnz,)
             The values of S at the pattern's positions.
 
         Yields
         ------
-        rows, block : slice and Tensor, float32 (float64 for a float64 V)
+        rows, block : slice and Array, float32 (float64 for a float64 V)
             Rows of W', from the first to the last.
         """
         B, norms = self._project(W, self.dtype)
@@ -84,21 +87,21 @@ class CategoryUpdate:
             U = self.scratch.cast("rounded", U, self.dtype)
             yield rows, self._product(U, K)
 
-    def delta(self, W: Tensor, scales: Tensor, values: Tensor, base_scales: Tensor | None = None) -> Blocks:
+    def delta(self, W: Array, scales: Array, values: Array, base_scales: Array | None = None) -> Blocks:
         """W' − W = W V⁻ᵀ diag(λ)⁻¹ (diag(λ' − λ) + S) Vᵀ, not rounded to a 16-bit dtype anywhere.
 
         Parameters
         ----------
-        W : Tensor, (m, n), floating point
-        scales, values : Tensor, (n,) and (nnz,)
+        W : Array, (m, n), floating point
+        scales, values : Array, (n,) and (nnz,)
             λ' and S, as in `reconstruct`.
-        base_scales : Tensor, (n,), optional
+        base_scales : Array, (n,), optional
             λ; rows where it is 0 drop out. By default the column norms of W V⁻ᵀ, for λ' − λ those norms rounded to V's
             dtype, where PEFT begins, and rows drop out where they are rounding of W V⁻ᵀ.
 
         Yields
         ------
-        rows, block : slice and Tensor, float32 (float64 for a float64 V)
+        rows, block : slice and Array, float32 (float64 for a float64 V)
             Rows of W' − W, from the first to the last.
         """
         B, norms = self._project(W, W.dtype)
@@ -110,11 +113,11 @@ class CategoryUpdate:
         for rows in _row_blocks(len(W)):
             yield rows, self._product(B[rows], K)
 
-    def start(self, W: Tensor) -> Tensor:
+    def start(self, W: Array) -> Array:
         """λ (n,) where PEFT begins: the column norms of W V⁻ᵀ, W and they rounded to V's dtype; float32."""
         return self._project(W, self.dtype)[1].to(self.dtype).float().cpu()
 
-    def _project(self, W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _project(self, W: Array, dtype: DType) -> tuple[Array, Array]:
         """B = W V⁻ᵀ (m, n) for W rounded to ``dtype``, and B's column norms (n,) in float64."""
         B = self.scratch.empty("B", (len(W), self.n), self.D.dtype)
         for rows in _row_blocks(len(W)):
@@ -123,12 +126,12 @@ class CategoryUpdate:
                 torch.mm(X, self.D, out=B[rows])
         return B, torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)  # float32's squares underflow from 1e-19 on
 
-    def _rounding(self, W: Tensor) -> Tensor:
+    def _rounding(self, W: Array) -> Array:
         """What the column norms (n,) of W V⁻ᵀ are at most where they should be 0, float64."""
-        lengths: Tensor = torch.linalg.vector_norm(self.D.double(), dim=0)
+        lengths: Array = torch.linalg.vector_norm(self.D.double(), dim=0)
         return lengths * (torch.finfo(self.D.dtype).eps * rough_norm(W))
 
-    def _core(self, diagonal: Tensor, values: Tensor, row_scales: Tensor | None) -> Tensor:
+    def _core(self, diagonal: Array, values: Array, row_scales: Array | None) -> Array:
         """(diag(diagonal) + S) Vᵀ (n, n), its rows scaled."""
         if not len(values):  # nothing off the diagonal was trained
             values = self.Vt.new_zeros(len(self._order) - self.n)
@@ -143,7 +146,7 @@ class CategoryUpdate:
         K = self.scratch.empty("K", (self.n, self.n), self.work)
         return torch.addmm(K, M, self.Vt, beta=0, out=K)
 
-    def _product(self, X: Tensor, K: Tensor) -> Tensor:
+    def _product(self, X: Array, K: Array) -> Array:
         X = self.scratch.cast("factor", X, self.work)
         out = self.scratch.empty("product", (len(X), self.n), self.work)
         with full_float32():
@@ -158,17 +161,17 @@ class Factors:
 
     Parameters
     ----------
-    V : Tensor, (n, n), floating point
+    V : Array, (n, n), floating point
     device : torch.device
         Where to compute.
     """
 
-    def __init__(self, V: Tensor, device: torch.device) -> None:
+    def __init__(self, V: Array, device: torch.device) -> None:
         dual = Dual.of(V, device)
         self.D = dual.D
         self._rounded = self.D.float() if dual.work(TO_A_MILLIONTH) == torch.float32 else None
 
-    def __call__(self, W: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, W: Array) -> tuple[Array, Array]:
         """U (m, n) in the dtype of W (m, n), 0 where λ ≤ 1e-12 as in PEFT, and λ (n,) in float32."""
         W = W.detach().to(self.D.device)
         if self._rounded is not None:
@@ -186,7 +189,7 @@ def _row_blocks(m: int) -> list[slice]:
     return [slice(begin, min(begin + _BLOCK_ROWS, m)) for begin in range(0, m, _BLOCK_ROWS)]
 
 
-def csr_pattern(indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def csr_pattern(indices: Array, n: int) -> tuple[Array, Array, Array, Array]:
     """The positions of S and, after them, of the diagonal, in the order of compressed sparse rows.
 
     Returns the row of each entry, where each row starts, the column of each entry, and the order itself.
@@ -200,5 +203,5 @@ def csr_pattern(indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     return rows, starts, columns, order
 
 
-def _reciprocal(x: Tensor, threshold: float | Tensor) -> Tensor:
+def _reciprocal(x: Array, threshold: float | Array) -> Array:
     return torch.where(x > threshold, 1 / x, 0)

@@ -144,6 +144,7 @@ def _numbers(
     found = {}
     for path, record, module in modules:
         scales, sparse, start = opening.trained_of(adapter, module, opened, {module.module: record})
+        assert start is not None  # the basis has it
         found[path] = (scales.double() - start.double()).float(), sparse.float()
     return found
 

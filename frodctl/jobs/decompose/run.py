@@ -25,6 +25,7 @@ from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 if TYPE_CHECKING:
     import torch
 
+    from frodctl.arrays import Array
     from frodctl.method.joint_basis import JointBasis
 
 
@@ -229,7 +230,7 @@ def _check_written(path: Path, digests: Mapping[str, str]) -> None:
         )
 
 
-def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, torch.Tensor]:
+def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, Array]:
     tensors = {f"V.{category.name}": basis.V, f"tau.{category.name}": basis.tau}
     for target, scale in zip(category.targets, basis.scales, strict=True):
         tensors[f"lambda.{target.module}"] = scale
@@ -244,13 +245,13 @@ class _Weights:
         self.root = checkpoint.root
         self.targets = targets
         self.digests: dict[str, str] = {}
-        self.buffers: list[torch.Tensor] | None = None
+        self.buffers: list[Array] | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         return [(target.m, target.n) for target in self.targets]
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Array]:
         from frodctl.checkpoint.stream import prefetch
 
         slots = itertools.cycle(self._buffers())
@@ -270,7 +271,7 @@ class _Weights:
         for target, weight in zip(self.targets, self, strict=True):
             check_finite(weight, target.tensor.name, str(self.root / target.tensor.file))
 
-    def _buffers(self) -> list[torch.Tensor]:
+    def _buffers(self) -> list[Array]:
         """Memory to read into: for the weight in use, those read ahead, and the one being read."""
         import torch
 
@@ -281,7 +282,7 @@ class _Weights:
             self.buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(READ_AHEAD + 2)]
         return self.buffers
 
-    def _read(self, target: Target, buffer: torch.Tensor) -> torch.Tensor:
+    def _read(self, target: Target, buffer: Array) -> Array:
         from frodctl.checkpoint import stream
 
         weight = stream.read_tensor(self.root, target.tensor, target.index, buffer)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from frodctl.adapted import opening
 from frodctl.adapted.matching import Match, Weight, match
@@ -20,6 +19,9 @@ from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 _QUANTILES = (0.5, 0.95)
 
@@ -61,19 +63,19 @@ class _Trained:
         if adapter.indices or basis is not None:
             positions_of(adapter, basis)
 
-    def of(self, module: TrainedModule) -> tuple[Tensor, Tensor, Tensor | None]:
+    def of(self, module: TrainedModule) -> tuple[Array, Array, Array | None]:
         """λ', the values of S, and λ where a file says it."""
         return opening.trained_of(self.adapter, module, self.basis, self.records)
 
 
-def changes(scales: Tensor, values: Tensor, start: Tensor | None) -> dict[str, Any]:
+def changes(scales: Array, values: Array, start: Array | None) -> dict[str, Any]:
     """Figures of λ' − λ and S.
 
     Parameters
     ----------
-    scales, values : Tensor
+    scales, values : Array
         λ' (n,) and the values of S (nnz,).
-    start : Tensor, (n,), optional
+    start : Array, (n,), optional
         λ; without it the figures of λ' − λ are None.
 
     Returns
@@ -126,7 +128,7 @@ def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions) -
         )
 
 
-def _delta(weight: Weight, updates: WeightUpdates) -> tuple[Tensor, Tensor, Tensor]:
+def _delta(weight: Weight, updates: WeightUpdates) -> tuple[Array, Array, Array]:
     """W' − W (m, n) before any rounding, the λ that PEFT begins with (n,), and ‖W‖_F."""
     task = updates.read(weight)
     stored = updates.stored(weight) if task.stored is None else task.stored
@@ -137,5 +139,5 @@ def _delta(weight: Weight, updates: WeightUpdates) -> tuple[Tensor, Tensor, Tens
     return delta, updates.start(weight, W), W.double().norm()
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float | None:
+def _ratio(part: Array, whole: Array) -> float | None:
     return float(part / whole) if whole > 0 else None

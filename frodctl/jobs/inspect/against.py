@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 _PIECE = 1 << 22  # elements
 
@@ -91,7 +94,7 @@ def _compare(
     return Row(row | more | {"profile": figures.values["profile"]}, figures.singular_values)
 
 
-def _differences(A: torch.Tensor, B: torch.Tensor) -> dict[str, float | None]:
+def _differences(A: Array, B: Array) -> dict[str, float | None]:
     """‖B − A‖/‖A‖, the cosine of the angle between them, and the largest |B − A|, in float64 and in pieces."""
     squares = [0.0, 0.0, 0.0, 0.0]
     largest = 0.0

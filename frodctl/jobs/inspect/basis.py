@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from frodctl.adapted import opening
 from frodctl.checkpoint import stream
@@ -21,6 +20,9 @@ from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 from frodctl.method.dual import Dual
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 _QUANTILES = (0.05, 0.5, 0.95)
 
@@ -96,7 +98,7 @@ class _BasisFigures:
             "sharing": [round(value, 4) for value in sharing.tolist()],
         }
 
-    def _reconstruction(self, record: ModuleRecord, scales: Tensor) -> dict[str, Any]:
+    def _reconstruction(self, record: ModuleRecord, scales: Array) -> dict[str, Any]:
         """How far U diag(λ) Vᵀ is from the base's weight, relative to it, and whether that is the recorded one."""
         W, digest = self._weight(record)
         dual = self._basis_of(record.category)
@@ -106,7 +108,7 @@ class _BasisFigures:
         error = (U * scales.to(dual.V) @ dual.V.T - X).norm() / X.norm().clamp(min=1e-300)
         return {"reconstruction_error": float(error), "base_digest": "same" if digest == record.digest else "differs"}
 
-    def _weight(self, record: ModuleRecord) -> tuple[Tensor, str]:
+    def _weight(self, record: ModuleRecord) -> tuple[Array, str]:
         """The base's weight (m, n), and the digest of its stored bytes."""
         assert self.checkpoint is not None
         assert self.checkpoint.root is not None

@@ -8,10 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from frodctl.checkpoint import stream
 from frodctl.checkpoint.records import TensorInfo
@@ -19,6 +18,9 @@ from frodctl.errors import InvalidInput
 from frodctl.method.estimate import Products, estimate, frobenius_norm
 from frodctl.method.linalg import Scratch
 from frodctl.method.spectra import NotFinite, singular_values, summarize, workers
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 #: Points of the small picture of a spectrum.
 PROFILE_POINTS = 12
@@ -32,7 +34,7 @@ class Figures:
     """The spectrum of one matrix."""
 
     values: dict[str, Any]
-    singular_values: Tensor | None  #: (k,), float64, on the CPU; None for an estimate
+    singular_values: Array | None  #: (k,), float64, on the CPU; None for an estimate
 
 
 class Spectra:
@@ -53,14 +55,14 @@ class Spectra:
         self.seed = seed
         self._own = local()
 
-    def of(self, W: Tensor, name: str) -> Figures:
+    def of(self, W: Array, name: str) -> Figures:
         """The figures of W (m, n); `InvalidInput` with the name if it holds NaN or Inf."""
         try:
             return self._estimate(W.to(self.device)) if self.estimated else self._exact(W.to(self.device))
         except NotFinite:
             raise InvalidInput(f"{name}: holds NaN or Inf; the weights are damaged") from None
 
-    def of_all(self, tasks: Sequence[Callable[[], tuple[Tensor, str]]]) -> Iterator[Figures]:
+    def of_all(self, tasks: Sequence[Callable[[], tuple[Array, str]]]) -> Iterator[Figures]:
         """The figures of each task's matrix, in order.
 
         On the CPU several are computed at a time, on one core each, which is faster than one after another on all.
@@ -82,24 +84,24 @@ class Spectra:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _of_task(self, task: Callable[[], tuple[Tensor, str]]) -> Figures:
+    def _of_task(self, task: Callable[[], tuple[Array, str]]) -> Figures:
         return self.of(*task())
 
-    def _exact(self, W: Tensor) -> Figures:
+    def _exact(self, W: Array) -> Figures:
         if not hasattr(self._own, "scratch"):
             self._own.scratch = Scratch(self.device)
         sigma = singular_values(W, self._own.scratch).cpu()
         m, n = W.shape
         return Figures(summarize(sigma, (m, n)).as_dict() | {"profile": _profile(sigma)}, sigma)
 
-    def _estimate(self, W: Tensor) -> Figures:
+    def _estimate(self, W: Array) -> Figures:
         generator = torch.Generator().manual_seed(self.seed)
         products = Products.of(W, in_blocks=W.numel() > _IN_BLOCKS)
         found = estimate(products, frobenius_norm(W), generator)
         return Figures({**found.as_dict(), "estimated": list(found.estimated), "profile": None}, None)
 
 
-def _profile(sigma: Tensor) -> list[float] | None:
+def _profile(sigma: Array) -> list[float] | None:
     """Singular values at even steps from the largest to the smallest, relative to the largest."""
     if not len(sigma) or not sigma[0] > 0:
         return None
@@ -107,12 +109,12 @@ def _profile(sigma: Tensor) -> list[float] | None:
     return [round(value, 4) for value in (sigma[places] / sigma[0]).tolist()]
 
 
-def reading(root: Path, info: TensorInfo, index: int | None, name: str) -> Callable[[], tuple[Tensor, str]]:
+def reading(root: Path, info: TensorInfo, index: int | None, name: str) -> Callable[[], tuple[Array, str]]:
     """A task for `Spectra.of_all`: the matrix in a file."""
     return lambda: (stream.read_tensor(root, info, index), name)
 
 
-def quantiles(values: Tensor, at: Sequence[float]) -> list[float | None]:
+def quantiles(values: Array, at: Sequence[float]) -> list[float | None]:
     """The values (k,) that lie at these shares of their order; None where there are none."""
     ordered = values.sort().values
     return [float(ordered[round(q * (len(ordered) - 1))]) if len(ordered) else None for q in at]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frodctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 #: The figures of a spectrum, in the order of the columns.
 FIGURES = (
@@ -21,7 +24,7 @@ class Row:
     """One tensor: its figures by name, and its singular values where they were computed."""
 
     values: dict[str, Any]
-    singular_values: Any = None  #: torch.Tensor (k,), float64, descending
+    singular_values: Array | None = None  #: (k,), float64, descending
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from frodctl.adapted.matching import Weight
 from frodctl.adapted.opening import Source
@@ -22,6 +21,9 @@ from frodctl.checkpoint.shards import ShardWriter
 from frodctl.errors import InvalidInput
 from frodctl.jobs.merge.plan import MergePlan, flops
 from frodctl.jobs.progress import Callback, Progress
+
+if TYPE_CHECKING:
+    from frodctl.arrays import Array
 
 
 class TensorMerger:
@@ -80,7 +82,7 @@ class TensorMerger:
         bits = codec.DTYPE_BITS[self.plan.dtypes[self._name(weight)]]
         return weight.target.m * weight.target.n * bits // 8
 
-    def _read(self, weight: Weight, buffer: Tensor) -> tuple[Task, str]:
+    def _read(self, weight: Weight, buffer: Array) -> tuple[Task, str]:
         """One weight and the digest of its bytes."""
         task = self.updates.read(weight, buffer)
         return task, "" if task.stored is None else self.updates.digest(task)
@@ -119,7 +121,7 @@ class TensorMerger:
         pieces = self._converted(info, self.plan.dtypes[name], sha256)
         self.writer.write(name, pieces, lambda: f"sha256:{sha256.hexdigest()}")
 
-    def _converted(self, info: TensorInfo, dtype: str, sha256: Any) -> Iterator[Any]:
+    def _converted(self, info: TensorInfo, dtype: str, sha256: hashlib._Hash) -> Iterator[memoryview]:
         """The base's tensor, piece by piece, in the dtype; digested as it is stored."""
         for piece in _pieces(self.root, info):
             sha256.update(piece)
@@ -145,7 +147,7 @@ def origin(plan: MergePlan, name: str) -> str:
     return f"sha256:{sha256.hexdigest()}"
 
 
-def _pieces(root: Path, info: TensorInfo) -> Iterator[Any]:
+def _pieces(root: Path, info: TensorInfo) -> Iterator[memoryview]:
     """A tensor's bytes, by rows where a pickle has them otherwise."""
     if info.data is None and info.stride is None:
         yield from codec.read_chunks(root / info.file, info.offset, info.nbytes)
@@ -153,12 +155,12 @@ def _pieces(root: Path, info: TensorInfo) -> Iterator[Any]:
         yield stream.tensor_bytes(stream.read_tensor(root, info).contiguous())
 
 
-def _all_finite(tensor: Tensor) -> bool:
+def _all_finite(tensor: Array) -> bool:
     """Whether there is no NaN or Inf, without a mask of the tensor's size."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tuple(torch.aminmax(tensor)))).all())
 
 
-def _ring(count: int, nbytes: int) -> Iterator[Tensor]:
+def _ring(count: int, nbytes: int) -> Iterator[Array]:
     """Buffers that are used in turn: fresh memory would cost page faults."""
     return itertools.cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(count)])
 
