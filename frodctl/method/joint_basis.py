@@ -27,27 +27,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-import torch
+import numpy as np
 
+from frodctl.arrays import NAMED, dtype_name, epsilon
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.method.cost import STACK_ROWS, layer_flops
-from frodctl.method.dual import inverse_transpose
-from frodctl.method.linalg import (
-    Scratch,
-    add_gram_,
-    full_float32,
-    inverse_cholesky,
-    mirror_,
-    rough_norm,
-    spectral_norm,
-    times_upper,
-)
+from frodctl.method.kernels import Kernels, kernels_of
+from frodctl.method.linalg import Scratch, spectral_norm, spectral_norm_of_triangle
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array, DType
+    from frodctl.arrays import Array, HostArray
+    from frodctl.method.kernels import Vector
 
 #: float32 products are used up to these condition numbers of R, where they leave τ within a few 1e-6 of τ_max:
 #: for Gram matrices of wide layers, and (the terms of T being more sensitive to them) of tall ones.
@@ -59,8 +52,8 @@ CHOLESKY_CONDITION = 1e3
 TIE = 1e-6
 #: λ_ik is written as 0 where W_i d_k is rounding of its own layer: of ‖W_i‖‖d_k‖, and (times v_k) of ‖W_i‖, no more
 #: than this. A small multiple of float32's ε, as V is stored in it at best.
-ROUNDING = 8 * torch.finfo(torch.float32).eps
-#: λ² = dᵀ G_i d is taken where it is at least this many times ε‖G_i‖‖d‖², else ‖W_i d‖².
+ROUNDING = 8 * float(np.finfo(np.float32).eps)
+#: λ² = dᵀ G_i d is taken where it is at least this many times ε (dᵀ G_i d + α), else ‖W_i d‖².
 CANCELLATION = 2.0**16
 #: Norms of layers that differ by no more are of one scale: where G is badly conditioned it still has all of them.
 SPREAD = 10.0
@@ -71,8 +64,8 @@ DOMINANCE = 1e-3
 _SAFE_NORM = 2.0**-30
 
 
-#: What torch raises where rounding leaves a matrix without a Cholesky factor.
-NotPositiveDefinite: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+class NotPositiveDefinite(ArithmeticError):
+    """Rounding has left a matrix without a Cholesky factor."""
 
 
 class NonFiniteWeights(InvalidInput):
@@ -88,15 +81,15 @@ class Unrepresentable(FrodctlError):
 
 
 class Layers(Protocol):
-    """The weights of one category, which may be walked as often as needed, always in the same order."""
+    """The weights of one category, which may be read as often as needed."""
 
     @property
     def shapes(self) -> Sequence[tuple[int, int]]:
         """(m_i, n) of each weight."""
         ...
 
-    def __iter__(self) -> Iterator[Array]:
-        """The weights W_i (m_i, n), floating point, on the CPU."""
+    def read(self, numbers: Sequence[int]) -> Iterator[HostArray]:
+        """The weights W_i (m_i, n) with these numbers, in this order, floating point; each valid until the next."""
         ...
 
 
@@ -104,24 +97,20 @@ class Layers(Protocol):
 class JointBasis:
     """The joint basis of N weights of width n."""
 
-    V: Array  #: (n, n) in the dtype asked for: the shared basis, null directions last
-    tau: Array  #: (n,) float64, ascending; 1/α in null directions
-    scales: list[Array]  #: λ_i, N tensors (n,) float32; 0 in null directions
+    V: HostArray  #: (n, n) in the dtype asked for: the shared basis, null directions last
+    tau: HostArray  #: (n,) float64, ascending; 1/α in null directions
+    scales: list[HostArray]  #: λ_i, N arrays (n,) float32; 0 in null directions
     rank: int  #: number of directions that are not null
     condition: float  #: condition number of R on its range; estimated from below, to about 10 %
     precision: str  #: of the products: "float32" or "float64"
-
-    @property
-    def rms_singular_value(self) -> float:
-        """Root mean square of the n singular values of the stacked weights, √(tr G/n) = ‖V‖_F/√n (G = V Vᵀ)."""
-        return float(self.V[:, : self.rank].double().norm()) / math.sqrt(len(self.V))
+    rms_singular_value: float  #: of the n singular values of the stacked weights, √(tr G/n) = ‖V‖_F/√n (G = V Vᵀ)
 
 
 @dataclass(frozen=True)
 class _Root:
-    """R (r, n) with G = RᵀR on its range, P (n, r) with R P = I, and the null space of G (n, n−r).
+    """R (r, n) with G = RᵀR on its range, P with R P = I, and the null space of G in rows (n−r, n).
 
-    With a frame E (n, r), EᵀE = I, they are R (r, r) and P (r, r) for the weights W_i E.
+    ``P`` is (n, n), triangular as R is, or Pᵀ (r, n). With a frame Eᵀ (r, n), EᵀE = I, R and P are (r, r), for W_i E.
     """
 
     R: Array
@@ -131,15 +120,30 @@ class _Root:
     condition: float
     frame: Array | None = None
 
+    @property
+    def rank(self) -> int:
+        return len(self.R)
 
-@full_float32()
+    def narrowed(self, kernels: Kernels, work: str) -> _Root:
+        """With P in the working dtype."""
+        return replace(self, P=kernels.put(self.P, work))
+
+    def directions(self, kernels: Kernels, Zt: Array, work: str) -> tuple[Array, Array | None]:
+        """V = RᵀZ in rows, float64, and, where P is triangular and R and it are of all n, D = PZ in the working dtype."""
+        Dt = None
+        if self.triangular and self.frame is None:
+            Dt = kernels.trmm(kernels.copy(Zt, kernels.empty(tuple(Zt.shape), work)), self.P, transpose=True)
+        Z = kernels.copy(Zt, kernels.empty(tuple(Zt.shape), "float64"))
+        return kernels.trmm(Z, self.R) if self.triangular else _rotated(kernels, Z, self.R), Dt
+
+
 def joint_basis(
     layers: Layers,
     *,
     alpha: float = 1e-3,
     precision: str = "auto",
-    dtype: DType = torch.float32,
-    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    kernels: Kernels,
     cache_bytes: int = 0,
     advance: Callable[[float], None] = lambda flops: None,
 ) -> JointBasis:
@@ -159,9 +163,9 @@ def joint_basis(
         for α ≥ 1e-3); "float32" up to 1000, with errors of τ up to 1e-3 of its largest. Beyond that it is float64,
         as it is where one layer has directions to itself (Σ m_i less the largest is below n), where n/2 < m < n
         for some layer, and where m < n for some layers and not for others.
-    dtype : DType
+    dtype : {"float32", "bfloat16", "float16"}
         Of the stored V. λ is computed from V as stored.
-    device : torch.device or str
+    kernels : Kernels
         Where to compute.
     cache_bytes : int
         Memory for Gram matrices kept between passes instead of computed again.
@@ -178,54 +182,67 @@ def joint_basis(
         A weight holds NaN or Inf.
     Unrepresentable
         V does not fit ``dtype``, or some λ_i float32: numbers would over- or underflow, or V rounded so is another.
+    NotPositiveDefinite
+        Rounding has left a layer's G_i + αG, or C_i + αI, without a Cholesky factor.
     """
-    stack = _Stack(layers, torch.device(device), cache_bytes, advance)
-    work = torch.float64 if precision == "float64" or stack.needs_float64 else torch.float32
+    stack = _Stack(layers, kernels, cache_bytes, advance)
+    work = "float64" if precision == "float64" or stack.needs_float64 else "float32"
     G = stack.gram(work)
     if stack.rescale():
         G = stack.gram(work)
-    root = _cholesky_root(G)
+    root = _cholesky_root(kernels, G)
     limit = stack.float32_condition(alpha) if precision == "auto" else CHOLESKY_CONDITION
-    if work == torch.float32 and (root is None or root.condition > limit or stack.is_dominated):
-        work = torch.float64
+    if work == "float32" and (root is None or root.condition > limit or stack.is_dominated):
+        work = "float64"
         if not all(map(_nearly_square, stack.shapes)):  # theirs were float64 already
+            del root
             G = stack.gram(work)
-            root = _cholesky_root(G)
+            root = _cholesky_root(kernels, G)
     if root is None:
-        root = stack.qr_root(G) if stack.spread > SPREAD else _eigen_root(G)
+        root = stack.qr_root(G) if stack.spread > SPREAD else _eigen_root(kernels, G)
+    root = root.narrowed(kernels, work)
     T = stack.mean_resolvent(G, root, alpha, work)
-    stack.scratch.blocks.clear()
     del G
-    # T is as precise as the products it came from: float32 where there are wide weights only
-    tau, Z = torch.linalg.eigh(T if stack.any_tall or T.is_cuda else T.to(work))
+    tau, Zt = kernels.syevd(kernels.put(T, work))
     del T
-    tau = tau.double()
-    V = _untie(root.R.T @ Z.double(), tau, graded=root.frame is not None)
-    del Z
-    V, tau = _append_null(V if root.frame is None else root.frame @ V, tau, root.null, alpha)
-    rank, condition = root.P.shape[1], root.condition
-    del root
-    V = _store(V, dtype, stack.factor)
-    scales = stack.scales(V, rank, work)
-    _check_rounding(scales, rank, dtype)
-    return JointBasis(V.cpu(), tau.cpu(), scales, rank, condition, _name(work))
+    Vt, Dt = root.directions(kernels, Zt, work)
+    del Zt
+    if _untie(kernels, Vt, tau, graded=root.frame is not None):
+        Dt = None
+    if root.frame is not None:
+        Vt = _rotated(kernels, Vt, root.frame)
+    columns, tau = _append_null(kernels.get(Vt), tau, kernels.get(root.null), alpha)
+    del Vt
+    rms = math.sqrt(float(np.einsum("ij,ij->", columns[: root.rank], columns[: root.rank])) / stack.n) / stack.factor
+    stored, signs = _store(columns, dtype, stack.factor)
+    del columns
+    if Dt is not None and dtype == "float32":
+        Dt *= kernels.put(signs[:, None])
+    else:
+        Dt = None
+    V = kernels_of("cpu").transpose(stored)
+    del stored
+    scales = stack.scales(V, Dt, root, work, alpha)
+    _check_rounding(scales, root.rank, dtype)
+    return JointBasis(V, tau, scales, root.rank, root.condition, work, rms)
 
 
 class _Stack:
     """The three passes over the layers."""
 
     def __init__(
-        self, layers: Layers, device: torch.device, cache_bytes: int, advance: Callable[[float], None]
+        self, layers: Layers, kernels: Kernels, cache_bytes: int, advance: Callable[[float], None]
     ) -> None:
         self.layers = layers
         self.shapes = layers.shapes
         self.n = self.shapes[0][1]
-        self.device = device
+        self.kernels = kernels
         self.advance = advance
-        self.scratch = Scratch(device)
+        self.scratch = Scratch(kernels)
         self.norms = [0.0] * len(self.shapes)  #: ‖W_i‖_F, known after the first pass
         self.factor = 1.0  #: a power of two, by which all weights are multiplied
-        self.grams: dict[int, Array] = {}
+        self.grams: dict[int, Array] = {}  #: G_i
+        self.roots: dict[int, Array] = {}  #: R_i with R_iᵀR_i = G_i + αG, in G_i's place
         self.gram_room = int(cache_bytes // (8 * self.n**2))
 
     @property
@@ -271,66 +288,88 @@ class _Stack:
         largest = max(self.norms)
         return sum((norm / largest) ** 2 for norm in self.norms) - 1 < DOMINANCE if largest else False
 
-    def stacks(self, step: int, work: DType, factors: Sequence[float] | None = None) -> Iterator[tuple[slice, Array]]:
-        """The weights times their factors on the device, with the numbers of their layers; ``step`` is the pass.
+    def stacks(
+        self,
+        step: int,
+        dtype: str,
+        factors: Sequence[float] | None = None,
+        numbers: Sequence[int] | None = None,
+        near_square: str | None = None,
+    ) -> Iterator[tuple[slice, Array]]:
+        """The weights times their factors, in a dtype, with the numbers of their layers; ``step`` is the pass.
 
-        The factors, powers of two, are by default the common one. Wide weights come in the working dtype, several of
-        one height on top of each other, as short matrices do not make the most of the machine; tall ones in any.
+        The factors, powers of two, are by default the common one. Wide weights come several of one height on top of
+        each other, as short matrices do not make the most of the machine. Nearly square ones may be of another dtype.
         """
+        numbers = range(len(self.shapes)) if numbers is None else numbers
         first, held = 0, 0
-        for i, W in enumerate(self.layers):
+        for place, (i, stored) in enumerate(zip(numbers, self.layers.read(numbers), strict=True)):
             m, n = self.shapes[i]
             self.advance(layer_flops(m, n)[step])
-            W = W.to(self.device)  # there first: a GPU converts faster
+            W = self.kernels.put(stored)
             if step == 0:
-                self.norms[i] = rough_norm(W)
+                self.norms[i] = self.kernels.norm(W)
             factor = self.factor if factors is None else factors[i]
             if factor != 1:
-                W = W.double() * factor
+                W = self.kernels.copy(W, self.scratch.empty("scaled", (m, n), "float64"))
+                W *= factor
             if m >= n:
-                yield slice(i, i + 1), W
+                wanted = near_square if near_square and _nearly_square((m, n)) else dtype
+                yield slice(i, i + 1), self.kernels.copy(W, self.scratch.empty("W", (m, n), wanted))
                 continue
             per_stack = max(1, STACK_ROWS // m)
             first = i if not held else first
-            stack = self.scratch.empty("stack", (per_stack * m, n), work)
-            stack[held * m : (held + 1) * m].copy_(W)
+            stack = self.scratch.empty("stack", (per_stack * m, n), dtype)
+            self.kernels.copy(W, stack[held * m : (held + 1) * m])
             held += 1
-            if held == per_stack or i + 1 == len(self.shapes) or self.shapes[i + 1][0] != m:
+            following = numbers[place + 1] if place + 1 < len(numbers) else None
+            if held == per_stack or following != i + 1 or self.shapes[following][0] != m:
                 yield slice(first, i + 1), stack[: held * m]
                 held = 0
 
-    def gram(self, work: DType) -> Array:
+    def gram(self, work: str) -> Array:
         """G = Σ W_iᵀ W_i (n, n) float64."""
         self.grams.clear()
-        total = _Sum(self.n, self.device)
-        for layers, W in self.stacks(0, work):
+        total = _Sum(self.n, self.kernels)
+        for layers, X in self.stacks(0, work, near_square="float64"):
             if self.shapes[layers.start][0] < self.n:
-                total.add_gram(W)
+                total.add_gram(X)
                 continue
-            gram = self.gram_of(W, work, keep=len(self.grams) < self.gram_room)
+            gram = self.gram_of(X, keep=len(self.grams) < self.gram_room)
             if len(self.grams) < self.gram_room:
                 self.grams[layers.start] = gram
-            total.sum += gram  # each G_i as it is used again: ties depend on G being their sum exactly
+            total.add(gram)  # each G_i as it is used again: ties depend on G being their sum exactly
         return total.result()
 
-    def gram_of(self, W: Array, work: DType, *, keep: bool) -> Array:
-        """The upper triangle of WᵀW (n, n), in scratch memory unless it is to be kept."""
-        shape = (self.n, self.n)
-        dtype = torch.float64 if _nearly_square(tuple(W.shape)) else work
-        kept = torch.empty(shape, dtype=dtype, device=self.device) if keep else self.scratch.empty("gram", shape, dtype)
-        return add_gram_(kept, self.scratch.cast("W", W, dtype), beta=0)
+    def gram_of(self, X: Array, *, keep: bool) -> Array:
+        """XᵀX (n, n), in scratch memory unless it is to be kept."""
+        shape, dtype = (self.n, self.n), dtype_name(X)
+        out = self.kernels.empty(shape, dtype) if keep else self.scratch.empty("gram", shape, dtype)
+        return self.kernels.syrk(X, out)
 
-    def mean_resolvent(self, G: Array, root: _Root, alpha: float, work: DType) -> Array:
+    def mean_resolvent(self, G: Array, root: _Root, alpha: float, work: str) -> Array:
         """T = (1/N) Σ (C_i + αI)⁻¹ (r, r) float64."""
         terms = _Resolvents(G, root, alpha, work, self.scratch)
-        for layers, W in self.stacks(1, work):
+        unwhitened = root.triangular and root.frame is None
+        for i in self.grams if unwhitened else ():
+            self.advance(layer_flops(*self.shapes[i])[1])
+            self.roots[i] = self._in_place_of(i, terms.add_unwhitened(self.grams[i]), work)
+        others = [i for i in range(len(self.shapes)) if i not in self.roots]
+        for layers, X in self.stacks(1, work, numbers=others, near_square="float64" if unwhitened else None):
             m = self.shapes[layers.start][0]
-            if root.triangular and root.frame is None and m >= self.n:
-                gram = self.grams.get(layers.start)
-                terms.add_unwhitened(self.gram_of(W, work, keep=False) if gram is None else gram)
+            if unwhitened and m >= self.n:
+                terms.add_unwhitened(self.gram_of(X, keep=False))
             else:
-                terms.add_whitened(self.scratch.cast("W", W, work), m)
+                terms.add_whitened(X, m)
+        self.grams.clear()
         return terms.mean()
+
+    def _in_place_of(self, number: int, root: Array, work: str) -> Array:
+        """R_i, kept in G_i's memory where that is of the working dtype."""
+        gram = self.grams[number]
+        out = gram if dtype_name(gram) == work else self.kernels.empty((self.n, self.n), work)
+        self.grams[number] = out
+        return self.kernels.copy(root, out)
 
     def qr_root(self, G: Array) -> _Root:
         """R by a QR factorisation of all weights, for layers of different scales whose G is badly conditioned.
@@ -339,71 +378,100 @@ class _Stack:
         weights divided by their norms; then R is updated layer by layer, in a frame in which the large layers'
         directions come first, and with large rows on top: Householder's method is then backward stable row by row.
         """
-        balanced = torch.zeros_like(G)
+        kernels, n = self.kernels, self.n
+        balanced = kernels.zeros((n, n), "float64")
         reciprocals = [_inverse_scale(norm) if norm else 0.0 for norm in self.norms]
-        for _, W in self.stacks(0, torch.float64, reciprocals):
-            add_gram_(balanced, W.double())
-        values, E = torch.linalg.eigh(mirror_(balanced))
-        kept = values > len(G) * torch.finfo(G.dtype).eps * values[-1]
-        null, E = E[:, ~kept], E[:, kept]
-        E = (E @ torch.linalg.eigh(E.T @ G @ E)[1]).flip(1)
-        R = E.new_empty(0, E.shape[1])
-        for _, W in self.stacks(0, torch.float64):
-            rows = torch.cat([R, W.double() @ E])
-            order = torch.argsort(torch.linalg.vector_norm(rows, dim=1), descending=True, stable=True)
-            R = torch.linalg.qr(rows[order], mode="r").R
-        P = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-        return _Root(R, P, null, True, spectral_norm(R) * spectral_norm(P), E)
+        for _, X in self.stacks(0, "float64", reciprocals):
+            kernels.syrk(X, balanced, beta=1)
+        values, E = kernels.syevd(balanced)
+        null, E = _split(values, E)
+        seen = kernels.gemm(E, kernels.mirror(G), kernels.empty(tuple(E.shape), "float64"))
+        inner = kernels.gemm(seen, E, kernels.empty((len(E), len(E)), "float64"), transpose_b=True)
+        frame = _rotated(kernels, kernels.syevd(_negated(kernels, inner))[1], E)
+        R = kernels.zeros((0, len(frame)), "float64")
+        for _, X in self.stacks(0, "float64"):
+            rows = kernels.empty((len(R) + len(X), len(frame)), "float64")
+            rows[: len(R)] = R
+            kernels.gemm(X, frame, rows[len(R) :], transpose_b=True)
+            lengths = kernels.row_dots(rows, rows)
+            R = kernels.qr(rows[np.argsort(-lengths, kind="stable").tolist()])
+        P = kernels.trtri(kernels.copy(R, kernels.empty(tuple(R.shape), "float64")))
+        condition = spectral_norm_of_triangle(kernels, R) * spectral_norm_of_triangle(kernels, P)
+        return _Root(R, P, null, True, condition, frame)
 
-    def scales(self, V: Array, rank: int, work: DType) -> list[Array]:
-        """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank."""
-        exact = V.double() * self.factor
-        D = inverse_transpose(exact)
-        if D is None:
-            raise Unrepresentable("V is so badly conditioned that it is singular as it is stored; give `dtype=float32`")
-        D = D[:, :rank]
-        lengths, duals = (torch.linalg.vector_norm(X[:, :rank], dim=0).cpu() for X in (exact, D))
-        D = D.to(work).contiguous()
+    def scales(self, V: HostArray, Dt: Array | None, root: _Root, work: str, alpha: float) -> list[HostArray]:
+        """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank.
+
+        ``Dt`` (n, n) is D in rows where it is known.
+        """
+        kernels, rank = self.kernels, root.rank
+        exact = kernels.put(V.T.astype(np.float64) * self.factor)
+        lengths = np.sqrt(kernels.row_dots(exact, exact))[:rank]
+        if Dt is None:
+            inverse = kernels.inverse(kernels.put(V.astype(np.float64) * self.factor, work))
+            if inverse is None:
+                raise Unrepresentable(
+                    "V is so badly conditioned that it is singular as it is stored; give `dtype=float32`"
+                )
+            Dt = inverse
         del exact
+        Dt = Dt[:rank]
+        duals = np.sqrt(kernels.row_dots(Dt, Dt))
         factors = [self._own_factor(norm) for norm in self.norms]
-        scales = self._norms_of_products(D, factors, work).cpu()
+        scales = np.sqrt(self._squares(kernels.put(Dt, work), root, factors, work, alpha))
         # ‖W_i‖ from λ_i and V: within rounding that matters here, as U's columns are unit vectors
-        sizes = torch.linalg.vector_norm(scales * lengths, dim=1, keepdim=True)
-        rounding = (scales <= ROUNDING * sizes * duals) & (scales * lengths <= ROUNDING * sizes)
-        scales[rounding] = 0
-        scales *= torch.tensor([self.factor / factor for factor in factors], dtype=torch.float64)[:, None]
+        sizes = np.linalg.norm(scales * lengths, axis=1, keepdims=True)
+        scales[(scales <= ROUNDING * sizes * duals) & (scales * lengths <= ROUNDING * sizes)] = 0
+        scales *= np.array([self.factor / factor for factor in factors])[:, None]
         for layer, row in enumerate(scales):
-            if bool(((row > 0) & (row < torch.finfo(torch.float32).tiny)).any()):
+            if bool(((row > 0) & (row < np.finfo(np.float32).tiny)).any()):
                 raise Unrepresentable(
                     "its weights are so much smaller than others of its category that its scales leave float32", layer
                 )
-        return list(torch.nn.functional.pad(scales, (0, self.n - rank)).float())
+        return list(np.pad(scales, ((0, 0), (0, self.n - rank))).astype(np.float32))
 
     def _own_factor(self, norm: float) -> float:
         """The factor of a layer of this norm whose products are to be squared."""
         common = norm * self.factor
         return self.factor if not common or common >= _SAFE_NORM else _inverse_scale(norm)
 
-    def _norms_of_products(self, D: Array, factors: Sequence[float], work: DType) -> Array:
-        """‖f_i W_i d_k‖ (N, r) float64 for the columns d_k of D (n, r), f_i being the factors."""
-        rank = D.shape[1]
-        squares = torch.zeros(len(self.shapes), rank, dtype=torch.float64, device=self.device)
-        for layers, W in self.stacks(2, work, factors):
+    def _squares(
+        self, Dt: Array, root: _Root, factors: Sequence[float], work: str, alpha: float
+    ) -> HostArray:
+        """‖f_i W_i d_k‖² (N, r) float64 for the rows d_k of Dt (r, n), f_i being the factors."""
+        squares = np.zeros((len(self.shapes), len(Dt)))
+        lost = self._squares_by_roots(squares, Dt, root, factors, work, alpha)
+        others = [i for i in range(len(self.shapes)) if i not in self.roots or i in lost]
+        for layers, X in self.stacks(2, work, factors, others):
             m = self.shapes[layers.start][0]
-            gram = self.grams.get(layers.start)
-            shared = factors[layers.start] == self.factor
-            if gram is not None and gram.dtype == work and m >= 2 * self.n and shared:  # λ² = dᵀ G_i d is the cheaper
-                GD = torch.mm(mirror_(gram), D, out=self.scratch.empty("Y", (self.n, rank), work))
-                squares[layers] = GD.mul_(D).sum(dim=0)
-                floor = CANCELLATION * torch.finfo(work).eps * gram.diagonal().max() * D.square().sum(dim=0)
-                lost = squares[layers.start] < floor
-                if bool(lost.any()):
-                    Y = self.scratch.cast("W", W, work) @ D[:, lost]
-                    squares[layers.start, lost] = Y.square_().sum(dim=0).double()
-                continue
-            Y = torch.mm(self.scratch.cast("W", W, work), D, out=self.scratch.empty("Y", (len(W), rank), work))
-            squares[layers] = torch.unflatten(Y.square_(), 0, (-1, m)).sum(dim=1).double()
-        return squares.sqrt_()
+            chosen = lost.get(layers.start)
+            D = Dt if chosen is None else self.kernels.put(Dt[chosen])
+            Y = self.kernels.gemm(D, X, self.scratch.empty("Y", (len(D), len(X)), work), transpose_b=True)
+            for place, i in enumerate(range(layers.start, layers.stop)):
+                own = Y[:, place * m : (place + 1) * m]
+                squares[i, slice(None) if chosen is None else chosen] = self.kernels.row_dots(own, own)
+        return squares
+
+    def _squares_by_roots(
+        self, squares: HostArray, Dt: Array, root: _Root, factors: Sequence[float], work: str, alpha: float
+    ) -> dict[int, list[int]]:
+        """Fill in λ² = ‖R_i d‖² − α dᵀGd where R_i is kept; of each such layer the k where that cancels too much."""
+        lost = {}
+        Y = self.scratch.empty("RD", (len(Dt), self.n), work) if self.roots else None
+        kernels = self.kernels
+        shift = None
+        for i, R in self.roots.items():
+            if shift is None:
+                kernels.trmm(kernels.copy(Dt, Y), kernels.put(root.R, work), transpose=True)
+                shift = alpha * kernels.row_dots(Y, Y)
+            self.advance(layer_flops(*self.shapes[i])[2])
+            kernels.trmm(kernels.copy(Dt, Y), R, transpose=True)
+            squares[i] = kernels.row_dots(Y, Y) - shift
+            floor = CANCELLATION * epsilon(work) * (squares[i] + shift)
+            few = np.flatnonzero(~(squares[i] >= floor)).tolist() if factors[i] == self.factor else range(len(Dt))
+            if few:
+                lost[i] = list(few)
+        return lost
 
 
 class _Sum:
@@ -414,43 +482,50 @@ class _Sum:
 
     FLUSH_ROWS = 4096
 
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.sum = torch.zeros(n, n, dtype=torch.float64, device=device)
+    def __init__(self, n: int, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.sum = kernels.zeros((n, n), "float64")
         self.pending: Array | None = None
         self.rows = 0
 
-    def add_gram(self, X: Array, *, lower: bool = False) -> None:
-        """Add XᵀX for X (m, n); ``lower`` says that X is lower triangular."""
-        if X.dtype == self.sum.dtype:
-            add_gram_(self.sum, X, lower=lower)
+    def add(self, gram: Array) -> None:
+        """Add a symmetric matrix (n, n)."""
+        self.kernels.axpby(1, gram, 1, self.sum)
+
+    def add_gram(self, X: Array) -> None:
+        """Add XᵀX for X (m, n)."""
+        if dtype_name(X) == "float64":
+            self.kernels.syrk(X, self.sum, beta=1)
             return
         if self.pending is None:
-            self.pending = torch.empty_like(self.sum, dtype=X.dtype)
-        add_gram_(self.pending, X, beta=1 if self.rows else 0, lower=lower)
+            self.pending = self.kernels.empty(tuple(self.sum.shape), "float32")
+        self.kernels.syrk(X, self.pending, beta=1 if self.rows else 0)
         self.rows += len(X)
         if self.rows >= self.FLUSH_ROWS:
             self.flush()
 
     def flush(self) -> None:
         if self.pending is not None and self.rows:
-            self.sum += self.pending
+            self.add(self.pending)
         self.rows = 0
 
     def result(self) -> Array:
-        """The whole symmetric sum."""
+        """The sum, symmetric."""
         self.flush()
-        return mirror_(self.sum)
+        self.pending = None
+        return self.sum
 
 
 class _Resolvents:
     """The sum of (C_i + αI)⁻¹ over the layers, each by the cheapest of the equal formulas."""
 
-    def __init__(self, G: Array, root: _Root, alpha: float, work: DType, scratch: Scratch) -> None:
+    def __init__(self, G: Array, root: _Root, alpha: float, work: str, scratch: Scratch) -> None:
         self.G = G
         self.root = root
         self.alpha = alpha
-        self.P = root.P.to(work)
-        self.r = root.P.shape[1]
+        self.kernels = scratch.kernels
+        self.P = root.P
+        self.r = root.rank
         self.scratch = scratch
         self.unwhitened: _Sum | None = None  #: Σ (G_i + αG)⁻¹
         self.tall: _Sum | None = None  #: Σ (Q_iᵀQ_i + αI)⁻¹
@@ -458,52 +533,60 @@ class _Resolvents:
         self.wide_count = 0
         self.count = 0
 
-    def add_unwhitened(self, gram: Array) -> None:
-        """A layer with m ≥ n, by the upper triangle of its Gram matrix G_i (n, n)."""
+    def add_unwhitened(self, gram: Array) -> Array:
+        """A layer with m ≥ n, by its Gram matrix G_i (n, n); returns R_i with R_iᵀR_i = G_i + αG, valid until the next."""
+        shape = tuple(gram.shape)
         self.count += 1
-        shifted = torch.add(gram, self.G, alpha=self.alpha, out=self.scratch.empty("shifted", tuple(gram.shape)))
-        self.unwhitened = self.unwhitened or _Sum(len(gram), gram.device)
-        inverse = inverse_cholesky(shifted, self.scratch.empty("inverse", tuple(gram.shape)))
-        self.unwhitened.add_gram(inverse, lower=True)
+        shifted = self.kernels.axpby(1, gram, 0, self.scratch.empty("shifted", shape, "float64"))
+        R = self._factored(self.kernels.axpby(self.alpha, self.G, 1, shifted))
+        self.unwhitened = self.unwhitened or _Sum(len(gram), self.kernels)
+        inverse = self.kernels.axpby(1, R, 0, self.scratch.empty("inverse", shape, "float64"))
+        self.unwhitened.add(self.kernels.potri(inverse))
+        return R
 
     def add_whitened(self, W: Array, m: int) -> None:
         """Layers of any one height m, on top of each other in W, by Q_i = W_i P (m, r)."""
-        r = self.r
+        kernels, r, dtype = self.kernels, self.r, dtype_name(W)
         if self.root.frame is not None:
-            W = W @ self.root.frame
-        Q = self.scratch.empty("Q", (len(W), r), W.dtype)
-        Q = times_upper(W, self.P, Q) if self.root.triangular else torch.mm(W, self.P, out=Q)
+            frame = kernels.put(self.root.frame, dtype)
+            W = kernels.gemm(W, frame, self.scratch.empty("framed", (len(W), r), dtype), transpose_b=True)
+        if self.root.triangular:
+            Q = kernels.trmm(W, self.P)
+        else:
+            Q = kernels.gemm(W, self.P, self.scratch.empty("Q", (len(W), r), dtype), transpose_b=True)
         self.count += len(W) // m
+        parts = [Q[begin : begin + m] for begin in range(0, len(Q), m)]
         if m < r:
-            B = self.scratch.empty("B", (r, len(W)), W.dtype)  # of each layer, Bᵀ = Qᵀ L⁻ᵀ
-            for part, out in zip(torch.split(Q, m), torch.split(B, m, dim=1), strict=True):
-                times_upper(part.T, self._inverse_root(part.T).T, out)
-            self.wide = self.wide or _Sum(r, W.device)
-            self.wide.add_gram(B.T)
-            self.wide_count += len(W) // m
+            for part in parts:
+                S = kernels.syrk(part, self.scratch.empty("shifted", (m, m), dtype), rows=True)
+                kernels.trsm(self._factored(kernels.add_diagonal(S, self.alpha)), part)
+            self.wide = self.wide or _Sum(r, kernels)
+            self.wide.add_gram(Q)
+            self.wide_count += len(parts)
             return
-        self.tall = self.tall or _Sum(r, W.device)
-        for part in torch.split(Q, m):
-            self.tall.add_gram(self._inverse_root(part), lower=True)
+        self.tall = self.tall or _Sum(r, kernels)
+        for part in parts:
+            C = kernels.syrk(part, self.scratch.empty("shifted", (r, r), dtype))
+            self.tall.add(kernels.potri(self._factored(kernels.add_diagonal(C, self.alpha))))
 
-    def _inverse_root(self, Q: Array) -> Array:
-        """L⁻¹ (k, k) for QᵀQ + αI = LLᵀ, Q having k columns; in scratch memory."""
-        k = Q.shape[1]
-        C = add_gram_(self.scratch.empty("shifted", (k, k), Q.dtype), Q, beta=0)
-        C.diagonal().add_(self.alpha)
-        return inverse_cholesky(C, self.scratch.empty("inverse", (k, k), Q.dtype))
+    def _factored(self, A: Array) -> Array:
+        if not self.kernels.potrf(A):
+            raise NotPositiveDefinite("rounding has left a matrix without a Cholesky factor")
+        return A
 
     def mean(self) -> Array:
-        """T (r, r) float64."""
-        T = torch.zeros(self.r, self.r, dtype=torch.float64, device=self.G.device)
+        """T (r, r) float64, symmetric."""
+        kernels = self.kernels
+        T = kernels.zeros((self.r, self.r), "float64")
         if self.unwhitened is not None:
-            T += self.root.R @ self.unwhitened.result() @ self.root.R.T
+            T = kernels.sygst(self.unwhitened.result(), self.root.R)
         if self.tall is not None:
-            T += self.tall.result()
+            kernels.axpby(1, self.tall.result(), 1, T)
         if self.wide is not None:
-            T -= self.wide.result() / self.alpha
-            T.diagonal().add_(self.wide_count / self.alpha)
-        return mirror_(T.div_(self.count))
+            kernels.axpby(-1 / self.alpha, self.wide.result(), 1, T)
+            kernels.add_diagonal(T, self.wide_count / self.alpha)
+        T *= 1 / self.count
+        return T
 
 
 def _nearly_square(shape: tuple[int, ...]) -> bool:
@@ -511,90 +594,127 @@ def _nearly_square(shape: tuple[int, ...]) -> bool:
     return n <= m < 2 * n
 
 
-def _cholesky_root(G: Array) -> _Root | None:
+def _cholesky_root(kernels: Kernels, G: Array) -> _Root | None:
     """The Cholesky factor of G as its root; None where G is singular or too badly conditioned for it."""
-    L, info = torch.linalg.cholesky_ex(G)
-    if int(info) != 0 or not bool(torch.isfinite(L.diagonal()).all()):
+    shape = tuple(G.shape)
+    R = kernels.axpby(1, G, 0, kernels.zeros(shape, "float64"))
+    if not kernels.potrf(R):
         return None
-    eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
-    P = torch.linalg.solve_triangular(L, eye, upper=False).T
-    condition = spectral_norm(L) * spectral_norm(P)
+    P = kernels.trtri(kernels.copy(R, kernels.empty(shape, "float64")))
+    condition = spectral_norm_of_triangle(kernels, R) * spectral_norm_of_triangle(kernels, P)
     if not condition <= CHOLESKY_CONDITION:
         return None
-    return _Root(L.T, P.contiguous(), G.new_empty(len(G), 0), True, condition)
+    return _Root(R, P, kernels.empty((0, shape[1]), "float64"), True, condition)
 
 
-def _eigen_root(G: Array) -> _Root:
+def _eigen_root(kernels: Kernels, G: Array) -> _Root:
     """diag(√g) Eᵀ of G = E diag(g) Eᵀ as its root, the null space split off."""
-    values, vectors = torch.linalg.eigh(G)
-    threshold = len(G) * torch.finfo(G.dtype).eps * values[-1].clamp(min=0)
-    kept = values > threshold
-    root, E = values[kept].sqrt(), vectors[:, kept]
+    values, E = kernels.syevd(kernels.axpby(1, G, 0, kernels.zeros(tuple(G.shape), "float64")))
+    null, E = _split(values, E)
+    root = np.sqrt(values[len(null) :])
     condition = float(root[-1] / root[0]) if len(root) else 1.0
-    return _Root(root[:, None] * E.T, E / root, vectors[:, ~kept], False, condition)
+    scale = kernels.put(root[:, None])
+    return _Root(E * scale, E / scale, null, False, condition)
 
 
-def _untie(V: Array, tau: Array, *, graded: bool) -> Array:
-    """Rotate V's columns (n, r) within each cluster of equal τ so that they are orthogonal there.
+def _split(values: Vector, E: Array) -> tuple[Array, Array]:
+    """The null space and the range, by the eigenvalues (n,), ascending, and eigenvectors in rows."""
+    threshold = len(values) * float(np.finfo(np.float64).eps) * max(values[-1], 0)
+    null = int((~(values > threshold)).sum())
+    return E[:null], E[null:]
 
-    With V = RᵀZ the rotation diagonalises Zᵀ R Rᵀ Z; the longest column comes first, as in an SVD.
-    ``graded`` says that lengths may differ so much that their squares would hide the short ones.
+
+def _negated(kernels: Kernels, A: Array) -> Array:
+    """−A (n, n) symmetric, in its place: its eigenvalues ascend where A's descend."""
+    return kernels.axpby(-1, A, 0, A)
+
+
+def _rotated(kernels: Kernels, rotation: Array, rows: Array) -> Array:
+    return kernels.gemm(rotation, rows, kernels.empty((len(rotation), rows.shape[1]), "float64"))
+
+
+def _untie(kernels: Kernels, Vt: Array, tau: Vector, *, graded: bool) -> bool:
+    """Rotate V's columns, the rows of Vt (r, n), within each cluster of equal τ so that they are orthogonal there.
+
+    With V = RᵀZ the rotation diagonalises Zᵀ R Rᵀ Z; the longest column comes first, as in an SVD. ``graded`` says
+    that lengths may differ so much that their squares would hide the short ones. Returns whether there was a cluster.
     """
-    values = tau.tolist()
+    rotated = False
     begin = 0
-    while begin < len(values):
+    while begin < len(tau):
         end = begin + 1
-        while end < len(values) and values[end] - values[begin] <= TIE * abs(values[begin]):
+        while end < len(tau) and tau[end] - tau[begin] <= TIE * abs(tau[begin]):
             end += 1
         if end - begin > 1:
-            cluster = V[:, begin:end]
+            rotated = True
+            cluster = Vt[begin:end]
             if graded:
-                rotation = torch.linalg.svd(cluster, full_matrices=False).Vh.T
+                lengths, rows = kernels.svd(cluster)
+                cluster[:] = rows * kernels.put(lengths[:, None])
             else:
-                rotation = torch.linalg.eigh(cluster.T @ cluster)[1].flip(1)
-            V[:, begin:end] = cluster @ rotation
+                gram = kernels.syrk(cluster, kernels.empty((end - begin, end - begin), "float64"), rows=True)
+                cluster[:] = _rotated(kernels, kernels.syevd(_negated(kernels, gram))[1], cluster)
         begin = end
-    return V
+    return rotated
 
 
-def _append_null(V: Array, tau: Array, null: Array, alpha: float) -> tuple[Array, Array]:
-    """V and τ with the null directions last, as long as the others are on average (RMS)."""
-    if null.shape[1] == 0:
-        return V, tau
-    length = V.square().sum(dim=0).mean().sqrt() if V.shape[1] else V.new_ones(())
-    ceiling = tau.new_full((null.shape[1],), 1 / alpha)
-    return torch.cat([V, null * length], dim=1), torch.cat([tau, ceiling])
+def _append_null(Vt: HostArray, tau: Vector, null: HostArray, alpha: float) -> tuple[HostArray, Vector]:
+    """V in rows, and τ, with the null directions last, as long as the others are on average (RMS)."""
+    if not len(null):
+        return Vt, tau
+    length = math.sqrt(float(np.einsum("ij,ij->", Vt, Vt)) / len(Vt)) if len(Vt) else 1.0
+    return np.concatenate([Vt, null * length]), np.concatenate([tau, np.full(len(null), 1 / alpha)])
 
 
-def _store(V: Array, dtype: DType, factor: float) -> Array:
-    """V/factor rounded to ``dtype``, the largest component of each column (by magnitude) made positive."""
-    stored = (V / factor).to(dtype)
-    if not _holds(stored, V, factor):
-        lengths = torch.linalg.vector_norm(V, dim=0) / factor
-        found = f"columns of V are from {float(lengths.min()):.1e} to {float(lengths.max()):.1e} long"
-        others = [d for d in (torch.float32, torch.bfloat16) if _holds((V / factor).to(d), V, factor)]
-        advice = " or ".join(f"`dtype={_name(d)}`" for d in others)
+def _store(Vt: HostArray, dtype: str, factor: float) -> tuple[HostArray, HostArray]:
+    """V/factor (n, n) rounded to ``dtype``, the largest component of each column positive, and the columns' signs.
+
+    ``Vt`` (n, n) has V's columns in rows, float64.
+    """
+    stored = _rounded(Vt, dtype, factor)
+    if not _holds(stored, Vt, factor):
+        lengths = np.linalg.norm(Vt, axis=1) / factor
+        found = f"columns of V are from {lengths.min():.1e} to {lengths.max():.1e} long"
+        others = [d for d in ("float32", "bfloat16") if _holds(_rounded(Vt, d, factor), Vt, factor)]
+        advice = " or ".join(f"`dtype={d}`" for d in others)
         advice = f"give {advice}" if others else "no dtype can store it; rescale the weights"
-        raise Unrepresentable(f"{found}, which does not fit {_name(dtype)}; {advice}")
-    peaks = stored.gather(0, stored.abs().argmax(dim=0, keepdim=True))
-    return stored * torch.where(peaks < 0, -1, 1).to(dtype)
+        raise Unrepresentable(f"{found}, which does not fit {dtype}; {advice}")
+    signs = np.ones(len(Vt), np.float32)
+    for rows in _row_blocks(Vt):
+        block = stored[rows].astype(np.float32)
+        peaks = np.take_along_axis(block, np.abs(block).argmax(axis=1)[:, None], axis=1)[:, 0]
+        signs[rows][peaks < 0] = -1
+        stored[rows] = block * signs[rows][:, None]
+    return stored, signs
 
 
-def _holds(stored: Array, V: Array, factor: float) -> bool:
-    """Whether ``stored`` is V/factor to its dtype's rounding, column by column: nothing over- or underflowed."""
-    error = torch.linalg.vector_norm(stored.double().mul_(factor).sub_(V), dim=0)
-    return bool((error <= torch.finfo(stored.dtype).eps * torch.linalg.vector_norm(V, dim=0)).all())
+def _rounded(Vt: HostArray, dtype: str, factor: float) -> HostArray:
+    stored = np.empty(Vt.shape, NAMED[dtype])
+    with np.errstate(over="ignore"):
+        for rows in _row_blocks(Vt):
+            stored[rows] = Vt[rows] / factor
+    return stored
 
 
-def _check_rounding(scales: Sequence[Array], rank: int, dtype: DType) -> None:
+def _holds(stored: HostArray, Vt: HostArray, factor: float) -> bool:
+    """Whether ``stored`` is Vt/factor to its dtype's rounding, row by row: nothing over- or underflowed."""
+    tolerance = epsilon(stored.dtype.name)
+    for rows in _row_blocks(Vt):
+        error = np.linalg.norm(stored[rows].astype(np.float64) * factor - Vt[rows], axis=1)
+        if not bool((error <= tolerance * np.linalg.norm(Vt[rows], axis=1)).all()):
+            return False
+    return True
+
+
+def _row_blocks(X: HostArray) -> list[slice]:
+    return [slice(begin, begin + 128) for begin in range(0, len(X), 128)]
+
+
+def _check_rounding(scales: Sequence[HostArray], rank: int, dtype: str) -> None:
     """See by Σ_i λ_ik² = 1 that V rounded to 16 bits still is the basis."""
-    squares = torch.stack([scale.double().square() for scale in scales]).sum(dim=0)[:rank]
-    if dtype != torch.float32 and bool(((squares - 1).abs() > 0.5).any()):
-        raise Unrepresentable(f"V is too badly conditioned for {_name(dtype)}; give `dtype=float32`")
-
-
-def _name(dtype: DType) -> str:
-    return str(dtype).removeprefix("torch.")
+    squares = sum(np.square(scale, dtype=np.float64) for scale in scales)[:rank]
+    if dtype != "float32" and bool((np.abs(squares - 1) > 0.5).any()):
+        raise Unrepresentable(f"V is too badly conditioned for {dtype}; give `dtype=float32`")
 
 
 def _inverse_scale(norm: float) -> float:

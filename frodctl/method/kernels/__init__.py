@@ -1,0 +1,150 @@
+"""The dense arithmetic under the method: BLAS's and LAPACK's routines, by their names, on one device.
+
+Matrices are row-major. A symmetric matrix is its upper triangle, and what is below the diagonal is undefined, unless
+said otherwise; a triangular matrix is upper triangular, and below the diagonal is anything. Routines work in place or
+into memory that they are given: fresh memory costs page faults, layer after layer. Vectors that come back, one number
+for each row, are numpy's and float64; whatever is as large as a weight stays on the device.
+
+On the CPU it is numpy and scipy (OpenBLAS) and nothing else: a second library's threads would get in the way of the
+first one's. On a GPU it is torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from frodctl.arrays import Array, HostArray
+
+    Vector = npt.NDArray[np.float64]
+
+
+class Kernels(Protocol):
+    """What a device can do. Dtypes are numpy's names: "float32", "float64"; the stored ones come in by `put`."""
+
+    @property
+    def name(self) -> str:
+        """The device's: "cpu", "cuda:0"."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Memory whose contents are undefined."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Zeros."""
+        ...
+
+    def put(self, X: Array, dtype: str | None = None) -> Array:
+        """X on the device, in another dtype if one is given; X itself where nothing is to be done."""
+        ...
+
+    def get(self, X: Array) -> HostArray:
+        """X on the host."""
+        ...
+
+    def copy(self, X: Array, out: Array) -> Array:
+        """``out``, filled with X converted to its dtype."""
+        ...
+
+    def gemm(self, A: Array, B: Array, out: Array, *, transpose_b: bool = False, beta: float = 0) -> Array:
+        """``out`` (m, n) = AB + beta ``out`` for A (m, k) and B (k, n), or B (n, k) with ``transpose_b``."""
+        ...
+
+    def syrk(self, X: Array, out: Array, *, beta: float = 0, rows: bool = False) -> Array:
+        """``out`` (n, n) = XᵀX + beta ``out`` for X (m, n), or with ``rows`` (m, m) = XXᵀ + beta ``out``."""
+        ...
+
+    def axpby(self, a: float, X: Array, b: float, out: Array) -> Array:
+        """``out`` (n, n) symmetric, replaced by a X + b ``out``; X may have another dtype."""
+        ...
+
+    def trmm(self, X: Array, R: Array, *, transpose: bool = False) -> Array:
+        """X (m, n), replaced by XR, or XRᵀ, for R (n, n) triangular."""
+        ...
+
+    def trsm(self, R: Array, X: Array) -> Array:
+        """X (m, n), replaced by R⁻ᵀX, for R (m, m) triangular."""
+        ...
+
+    def potrf(self, A: Array) -> bool:
+        """A (n, n) symmetric, replaced by R with A = RᵀR; False where it is not positive definite."""
+        ...
+
+    def potri(self, R: Array) -> Array:
+        """R (n, n) triangular, replaced by the symmetric (RᵀR)⁻¹."""
+        ...
+
+    def trtri(self, R: Array) -> Array:
+        """R (n, n) triangular, replaced by R⁻¹."""
+        ...
+
+    def sygst(self, A: Array, R: Array) -> Array:
+        """A (n, n) symmetric, replaced by the symmetric RARᵀ for R (n, n) triangular."""
+        ...
+
+    def syevd(self, A: Array) -> tuple[Vector, Array]:
+        """Eigenvalues (n,) of A (n, n) symmetric, ascending, and the eigenvectors in rows; A is overwritten."""
+        ...
+
+    def svd(self, A: Array) -> tuple[Vector, Array]:
+        """Singular values (k,) of A (m, n), descending, and the right singular vectors in rows (k, n)."""
+        ...
+
+    def qr(self, A: Array) -> Array:
+        """R (min(m, n), n) of A = QR, zeros below the diagonal."""
+        ...
+
+    def inverse(self, A: Array) -> Array | None:
+        """A⁻¹ of A (n, n), which is overwritten; None where A is singular."""
+        ...
+
+    def row_dots(self, X: Array, Y: Array) -> Vector:
+        """The dot products of the rows of X and of Y (m, n)."""
+        ...
+
+    def norm(self, X: Array) -> float:
+        """‖X‖_F to a few per cent, whatever X's scale; NaN or infinity where X holds such."""
+        ...
+
+    def add_diagonal(self, A: Array, x: float) -> Array:
+        """A (n, n), to whose diagonal x was added."""
+        ...
+
+    def mirror(self, A: Array) -> Array:
+        """A (n, n) symmetric, its lower triangle filled in."""
+        ...
+
+    def transpose(self, A: Array) -> Array:
+        """Aᵀ (n, m) of A (m, n), in memory of its own."""
+        ...
+
+
+def kernels_of(device: str) -> Kernels:
+    """The kernels of a device by its name: "cpu", or as torch has it."""
+    if device == "cpu":
+        from frodctl.method.kernels.host import Host
+
+        return Host()
+    from frodctl.method.kernels.device import Device
+
+    return Device(device)
+
+
+def has_gpu() -> bool:
+    """Whether torch may find a GPU here: looked for in the system, as importing torch takes a second."""
+    if sys.platform == "linux":
+        return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+    return sys.platform == "win32"
+
+
+def finite(X: Any) -> bool:
+    """Whether no number of a host array is NaN or Inf."""
+    import numpy as np
+
+    return bool(np.isfinite(X).all())

@@ -1,0 +1,115 @@
+"""The kernels on a device of torch's. It has no routines for triangles there: they are products of whole matrices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from frodctl.arrays import from_torch, to_torch
+
+if TYPE_CHECKING:
+    from frodctl.method.kernels import Vector
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Device:
+    """See `Kernels`."""
+
+    def __init__(self, name: str) -> None:
+        self.device = torch.device(name)
+        self.name = str(self.device)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return torch.empty(shape, dtype=_DTYPES[dtype], device=self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return torch.zeros(shape, dtype=_DTYPES[dtype], device=self.device)
+
+    def put(self, X: Any, dtype: str | None = None) -> torch.Tensor:
+        tensor = X if isinstance(X, torch.Tensor) else to_torch(X)
+        return tensor.to(self.device).to(_DTYPES[dtype] if dtype else tensor.dtype).contiguous()
+
+    def get(self, X: torch.Tensor) -> Any:
+        return from_torch(X.cpu())
+
+    def copy(self, X: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(X if isinstance(X, torch.Tensor) else to_torch(X).to(self.device))
+
+    def gemm(
+        self, A: torch.Tensor, B: torch.Tensor, out: torch.Tensor, *, transpose_b: bool = False, beta: float = 0
+    ) -> torch.Tensor:
+        return out.addmm_(A, B.T if transpose_b else B, beta=beta)
+
+    def syrk(self, X: torch.Tensor, out: torch.Tensor, *, beta: float = 0, rows: bool = False) -> torch.Tensor:
+        return out.addmm_(X, X.T, beta=beta) if rows else out.addmm_(X.T, X, beta=beta)
+
+    def axpby(self, a: float, X: torch.Tensor, b: float, out: torch.Tensor) -> torch.Tensor:
+        return torch.add(out.mul_(b), X, alpha=a, out=out) if b else out.copy_(X).mul_(a)
+
+    def trmm(self, X: torch.Tensor, R: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
+        R = R.triu()
+        return X.copy_(X @ (R.T if transpose else R))
+
+    def trsm(self, R: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        return X.copy_(torch.linalg.solve_triangular(R.T, X, upper=False))
+
+    def potrf(self, A: torch.Tensor) -> bool:
+        L, info = torch.linalg.cholesky_ex(A.T)
+        A.copy_(L.T)
+        return bool(info == 0) and bool(torch.isfinite(A.diagonal()).all())
+
+    def potri(self, R: torch.Tensor) -> torch.Tensor:
+        return R.copy_(torch.cholesky_inverse(R.triu(), upper=True))
+
+    def trtri(self, R: torch.Tensor) -> torch.Tensor:
+        eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+        return R.copy_(torch.linalg.solve_triangular(R, eye, upper=True))
+
+    def sygst(self, A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        R = R.triu()
+        return torch.mm(R @ self.mirror(A), R.T, out=A)
+
+    def syevd(self, A: torch.Tensor) -> tuple[Vector, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(A, UPLO="U")
+        return _vector(values), vectors.T.contiguous()
+
+    def svd(self, A: torch.Tensor) -> tuple[Vector, torch.Tensor]:
+        _, values, rows = torch.linalg.svd(A, full_matrices=False)
+        return _vector(values), rows.contiguous()
+
+    def qr(self, A: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.qr(A, mode="r").R.contiguous()
+
+    def inverse(self, A: torch.Tensor) -> torch.Tensor | None:
+        found, info = torch.linalg.inv_ex(A)
+        return None if info or not torch.isfinite(found).all() else found.contiguous()
+
+    def row_dots(self, X: torch.Tensor, Y: torch.Tensor) -> Vector:
+        return _vector(torch.linalg.vecdot(X, Y))
+
+    def norm(self, X: torch.Tensor) -> float:
+        norm = float(torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, torch.float32)))
+        if 1e-15 < norm < 1e15:
+            return norm
+        peak = float(X.abs().max()) if X.numel() else 0.0
+        if not 0 < peak < float("inf"):
+            return peak
+        return peak * float(torch.linalg.vector_norm(X.double() / peak))
+
+    def add_diagonal(self, A: torch.Tensor, x: float) -> torch.Tensor:
+        A.diagonal().add_(x)
+        return A
+
+    def mirror(self, A: torch.Tensor) -> torch.Tensor:
+        strict = A.triu(1)
+        return A.triu_().add_(strict.T)
+
+    def transpose(self, A: torch.Tensor) -> torch.Tensor:
+        return A.T.contiguous()
+
+
+def _vector(X: torch.Tensor) -> Vector:
+    return np.asarray(X.double().cpu().numpy())
