@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent / "frodctl"
 MAY_IMPORT = {
     "cli": {"jobs", "checkpoint", "errors", "values", ""},
-    "jobs": {"adapted", "checkpoint", "method", "formats", "errors", "values", ""},
+    "jobs": {"adapted", "checkpoint", "method", "formats", "errors", "values", "pipeline", ""},
     "adapted": {"formats", "checkpoint", "method", "errors", "values"},
     "formats": {"checkpoint", "method", "errors", "values"},
-    "checkpoint": {"errors", "values"},
+    "checkpoint": {"errors", "values", "pipeline"},
     "method": {"errors"},
     "training": {"adapted", "method", "formats", "checkpoint", "errors", "values", ""},
 }
@@ -29,6 +29,7 @@ TORCH_FREE = (
     "__init__.py",
     "__main__.py",
     "errors.py",
+    "pipeline.py",
     "values.py",
     "cli/*.py",
     "adapted/__init__.py",
@@ -145,6 +146,19 @@ def test_only_the_command_line_prints(path: Path) -> None:
     prints = str(path.relative_to(ROOT)) == "training/report.py"  # print_trainable_parameters, as PEFT has it
     if path.relative_to(ROOT).parts[0] != "cli" and not prints:
         assert not printing + streams
+
+
+def test_one_file_has_threads_work() -> None:
+    """Locks and what is one thread's own may be anywhere."""
+    starting = ("concurrent", "multiprocessing", "queue", "threading.Thread", "threading.Timer")
+    found = [path.relative_to(ROOT) for path in FILES if any(name.startswith(starting) for name in imports(path))]
+    attributes = [
+        path.relative_to(ROOT)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in starting
+    ]
+    assert [*map(str, found + attributes)] == ["pipeline.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

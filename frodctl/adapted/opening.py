@@ -12,12 +12,15 @@ from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frodctl import values
 from frodctl.adapted.positions import positions_of
 from frodctl.checkpoint import codec, names
+from frodctl.checkpoint.inputs import kind_of
 from frodctl.checkpoint.records import ADAPTER_FILES, MODEL_DTYPES, Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
 from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis
+from frodctl.values import PathLike
 
 if TYPE_CHECKING:
     from frodctl.arrays import Array
@@ -37,13 +40,16 @@ class Source:
     projection_dtype: str | None = None  #: of V (the format's name) for PEFT's adapters without; None: the base's
 
 
-def opened(basis: str | Path | BasisFile) -> BasisFile:
-    """The basis, opened if it is not yet."""
-    return basis if isinstance(basis, BasisFile) else open_basis(basis)
+def opened(basis: PathLike | BasisFile) -> BasisFile:
+    """The basis, opened if it is not yet; errors are those of `open_basis`."""
+    if not isinstance(basis, BasisFile):
+        return open_basis(basis)
+    values.require(kind_of(basis.path) is not None, "basis", basis.path, "no such file; it was there when opened")
+    return basis
 
 
 def basis_of(
-    adapter: Adapter, given: str | Path | BasisFile | None = None, *, trust: bool | None = None
+    adapter: Adapter, given: PathLike | BasisFile | None = None, *, trust: bool | None = None
 ) -> BasisFile | None:
     """The basis file of an adapter: the one that is given, or for one that lacks V the one that lies near it.
 
@@ -81,7 +87,7 @@ def found_near(adapter: Adapter, basis: BasisFile) -> str:
 
 def open_source(
     adapter: Adapter,
-    given: str | Path | BasisFile | None = None,
+    given: PathLike | BasisFile | None = None,
     *,
     trust: bool | None = None,
     recompute: bool | None = None,

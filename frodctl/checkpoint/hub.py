@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
@@ -37,8 +37,10 @@ from frodctl.checkpoint.records import (
     shards_of,
 )
 from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.pipeline import in_order
 
 _TIMEOUT_SECONDS = 15
+_CONNECTIONS = 8
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _FILE_IN_URL = re.compile(r"/resolve/[^/]+/([^?]+)")
 
@@ -193,8 +195,8 @@ def _remote_tensors(location: Location, repo: str, commit: str, files: list[str]
         tensors = codec.check_remote(entries, f"{repo}/{file}")
         return [TensorInfo(s.name, s.dtype, s.shape, file, at) for s, at in tensors.values()]
 
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return {info.name: info for infos in pool.map(headers, files) for info in infos}
+    found = in_order([partial(headers, file) for file in files], ahead=_CONNECTIONS, count=_CONNECTIONS)
+    return {info.name: info for infos in found for info in infos}
 
 
 def _repo_and_revision(location: Location) -> tuple[str, str | None]:

@@ -11,14 +11,15 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.codec import TensorSpec
 from frodctl.errors import FrodctlError
+from frodctl.pipeline import in_order
 
 INDEX_FILE = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
@@ -169,9 +170,8 @@ class ShardWriter:
         noted = {name: rest for name, *rest in _lines(journal) if name in self.places}
         found = _digests(self.folder, {name: self.places[name] for name in noted})
         whole = [name for name, (digest, _) in noted.items() if found[name] == digest]
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            origins = zip(whole, pool.map(origin, whole), strict=True)
-            return {name: (noted[name][0], now) for name, now in origins if now == noted[name][1]}
+        origins = in_order([partial(origin, name) for name in whole], count=2)
+        return {name: (noted[name][0], now) for name, now in zip(whole, origins, strict=True) if now == noted[name][1]}
 
 
 def _lines(journal: Path) -> Iterator[list[str]]:
@@ -213,8 +213,8 @@ def _digests(folder: Path, places: Mapping[str, tuple[str, int, TensorSpec]]) ->
             sha256.update(chunk)
         return sha256.hexdigest()
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(places, pool.map(digest, places.values()), strict=True))
+    found = in_order([partial(digest, place) for place in places.values()], count=2)
+    return dict(zip(places, found, strict=True))
 
 
 def _write_at(handle: int, data: bytes | memoryview, offset: int) -> int:

@@ -1,4 +1,4 @@
-"""The tensors' bytes: read one tensor at a time, ahead of the arithmetic, digested on the way.
+"""The tensors' bytes, read one tensor at a time, and their digests.
 
 Files are read into buffers of our own, never mapped, so that what was read does not stay resident.
 """
@@ -6,11 +6,8 @@ Files are read into buffers of our own, never mapped, so that what was read does
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from queue import Full, Queue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,12 +27,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-#: Tensors that may wait, read, for the arithmetic.
-READ_AHEAD = 1
-
 _PIECE = 1 << 20  # elements
-
-T = TypeVar("T")
 
 
 def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: Array | None = None) -> Array:
@@ -99,48 +91,3 @@ def check_finite(tensor: Array, name: str, file: str) -> None:
     )
     if bad:
         raise InvalidInput(f"{file}: tensor {name} holds {bad} values that are NaN or Inf; the weights are damaged")
-
-
-def prefetch(tasks: Sequence[Callable[[], T]], depth: int = READ_AHEAD) -> Iterator[T]:
-    """Yield each task's result in order, computed by a thread that stays ``depth`` results ahead.
-
-    An exception in a task is raised at its place. Leaving the iteration early stops the thread. A task is begun
-    only when the caller is done with the result ``depth + 2`` places before, so that many buffers are enough.
-    """
-    queue: Queue[tuple[T, None] | tuple[None, BaseException]] = Queue(maxsize=depth)
-    stop = threading.Event()
-    thread = threading.Thread(target=_work, args=(tasks, queue, stop), name="frodctl-read")
-    thread.start()
-    try:
-        for _ in tasks:
-            result, error = queue.get()
-            if error is not None:
-                raise error
-            yield result  # type: ignore[misc]
-            del result  # before the next one comes
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _work(tasks: Sequence[Callable[[], T]], queue: Queue[Any], stop: threading.Event) -> None:
-    """Put each task's result, or the exception that ended them, into the queue."""
-
-    def abandoned() -> bool:
-        # An interrupted main thread may leave the iteration open; the interpreter must find this thread ended.
-        return stop.is_set() or not threading.main_thread().is_alive()
-
-    for task in tasks:
-        try:
-            item: tuple[Any, Any] = (task(), None)
-        except BaseException as error:
-            item = (None, error)
-        while not abandoned():
-            try:
-                queue.put(item, timeout=0.1)
-                break
-            except Full:
-                continue
-        if abandoned() or item[1] is not None:
-            return
-        del item

@@ -194,7 +194,7 @@ def check_digest(tensor: Array, recorded: str | None, what: str) -> None:
         raise InvalidInput(f"{what} is damaged: its digest is not the recorded one")
 
 
-def open_basis(path: str | Path) -> BasisFile:
+def open_basis(path: values.PathLike) -> BasisFile:
     """Read and validate the header of a shared-basis file.
 
     Raises

@@ -7,9 +7,6 @@ that loses nothing: squaring the matrix squares its condition number, so badly c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +40,7 @@ class NotFinite(ValueError):
     """The matrix has NaN or Inf among its elements. The caller knows its name."""
 
 
+<<<<<<< HEAD
 @contextmanager
 def workers(count: int) -> Iterator[ThreadPoolExecutor]:
     """Threads of one core each, for `singular_values` of several matrices at a time.
@@ -68,9 +66,12 @@ def workers(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def singular_values(W: Array, scratch: Scratch | None = None) -> Array:
+=======
+def singular_values(W: Tensor, scratch: Scratch | None = None) -> Tensor:
+>>>>>>> one
     """All singular values of W, each within 1e-6 of itself or within rounding (ε σ₁) of the exact one.
 
-    Safe to call from several threads at a time, each with a scratch of its own (see `workers`).
+    Safe to call from several threads at a time, each with a scratch of its own.
 
     Parameters
     ----------

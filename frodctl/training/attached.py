@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,10 @@ class Attached:
     modules_to_save: tuple[str, ...]  #: as asked for
     dropout: float
     selected: bool = False  #: the pattern is the adapter's own: neither a seed nor the basis file has it
+
+    def __post_init__(self) -> None:
+        # found again whatever the working directory is later
+        object.__setattr__(self, "basis", replace(self.basis, path=self.basis.path.resolve()))
 
     @property
     def digests(self) -> dict[str, str]:

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from frodctl.adapted.positions import drawn
 from frodctl.checkpoint.requests import module_matcher
 from frodctl.checkpoint.targets import DEFAULT_TARGETS
 from frodctl.errors import InvalidInput, UsageError
-from frodctl.formats.basis_file import BasisFile, ModuleRecord, open_basis
+from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.training import trainer
 from frodctl.training.attached import (
     Attached,
@@ -119,7 +118,7 @@ def attach(
     >>> model = frodctl.attach(model, "my-model.frod.safetensors")  # doctest: +SKIP
     """
     require_module(model)
-    opened = resolved(basis)
+    opened = opening.opened(basis)
     if note := opening.without_digests(opened):
         warnings.warn(note, stacklevel=2)
     chosen = choose(model, opened, target_modules, exclude_modules)
@@ -140,13 +139,6 @@ def _warn_of_a_frozen_head(model: nn.Module, saved: tuple[str, ...]) -> None:
             f"`modules_to_save={heads}` trains it",
             stacklevel=3,
         )
-
-
-def resolved(basis: values.PathLike | BasisFile) -> BasisFile:
-    """The basis file, found again whatever the working directory is later."""
-    file = values.basis(basis, "basis").resolve()
-    values.require(file.is_file(), "basis", file, "is a folder" if file.is_dir() else "no such file")
-    return replace(basis, path=file) if isinstance(basis, BasisFile) else open_basis(file)
 
 
 def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], adapter_name: str) -> Model:

@@ -27,7 +27,7 @@ from frodctl.training.attached import (
     saved_modules,
     updates_of,
 )
-from frodctl.training.attachment import checked_dropout, checked_name, install, resolved
+from frodctl.training.attachment import checked_dropout, checked_name, install
 from frodctl.training.layer import FrodLinear, SavedModule, is_transposed, out_features
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +52,7 @@ def load_adapter(
     basis : path or BasisFile, optional
         The one that it was trained with. By default the adapter's own, if it holds one (``self_contained``), else a
         file in its folder, in the one above, or where the adapter recorded it: the file that has the recorded digests,
-        whatever its name.
+        whatever its name; a warning says which.
     dropout, adapter_name
         As for `attach`.
 
@@ -69,15 +69,16 @@ def load_adapter(
     """
     require_module(model)
     folder, adapter_name, dropout = values.model(folder, "folder"), checked_name(adapter_name), checked_dropout(dropout)
-    given = None if basis is None else resolved(basis)
     adapter = open_adapter(Location(folder), _sub_folder(folder, adapter_name))
     provenance = adapter.provenance
     if provenance is None or provenance.form != "delta":
         raise InvalidInput(f"{adapter.name}: not trained by frodctl; merge it into its base instead (frodctl merge)")
-    found = opening.basis_of(adapter, given) or opening.basis_in(adapter)
-    if found is None:
+    beside = opening.basis_of(adapter, basis)
+    opened = beside or opening.basis_in(adapter)
+    if opened is None:
         raise opening.no_basis(adapter)
-    opened = resolved(found)
+    if beside is not None and basis is None:
+        warnings.warn(opening.found_near(adapter, beside), stacklevel=2)
     if note := opening.without_digests(adapter, opened):
         warnings.warn(note, stacklevel=2)
     modules = _modules(model, adapter, opened)

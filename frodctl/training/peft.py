@@ -23,7 +23,7 @@ from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import base_scales_key, lambda_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
 from frodctl.training.attached import require_module
-from frodctl.training.attachment import choose, resolved
+from frodctl.training.attachment import choose
 
 #: How far U may be from the one that V gives, relative, before `repair` takes it for another.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -60,7 +60,7 @@ def get_peft_model(
     """
     require_module(model)
     peft, layers = _modules()
-    opened = resolved(basis)
+    opened = opening.opened(basis)
     if note := opening.without_digests(opened):
         warnings.warn(note, stacklevel=2)
     chosen = choose(model, opened, options.pop("target_modules", None))
@@ -101,7 +101,7 @@ def load(
     folder : path
         The adapter, or a Hub id.
     basis : path or BasisFile, optional
-        For an adapter that does not hold V; by default as for `frodctl.load_adapter`.
+        For an adapter that does not hold V; by default as for `frodctl.load_adapter`, with the same warning.
     adapter_name : str
     is_trainable : bool
 
@@ -118,8 +118,10 @@ def load(
     require_module(model)
     peft, layers = _modules()
     adapter = open_adapter(Location(str(folder)))
-    given = None if basis is None else resolved(basis)
+    given = None if basis is None else opening.opened(basis)
     opened = opening.open_source(adapter, given).basis
+    if opened is not None and given is None:
+        warnings.warn(opening.found_near(adapter, opened), stacklevel=2)
     if note := opening.without_digests(adapter, opened):
         warnings.warn(note, stacklevel=2)
     for module in adapter.modules:

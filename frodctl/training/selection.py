@@ -16,9 +16,8 @@ from torch.autograd.function import once_differentiable
 from frodctl import values
 from frodctl.checkpoint import sink
 from frodctl.errors import InvalidInput, UsageError
-from frodctl.formats.basis_file import check_name, write_patterns
+from frodctl.formats.basis_file import check_name, open_basis, write_patterns
 from frodctl.training.attached import frod_layers, require_attachment, updates_of
-from frodctl.training.attachment import resolved
 from frodctl.training.layer import Pattern, Update, is_transposed
 
 _ROWS = 1 << 12  # tokens whose gradients are multiplied at a time
@@ -113,7 +112,7 @@ def select_pattern(
     attached = replace(attached, seed=None, selected=True)
     if output is not None:
         write_patterns(attached.basis, output, indices, attached.sparsity, force=force)
-        attached = replace(attached, basis=resolved(output), selected=False)
+        attached = replace(attached, basis=open_basis(output), selected=False)
     _exchange(updates.values(), indices)
     attachment.adapters[attachment.active] = attached
     return indices

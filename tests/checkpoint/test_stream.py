@@ -6,9 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import threading
-import weakref
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -143,55 +140,3 @@ def test_checking_takes_no_multiple_of_the_tensors_memory() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64
-
-
-def reader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "frodctl-read"]
-
-
-def test_results_come_in_order() -> None:
-    assert list(stream.prefetch([partial(pow, i, 2) for i in range(50)])) == [i * i for i in range(50)]
-    assert list(stream.prefetch([])) == []
-    assert not reader_threads()
-
-
-def test_an_exception_is_raised_at_its_place() -> None:
-    ran: list[int] = []
-
-    def task(i: int) -> int:
-        ran.append(i)
-        if i == 2:
-            raise InvalidInput("third")
-        return i
-
-    results = stream.prefetch([partial(task, i) for i in range(5)])
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(InvalidInput, match="third"):
-        next(results)
-    assert ran == [0, 1, 2]
-    assert not reader_threads()
-
-
-@pytest.mark.parametrize("taken", [0, 1, 2])
-def test_leaving_early_stops_the_thread(taken: int) -> None:
-    results = stream.prefetch([partial(int, 1)] * 100)
-    for _ in range(taken):
-        next(results)
-    results.close()
-    assert not reader_threads()
-
-
-def test_few_results_are_alive_at_any_time() -> None:
-    """The one in use, one waiting, one being read: the memory that the plan counts on."""
-    alive: list[weakref.ref[torch.Tensor]] = []
-    most = 0
-
-    def task() -> torch.Tensor:
-        tensor = torch.ones(4)
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    for tensor in stream.prefetch([task] * 50):
-        most = max(most, sum(reference() is not None for reference in list(alive)))
-        del tensor
-    assert most <= 3

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from safetensors.torch import load_file, save_file
 import frodctl
 from frodctl.checkpoint.stream import digest
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
+from frodctl.jobs.inspect import InspectOptions, reports
+from frodctl.jobs.inspect.report import FIGURES
 from tests import peft_models
 from tests.jobs.test_merge import sign, write_adapter
 
@@ -107,6 +111,31 @@ def test_fused_experts_are_taken_one_by_one(tmp_path: Path) -> None:
     for i, row in enumerate(found.values()):
         assert row["nuclear_norm"] == pytest.approx(np.linalg.svd(fused[i].double().numpy())[1].sum(), rel=1e-9)
         assert row["shape"] == [8, 6]
+
+
+@pytest.fixture
+def three_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_several_matrices_at_a_time_have_the_same_figures(example: Path, three_cores: None) -> None:
+    several = rows(example, spectrum=True)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    for (name, row), one in zip(rows(example, spectrum=True).items(), several.values(), strict=True):
+        assert all(close(one[key], row[key], key) for key in FIGURES if row[key] is not None), name
+        assert [one[key] is None for key in FIGURES] == [row[key] is None for key in FIGURES], name
+
+
+def test_whoever_takes_only_the_first_has_his_threads_back(example: Path, three_cores: None) -> None:
+    report = next(reports([str(example)], InspectOptions.of(spectrum=True)))
+    next(report.rows)
+    report.rows.close()
+    assert torch.get_num_threads() == 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("frodctl")]
 
 
 def test_nan_is_an_error_that_names_the_tensor(example: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -672,9 +673,28 @@ class TestAnotherModel:
 
     def test_no_basis_there(self, cases: Cases, tmp_path: Path) -> None:
         model = cases("llama").model()
-        for basis, message in ((tmp_path / "none", "no such file"), (str(tmp_path), "is a folder")):
-            with pytest.raises(UsageError, match=f"`basis` {tmp_path}.*: {message}"):
-                frodctl.attach(model, basis)
+        with pytest.raises(UsageError, match=f"{tmp_path}/none: no such file .`basis`."):
+            frodctl.attach(model, tmp_path / "none")
+        with pytest.raises(InvalidInput, match=f"{tmp_path}: is a folder"):
+            frodctl.attach(model, str(tmp_path))
+        shutil.copy(cases("llama").basis, tmp_path / "basis.safetensors")
+        opened = frodctl.open_basis(tmp_path / "basis.safetensors")
+        opened.path.unlink()
+        with pytest.raises(UsageError, match=f"`basis` {opened.path}: no such file"):
+            frodctl.attach(model, opened)
+
+    @pytest.mark.parametrize("opened", [True, False])
+    def test_found_again_from_another_folder(
+        self, opened: bool, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = cases("llama")
+        shutil.copy(case.basis, tmp_path / "basis.safetensors")
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path)
+        model = frodctl.attach(case.model(), frodctl.open_basis("basis.safetensors") if opened else "basis.safetensors")
+        monkeypatch.chdir("other")
+        frodctl.save_adapter(model, "adapter", self_contained=True)
+        frodctl.load_adapter(case.model(), "adapter")
 
     def test_a_tied_layer(self, cases: Cases) -> None:
         case = cases("llama")

@@ -414,19 +414,34 @@ class TestWithoutABasisFile:
         self.every_way(case, tmp_path / "run" / "adapter", logits(model))
 
     def every_way(self, case: Case, folder: Path, expected: torch.Tensor) -> None:
-        fresh = frodctl.load_adapter(case.model(), folder)
+        near = "takes its basis, by its digests, from"
+        with pytest.warns(UserWarning, match=near):
+            fresh = frodctl.load_adapter(case.model(), folder)
         assert (logits(fresh) - expected).abs().max() <= 1e-5
         said: list[Progress] = []
         out = folder.with_name("out")
         frodctl.merge(case.base, folder, out, progress=said.append)
-        assert any("takes its basis, by its digests, from" in report.text for report in said)
+        assert any(near in report.text for report in said)
         merged = AutoModelForCausalLM.from_pretrained(out)
         assert (logits(merged) - expected).abs().max() <= 1e-5
         said.clear()
         rows = frodctl.inspect(folder, base=str(case.base), progress=said.append).targets[0].rows
         assert all(row.values["scales_change_norm"] > 0 for row in rows)
-        assert any("takes its basis, by its digests, from" in report.text for report in said)
-        assert (logits(bridge.load(case.model(), folder)) - expected).abs().max() <= 1e-4
+        assert any(near in report.text for report in said)
+        with pytest.warns(UserWarning, match=near):
+            loaded = bridge.load(case.model(), folder)
+        assert (logits(loaded) - expected).abs().max() <= 1e-4
+
+    @pytest.mark.parametrize("self_contained", [True, False])
+    def test_nothing_is_said_of_a_basis_that_is_given_or_its_own(
+        self, self_contained: bool, cases: Cases, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        case = cases("llama")
+        frodctl.save_adapter(frodctl.attach(case.model(), case.basis), tmp_path, self_contained=self_contained)
+        basis = None if self_contained else case.basis
+        frodctl.load_adapter(case.model(), tmp_path, basis)
+        bridge.load(case.model(), tmp_path, basis)
+        assert not [warning for warning in recwarn if "digest" in str(warning.message)]
 
     def test_found_in_the_working_directory(
         self, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from frodctl.formats import basis_file
 from frodctl.jobs.decompose.plan import CategoryPlan, DecomposePlan
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
+from frodctl.pipeline import AHEAD, in_order
 
 if TYPE_CHECKING:
     import torch
@@ -252,11 +253,9 @@ class _Weights:
         return [(target.m, target.n) for target in self.targets]
 
     def __iter__(self) -> Iterator[Array]:
-        from frodctl.checkpoint.stream import prefetch
-
         slots = itertools.cycle(self._buffers())
         tasks = [partial(self._read, target, next(slots)) for target in self.targets]
-        return prefetch(tasks)
+        return in_order(tasks)
 
     def read_digests(self) -> dict[str, str]:
         """The digests of all, of which none is kept."""
@@ -272,14 +271,12 @@ class _Weights:
             check_finite(weight, target.tensor.name, str(self.root / target.tensor.file))
 
     def _buffers(self) -> list[Array]:
-        """Memory to read into: for the weight in use, those read ahead, and the one being read."""
+        """Memory to read into: for the weight in use and those ahead of it."""
         import torch
-
-        from frodctl.checkpoint.stream import READ_AHEAD
 
         if self.buffers is None:
             largest = max(target.nbytes for target in self.targets)
-            self.buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(READ_AHEAD + 2)]
+            self.buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(AHEAD + 1)]
         return self.buffers
 
     def _read(self, target: Target, buffer: Array) -> Array:

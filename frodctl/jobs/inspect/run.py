@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -174,11 +175,7 @@ def _spectra(
         reading(root, info, index, f"{root / info.file}: tensor {headers.tensor_values(info, index)['name']}")
         for info, index in parts
     ]
-    found = spectra.of_all(tasks)
-    try:
+    with closing(spectra.of_all(tasks)) as found:
         for (info, index), figures in zip(parts, found, strict=True):
             first = headers.tensor_values(info, index)
             yield Row(first | figures.values | headers.place_values(info), figures.singular_values)
-    finally:
-        close: Callable[[], None] = getattr(found, "close", lambda: None)
-        close()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from frodctl.checkpoint.shards import ShardWriter
 from frodctl.errors import InvalidInput
 from frodctl.jobs.merge.plan import MergePlan, flops
 from frodctl.jobs.progress import Callback, Progress
+from frodctl.pipeline import AHEAD, Workers, in_order
 
 if TYPE_CHECKING:
     from frodctl.arrays import Array
@@ -40,7 +40,7 @@ class TensorMerger:
         self.done = 0.0
         self.total = plan.flops
         largest = max((weight.target.nbytes for weight in plan.weights), default=0)
-        self._read_buffers = _ring(stream.READ_AHEAD + 2, largest)
+        self._read_buffers = _ring(AHEAD + 1, largest)
         widest = max((self._output_bytes(weight) for weight in plan.weights), default=0)
         self._write_buffer = torch.empty(widest, dtype=torch.uint8)
 
@@ -53,8 +53,7 @@ class TensorMerger:
             elif self.updates.untouched(weight):
                 self.unchanged.append(self._name(weight))
         self._advance(self.total - sum(flops(w) for w in waiting))
-        behind, copies = _Behind(), _Behind()
-        try:
+        with Workers[None]() as writes, Workers[None]() as copies:
             for name, info in self.plan.copied.items():
                 if name not in self.writer.digests:
                     copies.add(partial(self._copy, name, info))
@@ -62,14 +61,11 @@ class TensorMerger:
                 if name not in self.writer.digests:
                     self._replace(name, source, info)
             tasks = [partial(self._read, weight, next(self._read_buffers)) for weight in waiting]
-            for task, digest in stream.prefetch(tasks):
-                self._merge(task, digest, behind)
+            for task, digest in in_order(tasks):
+                self._merge(task, digest, writes)
                 self._advance(flops(task.weight))
-            behind.finish()
+            writes.finish()
             copies.finish()
-        finally:
-            behind.abandon()
-            copies.abandon()
 
     def _advance(self, amount: float) -> None:
         self.done += amount
@@ -87,13 +83,13 @@ class TensorMerger:
         task = self.updates.read(weight, buffer)
         return task, "" if task.stored is None else self.updates.digest(task)
 
-    def _merge(self, task: Task, digest: str, behind: _Behind) -> None:
+    def _merge(self, task: Task, digest: str, writes: Workers[None]) -> None:
         """Compute one weight and have it written."""
         name = self._name(task.weight)
         info = task.weight.target.tensor
         if task.stored is None:
             self.unchanged.append(name)
-            behind.add(partial(self._copy, name, info))
+            writes.add(partial(self._copy, name, info))
             return
         dtype = stream.TORCH_DTYPES[self.plan.dtypes[name]]
         transposed = task.weight.target.transposed
@@ -101,13 +97,13 @@ class TensorMerger:
         out = self._write_buffer[: self._output_bytes(task.weight)].view(dtype).view(info.shape)
         rows_first = out.T if transposed else out
         for rows, block in self.updates.rows(W, task):
-            behind.finish()  # writing what was in the buffer before
+            writes.finish()  # of what was in the buffer before
             rows_first[rows].copy_(block)
         if not _all_finite(out):
             stream.check_finite(task.stored, info.name, str(self.root / info.file))
             cause = "the adapter's values are too large, or it belongs to another base"
             raise InvalidInput(f"{name}: the merged weight holds NaN or Inf in {str(dtype)[6:]}; {cause}")
-        behind.add(partial(self.writer.write, name, [stream.tensor_bytes(out)], lambda: digest))
+        writes.add(partial(self.writer.write, name, [stream.tensor_bytes(out)], lambda: digest))
 
     def _replace(self, name: str, source: Source, info: TensorInfo) -> None:
         tensor = source.adapter.tensor(info)
@@ -163,23 +159,3 @@ def _all_finite(tensor: Array) -> bool:
 def _ring(count: int, nbytes: int) -> Iterator[Array]:
     """Buffers that are used in turn: fresh memory would cost page faults."""
     return itertools.cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(count)])
-
-
-class _Behind:
-    """A thread that does what it is given, in order, while the caller goes on."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, "frodctl-write")
-        self.futures: list[Future[None]] = []
-
-    def add(self, work: Callable[[], None]) -> None:
-        self.futures.append(self.pool.submit(work))
-
-    def finish(self) -> None:
-        """Until all are done; raises what went wrong."""
-        while self.futures:
-            self.futures.pop(0).result()
-
-    def abandon(self) -> None:
-        """Drop what has not begun."""
-        self.pool.shutdown(cancel_futures=True)

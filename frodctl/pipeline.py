@@ -1,0 +1,101 @@
+"""Work in threads beside the caller's: ahead of it, as in reading, or behind it, as in writing.
+
+All is begun in the order given. Results and errors come to the caller's thread; after an error, or once the caller
+stops, nothing more is begun.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Generic, Self, TypeVar
+
+#: Results that are made, or wait, while the caller uses one.
+AHEAD = 2
+
+T = TypeVar("T")
+
+
+class Workers(Generic[T]):
+    """Threads for a ``with`` block: they have ended after it, and what they had not begun is dropped.
+
+    Parameters
+    ----------
+    count : int
+        Threads.
+    prepare : callable, optional
+        Called first in each of them.
+    """
+
+    def __init__(self, count: int = 1, prepare: Callable[[], object] | None = None) -> None:
+        self._pool = ThreadPoolExecutor(count, "frodctl", prepare)
+        self._waiting: deque[Future[T]] = deque()
+        self._stopped = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def __len__(self) -> int:
+        """Tasks whose results were not taken yet."""
+        return len(self._waiting)
+
+    def add(self, task: Callable[[], T]) -> None:
+        """Have a task done after those before."""
+        self._waiting.append(self._pool.submit(self._do, task))
+
+    def take(self) -> T:
+        """The result of the first task that is left, waited for; raises what the task raised."""
+        return self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for all that is left; raises what the first of them to fail raised."""
+        while self._waiting:
+            self.take()
+
+    def _do(self, task: Callable[[], T]) -> T:
+        if self._stopped:
+            raise CancelledError
+        try:
+            return task()
+        except BaseException:
+            self._stopped = True
+            raise
+
+
+def in_order(
+    tasks: Iterable[Callable[[], T]],
+    *,
+    ahead: int = AHEAD,
+    count: int = 1,
+    prepare: Callable[[], object] | None = None,
+) -> Generator[T, None, None]:
+    """Yield each task's result in order, computed by threads that stay ahead of the caller.
+
+    A task is begun only when the caller is done with the result ``ahead + 1`` places before, so that as many buffers
+    are enough. Leaving the iteration, or closing it, ends the threads.
+
+    Parameters
+    ----------
+    tasks : iterable of callables
+        Taken one by one, in the caller's thread.
+    ahead : int
+        Results that are made, or wait, while the caller uses one.
+    count, prepare
+        As for `Workers`.
+
+    Yields
+    ------
+    Each task's result; an exception in a task is raised in its place.
+    """
+    with Workers[T](count, prepare) as workers:
+        for task in tasks:
+            workers.add(task)
+            if len(workers) > ahead:
+                yield workers.take()
+        while len(workers):
+            yield workers.take()
