@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import Full, Queue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ READ_AHEAD = 1
 _PIECE = 1 << 20  # elements
 
 T = TypeVar("T")
+_Results: TypeAlias = Queue[tuple[T, None] | tuple[None, BaseException]]
 
 
 def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: Array | None = None) -> Array:
@@ -107,7 +108,7 @@ def prefetch(tasks: Sequence[Callable[[], T]], depth: int = READ_AHEAD) -> Itera
     An exception in a task is raised at its place. Leaving the iteration early stops the thread. A task is begun
     only when the caller is done with the result ``depth + 2`` places before, so that many buffers are enough.
     """
-    queue: Queue[tuple[T, None] | tuple[None, BaseException]] = Queue(maxsize=depth)
+    queue: _Results[T] = Queue(maxsize=depth)
     stop = threading.Event()
     thread = threading.Thread(target=_work, args=(tasks, queue, stop), name="frodctl-read")
     thread.start()
@@ -123,7 +124,7 @@ def prefetch(tasks: Sequence[Callable[[], T]], depth: int = READ_AHEAD) -> Itera
         thread.join()
 
 
-def _work(tasks: Sequence[Callable[[], T]], queue: Queue[Any], stop: threading.Event) -> None:
+def _work(tasks: Sequence[Callable[[], T]], queue: _Results[T], stop: threading.Event) -> None:
     """Put each task's result, or the exception that ended them, into the queue."""
 
     def abandoned() -> bool:
@@ -132,7 +133,7 @@ def _work(tasks: Sequence[Callable[[], T]], queue: Queue[Any], stop: threading.E
 
     for task in tasks:
         try:
-            item: tuple[Any, Any] = (task(), None)
+            item: tuple[T, None] | tuple[None, BaseException] = (task(), None)
         except BaseException as error:
             item = (None, error)
         while not abandoned():

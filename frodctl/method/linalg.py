@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +24,7 @@ _LEAF = 128
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Keep float32 products float32, whatever the caller allows for speed elsewhere (TF32, bfloat16)."""
-    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends: list[object] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     settings = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # torch 2.9 and newer
     if not settings:
         before = torch.get_float32_matmul_precision()
