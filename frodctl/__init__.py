@@ -12,7 +12,7 @@ and so is training: `frodctl.attach` makes a live model trainable, `frodctl.save
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
@@ -71,7 +71,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import on first use, so that the command line starts at once."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias, TypeVar
 
 from frodctl.errors import UsageError
 
@@ -24,15 +24,17 @@ Names: TypeAlias = str | Iterable[str]
 Blocks: TypeAlias = str | int | Iterable[int]
 Scaled: TypeAlias = str | os.PathLike[str] | tuple[PathLike, Number]
 
+T = TypeVar("T")
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _NOT_A_NUMBER = (bool, complex)
 _LARGEST_SEED = 2**64 - 1
 _SMALLEST_SHARD = 1000  # bytes
 
 
-def option(default: Any, read: Callable[[Any, str], Any], **more: Any) -> Any:
+def option(default: T, read: Callable[[object, str], T], *, repr: bool = True) -> T:
     """A field of `Options` with this default, read by one of the functions here."""
-    return field(default=default, metadata={"read": read}, **more)
+    return field(default=default, metadata={"read": read}, repr=repr)
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class Options:
             object.__setattr__(self, item.name, value)
 
     @classmethod
-    def of(cls, **given: Any) -> Self:
+    def of(cls, **given: object) -> Self:
         """From values in any of the forms that are read."""
         return cls(**given)
 
 
-def optional(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+def optional(read: Callable[[object, str], T]) -> Callable[[object, str], T | None]:
     """As ``read``, and None is None."""
     return lambda value, parameter: None if value is None else read(value, parameter)
 
@@ -61,14 +63,14 @@ def require(holds: bool, parameter: str, value: object, expected: str) -> None:
         raise UsageError(f"`{parameter}` {_shown(value)}: {expected}")
 
 
-def flag(value: Any, parameter: str) -> bool:
+def flag(value: object, parameter: str) -> bool:
     """True or False."""
     if type(value).__name__ in ("bool", "bool_"):  # numpy's, too
         return bool(value)
     raise _wrong(value, parameter, "True or False")
 
 
-def text(value: Any, parameter: str) -> str:
+def text(value: object, parameter: str) -> str:
     """A string that is not empty and that a file may hold."""
     if not isinstance(value, str):
         raise _wrong(value, parameter, "a string")
@@ -76,12 +78,12 @@ def text(value: Any, parameter: str) -> str:
     return _encodable(value, parameter)
 
 
-def text_or_nothing(value: Any, parameter: str) -> str:
+def text_or_nothing(value: object, parameter: str) -> str:
     """A string, which may be empty."""
     return "" if value is None or (isinstance(value, str) and not value) else text(value, parameter)
 
 
-def device(value: Any, parameter: str) -> str:
+def device(value: object, parameter: str) -> str:
     """The name of a device, or a torch.device."""
     name = str(value) if type(value).__name__ == "device" else text(value, parameter)
     known = re.fullmatch(r"auto|(cpu|cuda|mps|meta|xpu|hpu|npu|xla)(:[0-9]{1,4})?", name)
@@ -89,21 +91,21 @@ def device(value: Any, parameter: str) -> str:
     return name
 
 
-def dtype(*choices: str) -> Callable[[Any, str], str]:
+def dtype(*choices: str) -> Callable[[object, str], str]:
     """One of these dtypes by name, or torch's own."""
     read = choice(*choices)
 
-    def named(value: Any, parameter: str) -> str:
+    def named(value: object, parameter: str) -> str:
         given = str(value) if type(value).__name__ == "dtype" else value
         return read(given.removeprefix("torch.") if isinstance(given, str) else given, parameter)
 
     return named
 
 
-def choice(*choices: str) -> Callable[[Any, str], str]:
+def choice(*choices: str) -> Callable[[object, str], str]:
     """One of these words."""
 
-    def read(value: Any, parameter: str) -> str:
+    def read(value: object, parameter: str) -> str:
         require(isinstance(value, str) and value in choices, parameter, value, f"one of {', '.join(choices)}")
         return str(value)
 
@@ -111,7 +113,7 @@ def choice(*choices: str) -> Callable[[Any, str], str]:
 
 
 def number(
-    value: Any, parameter: str, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
+    value: object, parameter: str, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
     """A finite number: an int or a float (numpy's, too), or text such as ``1e-3``."""
     found = _float(value.strip() if isinstance(value, str) else value)
@@ -121,25 +123,25 @@ def number(
 
 
 def share(
-    value: Any, parameter: str, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
+    value: object, parameter: str, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
     """A number, which may be given in per cent: ``0.0172`` or ``1.72%``."""
     given = value.strip() if isinstance(value, str) else value
-    percent = isinstance(given, str) and given.endswith("%")
-    found = _float(given[:-1].strip() if percent else given)
+    percent = given[:-1].strip() if isinstance(given, str) and given.endswith("%") else None
+    found = _float(given if percent is None else percent)
     if found is None:
         raise _wrong(value, parameter, "a number such as 0.5, or per cent such as 50%")
-    return _within(found / 100 if percent else found, value, parameter, at_least, above, at_most)
+    return _within(found if percent is None else found / 100, value, parameter, at_least, above, at_most)
 
 
 def between(
     read: Callable[..., float], at_least: float = -math.inf, at_most: float = math.inf, *, above: float = -math.inf
-) -> Callable[[Any, str], float]:
+) -> Callable[[object, str], float]:
     """As `number` or `share`, within bounds."""
     return lambda value, parameter: read(value, parameter, at_least=at_least, above=above, at_most=at_most)
 
 
-def integer(value: Any, parameter: str, *, at_least: int | None = None, at_most: int | None = None) -> int:
+def integer(value: object, parameter: str, *, at_least: int | None = None, at_most: int | None = None) -> int:
     """A whole number, or text such as ``12``."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
         value = int(value.strip())
@@ -155,17 +157,17 @@ def integer(value: Any, parameter: str, *, at_least: int | None = None, at_most:
     return found
 
 
-def seed(value: Any, parameter: str) -> int:
+def seed(value: object, parameter: str) -> int:
     """A seed that torch's generator takes: of 64 bits."""
     return integer(value, parameter, at_least=0, at_most=_LARGEST_SEED)
 
 
-def count(value: Any, parameter: str) -> int:
+def count(value: object, parameter: str) -> int:
     """A positive whole number."""
     return integer(value, parameter, at_least=1)
 
 
-def size(value: Any, parameter: str) -> int:
+def size(value: object, parameter: str) -> int:
     """A number of bytes, or text: ``500000``, ``128MB`` (10⁶), ``2GiB`` (2³⁰)."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", value.upper(), re.ASCII)
@@ -179,14 +181,14 @@ def size(value: Any, parameter: str) -> int:
     return integer(value, parameter, at_least=0)
 
 
-def shard_size(value: Any, parameter: str) -> int:
+def shard_size(value: object, parameter: str) -> int:
     """A number of bytes for a file: as `size`, but a bare small number would be a slip for megabytes."""
     found = size(value, parameter)
     require(found >= _SMALLEST_SHARD, parameter, value, f"at least {_SMALLEST_SHARD} bytes; say 500MB or 5GB")
     return found
 
 
-def path(value: Any, parameter: str) -> Path:
+def path(value: object, parameter: str) -> Path:
     """A path; ``~`` is the home folder."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise _wrong(value, parameter, "a path")
@@ -204,12 +206,12 @@ def path(value: Any, parameter: str) -> Path:
         return Path(given)
 
 
-def basis(value: Any, parameter: str) -> Path:
+def basis(value: object, parameter: str) -> Path:
     """A path, or what `frodctl.open_basis` gave, which has one."""
     return path(getattr(value, "path", value) if not isinstance(value, os.PathLike) else value, parameter)
 
 
-def model(value: Any, parameter: str) -> str:
+def model(value: object, parameter: str) -> str:
     """What names a model or an adapter: a path or a Hub id."""
     if not isinstance(value, (str, os.PathLike)):
         raise _wrong(value, parameter, "a path or a Hub id")
@@ -217,7 +219,7 @@ def model(value: Any, parameter: str) -> str:
     return os.fspath(value)
 
 
-def models(value: Any, parameter: str) -> tuple[str, ...]:
+def models(value: object, parameter: str) -> tuple[str, ...]:
     """At least one of what `model` reads, in lists of any depth."""
     if isinstance(value, (str, os.PathLike)):
         return (model(value, parameter),)
@@ -228,31 +230,33 @@ def models(value: Any, parameter: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def names(value: Any, parameter: str) -> tuple[str, ...]:
+def names(value: object, parameter: str) -> tuple[str, ...]:
     """Names, one by one or separated by commas in a string."""
     if isinstance(value, str):
-        items: Sequence[Any] = [part.strip() for part in value.split(",")] if value else []
+        items: Sequence[object] = [part.strip() for part in value.split(",")] if value else []
     else:
         items = _items(value, parameter, "names: a list of strings, or one string with commas")
+    found = []
     for item in items:
         if not isinstance(item, str):
             raise _wrong(value, parameter, "names: a list of strings, or one string with commas")
         require(bool(item.strip()), parameter, value, "has an empty name")
         _encodable(item, parameter)
-    return tuple(items)
+        found.append(item)
+    return tuple(found)
 
 
-def globs(value: Any, parameter: str) -> tuple[str, ...]:
+def globs(value: object, parameter: str) -> tuple[str, ...]:
     """Patterns: one string (commas and all), or several."""
     return (text(value, parameter),) if isinstance(value, str) else names(value, parameter)
 
 
-def modules(value: Any, parameter: str) -> str:
+def modules(value: object, parameter: str) -> str:
     """Which modules: ``default``, ``all-linear``, names, or a regular expression; a list of names with commas."""
     return text(value, parameter) if isinstance(value, str) else text(",".join(names(value, parameter)), parameter)
 
 
-def blocks(value: Any, parameter: str) -> str:
+def blocks(value: object, parameter: str) -> str:
     """Block numbers: ``0-11``, ``0,2,8-11``; a number, a range or a list of numbers from Python."""
     if isinstance(value, str):
         return text(value, parameter)
@@ -262,7 +266,7 @@ def blocks(value: Any, parameter: str) -> str:
     return ",".join(str(integer(number, parameter, at_least=0)) for number in numbers)
 
 
-def scaled(value: Any, parameter: str) -> tuple[str, float]:
+def scaled(value: object, parameter: str) -> tuple[str, float]:
     """An adapter and how much of it: ``ADAPTER``, ``ADAPTER:0.4``, or a pair from Python."""
     if isinstance(value, (tuple, list)):
         require(len(value) == 2, parameter, value, "expected pairs of an adapter and its scale")
@@ -274,7 +278,7 @@ def scaled(value: Any, parameter: str) -> tuple[str, float]:
     return name, share(scale, parameter)
 
 
-def several_scaled(value: Any, parameter: str) -> tuple[tuple[str, float], ...]:
+def several_scaled(value: object, parameter: str) -> tuple[tuple[str, float], ...]:
     """Adapters, each as `scaled` has it; one alone need not be in a list."""
     pair = isinstance(value, tuple) and len(value) == 2 and _float(value[1]) is not None
     if isinstance(value, (str, os.PathLike)) or pair:
@@ -282,7 +286,7 @@ def several_scaled(value: Any, parameter: str) -> tuple[tuple[str, float], ...]:
     return tuple(scaled(item, parameter) for item in _items(value, parameter, "adapters, such as ['other:0.3']"))
 
 
-def _items(value: Any, parameter: str, expected: str) -> list[Any]:
+def _items(value: object, parameter: str, expected: str) -> list[object]:
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
         raise _wrong(value, parameter, expected)
     try:
@@ -291,12 +295,12 @@ def _items(value: Any, parameter: str, expected: str) -> list[Any]:
         raise _wrong(value, parameter, expected) from None
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(value: object) -> object:
     """What torch or numpy holds in an array without a dimension; anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
-def _float(value: Any) -> float | None:
+def _float(value: object) -> float | None:
     """The number; None where it is none."""
     value = _scalar(value)
     if isinstance(value, _NOT_A_NUMBER) or not isinstance(value, (Real, str)):

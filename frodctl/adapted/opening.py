@@ -20,6 +20,7 @@ from frodctl.checkpoint.records import ADAPTER_FILES, MODEL_DTYPES, Location
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
 from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis
+from frodctl.formats.fields import is_alpha, is_seed
 from frodctl.values import PathLike
 
 if TYPE_CHECKING:
@@ -272,8 +273,8 @@ def basis_in(adapter: Adapter) -> BasisFile | None:
         tool="",
         model=adapter.base or "",
         revision=revision if isinstance(revision, str) else None,
-        alpha=1e-3 if alpha is None else alpha,
-        seed=own.seed if own.seed is not None else seed or 0,
+        alpha=alpha if is_alpha(alpha) else 1e-3,
+        seed=own.seed if own.seed is not None else seed if is_seed(seed) else 0,
         sparsity={category: own.sparsity.get(category, 0.0) for category in adapter.categories},
         precision="auto",
         basis={category: own.basis[category] for category in adapter.categories},

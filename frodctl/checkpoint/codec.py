@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from safetensors import SafetensorError, safe_open
 
-from frodctl.checkpoint.inputs import MAX_JSON_BYTES, check_amount, decode_json, open_input
+from frodctl.checkpoint.inputs import MAX_JSON_BYTES, Json, check_amount, decode_json, open_input
 from frodctl.errors import InvalidInput
 
 _CHUNK_BYTES = 8 << 20
@@ -86,7 +87,7 @@ def read_header(path: Path) -> Header:
     return Header({name: tensors[name] for name in names if name != "__metadata__"}, metadata)
 
 
-def check_remote(entries: Mapping[str, Any], where: str) -> dict[str, tuple[TensorSpec, int]]:
+def check_remote(entries: Mapping[str, Json], where: str) -> dict[str, tuple[TensorSpec, int]]:
     """The tensors of a decoded header whose file is elsewhere, checked as `read_header` does; offsets are from its end.
 
     Raises
@@ -173,7 +174,7 @@ def write_file(
 
 def header_bytes(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
     """The beginning of a file with these tensors in this order: the length and the header itself."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
+    entries: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for spec in specs:
         end = position + spec.nbytes
@@ -202,7 +203,7 @@ def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
             nbytes -= len(piece)
 
 
-def read_into(file: Any, view: memoryview, fault: str) -> None:
+def read_into(file: FileIO, view: memoryview, fault: str) -> None:
     """Fill the view from an unbuffered file; `InvalidInput` with the text ``fault`` if it ends before."""
     done = 0
     while done < len(view):

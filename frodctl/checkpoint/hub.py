@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import unquote
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
@@ -109,22 +108,20 @@ def _snapshot(
     the caller sees for itself.
     """
     repo, revision = _repo_and_revision(location)
-    common: dict[str, Any] = {"token": location.token, "cache_dir": location.cache_dir}
+    fetch = partial(snapshot_download, repo, token=location.token, cache_dir=location.cache_dir)
     with _clear_errors(location):
         if is_offline(location):
             only = [_prefixed(location, least)]
-            folder = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=only, **common)
+            folder = fetch(revision=revision, local_files_only=True, allow_patterns=only)
         else:
             commit, files = _files(location, repo, revision)
             names = wanted(commit, files)
             if progress is not None:
                 progress(f"fetching {len(names)} files of {repo} at {commit[:12]} (cached ones are not fetched again)")
-            folder = snapshot_download(
-                repo,
+            folder = fetch(
                 # by name, so that the cache learns what the name stands for and --offline can use it
                 revision=revision,
                 allow_patterns=[_prefixed(location, name) for name in names],
-                **common,
             )
     root = Path(folder)
     return repo, root.name, root / location.subfolder
@@ -144,7 +141,7 @@ def remote_headers(location: Location) -> Checkpoint:
     repo, revision = _repo_and_revision(location)
     with _clear_errors(location):
         commit, files = _files(location, repo, revision)
-        config: dict[str, Any] = {}
+        config: dict[str, object] = {}
         files = [file for file in files if "/" not in file]
         if "config.json" in files:
             config = read_json(_fetch(location, repo, commit, "config.json"))
@@ -154,16 +151,18 @@ def remote_headers(location: Location) -> Checkpoint:
                 f"{repo}: its weights ({entry}) are pickled, and their headers cannot be read remotely; "
                 "download the checkpoint first"
             )
-        shards: dict[Any, str] = {None: entry}
+        shards = {}
         if entry.endswith(".index.json"):
-            shards = dict(shards_of(read_json(_fetch(location, repo, commit, entry)), f"{repo}/{entry}"))
-        tensors = _remote_tensors(location, repo, commit, sorted(set(shards.values())))
+            shards = shards_of(read_json(_fetch(location, repo, commit, entry)), f"{repo}/{entry}")
+        tensors = _remote_tensors(location, repo, commit, sorted(set(shards.values())) or [entry])
     check_is_checkpoint(f"{repo}/{entry}", tensors)
     check_complete(shards, tensors, repo)
     return Checkpoint(repo, commit, None, config, tensors)
 
 
-def remote_adapter(location: Location, choose: Callable[[list[str]], str]) -> tuple[dict[str, Any], list[TensorInfo]]:
+def remote_adapter(
+    location: Location, choose: Callable[[list[str]], str]
+) -> tuple[dict[str, object], list[TensorInfo]]:
     """The config and the headers of one of a repository's adapters, without its weights.
 
     ``choose`` is given the paths of all adapters' configs and returns one of them.

@@ -8,9 +8,11 @@ import re
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from frodctl.errors import InvalidInput
+
+Json: TypeAlias = Any  #: a value of JSON, whose form its reader has to know
 
 #: The safetensors library's own limit for a header.
 MAX_JSON_BYTES = 100_000_000
@@ -57,7 +59,7 @@ def open_input(path: Path) -> IO[bytes]:
         raise InvalidInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file; anything else is an `InvalidInput`."""
     with open_input(path) as file:
         raw = file.read(MAX_JSON_BYTES + 1)
@@ -76,7 +78,7 @@ def check_amount(raw: bytes) -> None:
         raise ValueError(f"more than {MAX_JSON_BYTES} bytes or {MAX_JSON_VALUES} values")
 
 
-def decode_json(raw: bytes, *, strict: bool = False) -> Any:
+def decode_json(raw: bytes, *, strict: bool = False) -> Json:
     """Decode UTF-8 JSON.
 
     Half a surrogate pair, which no file and no terminal can be given, becomes a question mark. With ``strict`` it is
@@ -97,7 +99,7 @@ def decode_json(raw: bytes, *, strict: bool = False) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)

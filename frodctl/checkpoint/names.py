@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 #: Of torch.compile, torch's checkpoint_wrapper and FullyShardedDataParallel.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -140,7 +139,7 @@ def match(paths: Iterable[str], known: Collection[str]) -> dict[str, str | None]
     if known.issuperset(paths):
         return {path: path for path in paths}
     by_ending: dict[str, list[str]] = {}  # of the known paths, under each of their endings
-    by_parts: dict[Any, list[str]] = {}
+    by_parts: dict[object, list[str]] = {}
     for name in known:
         for ending in _endings(name):
             by_ending.setdefault(ending, []).append(name)
@@ -161,7 +160,7 @@ def _endings(path: str) -> set[str]:
     return {".".join(parts[start:]) for start in range(1, first_number + 1)}
 
 
-def _without_order(path: str) -> tuple[Any, ...]:
+def _without_order(path: str) -> tuple[object, ...]:
     """Equal for paths of the same parts in another order; numbers and the last part keep theirs."""
     parts = path.split(".")
     numbers = [part for part in parts if part.isdigit()]

@@ -6,10 +6,9 @@ Only headers and configs are read here; the tensors' bytes are read by `frodctl.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.inputs import kind_of, read_json
@@ -70,29 +69,28 @@ def open_checkpoint(
 
 
 def _from_file(path: Path, model: str) -> Checkpoint:
-    tensors = _read_headers(path.parent, {None: path.name})
+    tensors = _read_headers(path.parent, path.name, {})
     return Checkpoint(model, None, path.parent, _read_config(path.parent), tensors)
 
 
 def _from_folder(folder: Path, model: str, revision: str | None, entry: str | None = None) -> Checkpoint:
     entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder))
-    if entry.endswith(".index.json"):
-        shards: dict[Any, str] = dict(shards_of(read_json(folder / entry), str(folder / entry)))
-    else:
-        shards = {None: entry}
-    tensors = _read_headers(folder, shards)
+    indexed = entry.endswith(".index.json")
+    shards = shards_of(read_json(folder / entry), str(folder / entry)) if indexed else {}
+    tensors = _read_headers(folder, entry, shards)
     return Checkpoint(model, revision, folder, _read_config(folder), tensors)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, object]:
     """The folder's config.json; empty where there is none, which a folder or a broken link of that name is not."""
     path = folder / "config.json"
     return read_json(path) if os.path.lexists(path) else {}
 
 
-def _read_headers(folder: Path, shards: dict[Any, str]) -> dict[str, TensorInfo]:
+def _read_headers(folder: Path, entry: str, shards: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """The tensors of the files that an index names, ``shards``, or of ``entry`` alone where there is none."""
     tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(shards.values())):
+    for file in sorted(set(shards.values()) or {entry}):
         path = folder / file
         if kind_of(path) is None:
             raise InvalidInput(f"{path}: named by the index but missing; download the checkpoint again")

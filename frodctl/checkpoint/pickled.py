@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from math import prod
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import torch
 
@@ -91,11 +91,11 @@ class _Instructions(io.BufferedReader):
         return data
 
 
-def _load(path: Path, source: Path | IO[bytes], size: int, device: str, **options: Any) -> dict[str, Array]:
+def _load(path: Path, source: Path | IO[bytes], size: int, device: str, mmap: bool | None = None) -> dict[str, Array]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(source, map_location=device, weights_only=True, **options)
+            state = torch.load(source, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
         raise _explained(error, path, size) from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from frodctl import values
 from frodctl.checkpoint import codec
@@ -123,7 +123,7 @@ class Checkpoint:
     model: str  #: as the user named it, without the revision
     revision: str | None  #: the commit, of a checkpoint from the Hub
     root: Path | None  #: folder that holds the files; None where only headers were fetched
-    config: dict[str, Any]
+    config: dict[str, object]
     tensors: dict[str, TensorInfo]
     path: Path | None = None  #: the file, of a checkpoint that was named by one
 
@@ -162,7 +162,7 @@ def choose_weights(files: Collection[str], where: str) -> str:
     raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin{hint}")
 
 
-def shards_of(index: dict[str, Any], where: str) -> dict[str, str]:
+def shards_of(index: dict[str, object], where: str) -> dict[str, str]:
     """The ``weight_map`` of an index, each of its file names checked to lie in the folder itself."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -181,9 +181,9 @@ def check_is_checkpoint(where: str, tensors: Collection[str]) -> None:
         raise InvalidInput(f"{where}: is an adapter, not a checkpoint: name its base model")
 
 
-def check_complete(shards: dict[Any, str], tensors: Collection[str], where: str) -> None:
+def check_complete(shards: Mapping[str, str], tensors: Collection[str], where: str) -> None:
     """Every tensor that the index promises must be in the shard it names."""
-    missing = sorted(name for name in shards if name is not None and name not in tensors)
+    missing = sorted(name for name in shards if name not in tensors)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InvalidInput(f"{where}: tensor {missing[0]}{more} is in the index but not in {shards[missing[0]]}")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.codec import TensorSpec
@@ -76,7 +75,7 @@ def plan_shards(specs: Iterable[TensorSpec], max_bytes: int) -> tuple[Shard, ...
     )
 
 
-def index(shards: Sequence[Shard]) -> dict[str, Any]:
+def index(shards: Sequence[Shard]) -> dict[str, object]:
     """The content of the index file, total_size in bytes of tensors."""
     files = {spec.name: shard.file for shard in shards for spec in shard.specs}
     total = sum(spec.nbytes for shard in shards for spec in shard.specs)

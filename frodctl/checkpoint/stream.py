@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
+from frodctl.arrays import DTYPES
 from frodctl.checkpoint.codec import read_into
 from frodctl.errors import InvalidInput, OutOfResources
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
     from frodctl.checkpoint.records import TensorInfo  # which compares tensors' bytes to find ties
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "C64": torch.complex64,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-_PIECE = 1 << 20  # elements
+_PIECE = 1 << 18  # elements
 
 
-def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: Array | None = None) -> Array:
+def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: HostArray | None = None) -> HostArray:
     """Read one tensor, or slice ``index`` of its first dimension, in its stored dtype and shape.
 
     Its bytes go to the beginning of ``buffer`` (uint8) if one is given, else to fresh memory. The result is
@@ -53,41 +45,40 @@ def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: 
     with open(path, "rb", buffering=0) as file:
         file.seek(info.offset)
         read_into(file, tensor_bytes(buffer), f"{path}: tensor {info.name}: the file ends before it; download it again")
-    flat = buffer.view(TORCH_DTYPES[info.dtype])
-    return flat.view(info.shape) if info.stride is None else flat.as_strided(info.shape, info.stride)
+    flat = buffer.view(DTYPES[info.dtype])
+    if info.stride is None:
+        return flat.reshape(info.shape)
+    return np.lib.stride_tricks.as_strided(flat, info.shape, [step * flat.itemsize for step in info.stride])
 
 
-def _empty(nbytes: int, name: str) -> Array:
+def _empty(nbytes: int, name: str) -> HostArray:
     try:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    except (MemoryError, RuntimeError):
+        return np.empty(nbytes, np.uint8)
+    except MemoryError:
         raise OutOfResources(f"out of memory: tensor {name} takes {nbytes / 1e9:.2f} GB") from None
 
 
-def tensor_bytes(tensor: Array) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def tensor_bytes(tensor: HostArray) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return memoryview(tensor.reshape(-1).view(np.uint8))
 
 
-def digest(tensor: Array) -> str:
+def digest(tensor: HostArray) -> str:
     """``sha256:…`` of the tensor's bytes in their stored order."""
-    if not tensor.is_contiguous():  # a view over a pickled storage: its bytes are the storage's
-        tensor = torch.as_strided(tensor, (_span(tensor),), (1,))
+    if not tensor.flags.c_contiguous:  # a view over a pickled storage: its bytes are the storage's
+        tensor = np.lib.stride_tricks.as_strided(tensor, (_span(tensor),), (tensor.itemsize,))
     return "sha256:" + hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-def _span(tensor: Array) -> int:
-    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+def _span(tensor: HostArray) -> int:
+    steps = [step // tensor.itemsize for step in tensor.strides]
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, steps, strict=True))
 
 
-def check_finite(tensor: Array, name: str, file: str) -> None:
+def check_finite(tensor: HostArray, name: str, file: str) -> None:
     """Raise `InvalidInput` that names the tensor if it holds NaN or Inf."""
-    rows = tensor.reshape(-1) if tensor.is_contiguous() else tensor
-    step = max(1, _PIECE * len(rows) // max(1, rows.numel()))
-    pieces = [rows[i : i + step] for i in range(0, len(rows), step)]
-    # piece by piece: the sum in float64 converts all that it is given; only a sum that is not finite is counted
-    bad = sum(
-        int((~torch.isfinite(piece)).sum()) for piece in pieces if not torch.isfinite(piece.sum(dtype=torch.float64))
-    )
+    rows = tensor.reshape(-1) if tensor.flags.c_contiguous else tensor
+    step = max(1, _PIECE * len(rows) // max(1, rows.size))
+    bad = sum(int((~np.isfinite(rows[i : i + step])).sum()) for i in range(0, len(rows), step))
     if bad:
         raise InvalidInput(f"{file}: tensor {name} holds {bad} values that are NaN or Inf; the weights are damaged")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.codec import FLOAT_DTYPES
@@ -225,7 +224,7 @@ def _targets(info: TensorInfo, checkpoint: Checkpoint) -> list[Target]:
     return [Target(module, info, None, (info.shape[0], info.shape[1]), conv1d)]
 
 
-def _config_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _config_of(name: str, config: Mapping[str, object]) -> Mapping[str, object]:
     """The part of a composite model's config that describes the tower this module is in."""
     parts = name.split(".")
     for key, part in config.items():

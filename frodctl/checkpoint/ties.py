@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from frodctl.checkpoint import codec
 
@@ -47,7 +47,7 @@ def is_head(tensor: str) -> bool:
     return _HEAD.fullmatch(tensor) is not None
 
 
-def find_ties(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], root: Path | None) -> Ties:
+def find_ties(tensors: Mapping[str, TensorInfo], config: Mapping[str, object], root: Path | None) -> Ties:
     """Find the tied tensors of a checkpoint.
 
     Tensors of a pickled checkpoint are tied where they share their bytes, input embeddings also where theirs are equal.
@@ -85,7 +85,7 @@ def _biases(tied: Collection[str], tensors: Mapping[str, TensorInfo]) -> set[str
     return {f"{path}.decoder.bias" for path in paths if f"{path}.bias" in tensors}
 
 
-def _said(config: Mapping[str, Any]) -> bool | None:
+def _said(config: Mapping[str, object]) -> bool | None:
     """What the config and its parts say of tie_word_embeddings; None where they do not, or not all the same."""
     found, parts = set(), [config]
     while parts:
@@ -96,14 +96,14 @@ def _said(config: Mapping[str, Any]) -> bool | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _has_head(config: Mapping[str, Any]) -> bool:
+def _has_head(config: Mapping[str, object]) -> bool:
     architectures = config.get("architectures")
     return isinstance(architectures, list) and any(_WITH_HEAD.search(str(name)) for name in architectures)
 
 
 def _at_one_place(tensors: Collection[TensorInfo]) -> tuple[set[str], set[str]]:
     """The names of tensors that lie at the same place in the same shape; and without the first of each place."""
-    places: dict[Any, list[str]] = {}
+    places: dict[object, list[str]] = {}
     for info in tensors:
         if info.nbytes:
             places.setdefault((info.file, info.offset, info.shape, info.stride), []).append(info.name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import click
 
 from frodctl.checkpoint import names
+from frodctl.checkpoint.inputs import Json
 from frodctl.cli.options import device_option, output_options, run_options, source_options
 from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
 from frodctl.cli.progress import Reporter
@@ -95,7 +95,7 @@ def command(
     format_: str | None,
     json_: bool,
     quiet: bool,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Compute the joint decomposition of MODEL's layers and write it to one shared-basis file.
 
@@ -155,7 +155,7 @@ def _count(number: int | None) -> str:
     return "by spectrum" if number is None else human_count(number)
 
 
-def _summary(document: dict[str, Any]) -> str:
+def _summary(document: dict[str, Json]) -> str:
     categories = len(document["categories"])
     share = document["trainable_share"]
     return (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import click
 
+from frodctl.checkpoint.inputs import Json
 from frodctl.cli.options import device_option, output_options, source_options
 from frodctl.cli.output import Column, Output, human_bytes, human_count
 from frodctl.cli.progress import Reporter
@@ -26,8 +26,8 @@ _CHANGES = (
 )  # fmt: skip
 
 
-def _number(key: str, digits: int = 3) -> Any:
-    def show(row: Mapping[str, Any]) -> str:
+def _number(key: str, digits: int = 3) -> Callable[[Mapping[str, Json]], str]:
+    def show(row: Mapping[str, Json]) -> str:
         value = row.get(key)
         if value is None:
             return "–"
@@ -37,11 +37,11 @@ def _number(key: str, digits: int = 3) -> Any:
     return show
 
 
-def _count(key: str) -> Any:
+def _count(key: str) -> Callable[[Mapping[str, Json]], str]:
     return lambda row: human_count(row[key]) if row.get(key) is not None else "–"
 
 
-def _sparkline(row: Mapping[str, Any]) -> str:
+def _sparkline(row: Mapping[str, Json]) -> str:
     """The profile of the singular values, the largest first."""
     profile = row.get("profile")
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in profile) if profile else ""
@@ -119,7 +119,7 @@ _COMPARED = (
 )
 
 
-def _sharing(row: Mapping[str, Any]) -> str:
+def _sharing(row: Mapping[str, Json]) -> str:
     found = row.get("sharing_quantiles")
     return f"{found['p05']:.1f}–{found['p95']:.1f}" if found and found["p05"] is not None else ""
 
@@ -158,7 +158,7 @@ def command(
     format_: str | None,
     json_: bool,
     quiet: bool,
-    **options: Any,
+    **options: object,
 ) -> int:
     """Say what each TARGET is: a checkpoint, a shared-basis file or an adapter; and what is in it.
 
@@ -179,7 +179,7 @@ def command(
     if plot is not None:
         from frodctl.cli import plot as pictures
 
-        pictures.check_request(plot, estimate=options["estimate"], force=force)
+        pictures.check_request(plot, estimate=bool(options["estimate"]), force=force)
         options["spectrum"] = True
     chosen = job.InspectOptions.of(**options)
     with Reporter(quiet) as report:
@@ -201,7 +201,7 @@ def command(
     return EXIT_DIFFERENT if different else 0
 
 
-def _kept(found: Sequence[job.Report], shown: Sequence[list[job.Row]]) -> Iterator[dict[str, Any]]:
+def _kept(found: Sequence[job.Report], shown: Sequence[list[job.Row]]) -> Iterator[dict[str, Json]]:
     """Every report's rows with the target they are of, and the errors of estimates as columns."""
     for item, kept in zip(found, shown, strict=True):
         for row in item.rows:
@@ -216,7 +216,7 @@ def _emit(
     options: job.InspectOptions,
     shown: Sequence[list[job.Row]],
     report: Reporter,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Json]]:
     """Print the reports as JSON or as tables."""
     summaries = []
     entries = []
@@ -263,11 +263,11 @@ def _keys(found: Sequence[job.Report], options: job.InspectOptions) -> list[str]
     return [*dict.fromkeys(keys), "target"]
 
 
-def _print_tables(out: Output, entry: Mapping[str, Any], options: job.InspectOptions, report: Reporter) -> None:
+def _print_tables(out: Output, entry: Mapping[str, Json], options: job.InspectOptions, report: Reporter) -> None:
     rows, summary = entry["tensors"], entry["summary"]
     out.line(f"{entry['target']}: {_describe(entry['kind'], summary)}")
     selected = options.include or options.exclude or options.sort or options.top
-    tables: list[tuple[Sequence[Mapping[str, Any]], Sequence[Column]]] = []
+    tables: list[tuple[Sequence[Mapping[str, Json]], Sequence[Column]]] = []
     if entry["kind"] == "checkpoint":
         if options.headers_only:
             tables = [(rows, _TENSORS)] if selected else [(summary["roles"], _ROLES)]
@@ -290,7 +290,7 @@ def _print_tables(out: Output, entry: Mapping[str, Any], options: job.InspectOpt
             report.note(f"No room for: {', '.join(hidden)} (a wider terminal or --format tsv has them)")
 
 
-def _describe(kind: str, summary: Mapping[str, Any]) -> str:
+def _describe(kind: str, summary: Mapping[str, Json]) -> str:
     """One line on what a target is."""
     if kind == "checkpoint":
         dtypes = ", ".join(summary["bytes_by_dtype"])
@@ -317,7 +317,7 @@ def _describe(kind: str, summary: Mapping[str, Any]) -> str:
     return f"against {summary['against']}: {summary['equal']} tensors equal, {summary['different']} different"
 
 
-def _decomposable(found: Mapping[str, Any]) -> str:
+def _decomposable(found: Mapping[str, Json]) -> str:
     if not found["categories"]:
         return f"nothing to decompose ({found['reason']})"
     weights = sum(category["layers"] for category in found["categories"])

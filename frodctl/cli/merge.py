@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
+from frodctl.checkpoint.inputs import Json
 from frodctl.cli.options import device_option, output_options, run_options, source_options
 from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
 from frodctl.cli.progress import Reporter
@@ -73,7 +73,7 @@ def command(
     format_: str | None,
     json_: bool,
     quiet: bool,
-    **options: Any,
+    **options: object,
 ) -> None:
     """Fold ADAPTER into BASE and write an ordinary dense checkpoint, the folder OUT.
 
@@ -119,7 +119,7 @@ def _describe(plan: job.MergePlan, report: Reporter) -> None:
     report.refusal(plan.check_output)
 
 
-def _summary(document: Mapping[str, Any]) -> str:
+def _summary(document: Mapping[str, Json]) -> str:
     unchanged = len(document.get("unchanged_tensors", ()))
     counts = {
         "merged": document["merged_tensors"] - unchanged,

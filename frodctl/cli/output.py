@@ -11,8 +11,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from frodctl.checkpoint.inputs import Json
 from frodctl.errors import FrodctlError, OutOfResources
 
 
@@ -55,7 +55,7 @@ class Column:
 
     key: str
     title: str = ""
-    show: Callable[[Mapping[str, Any]], str] | None = None  #: the cell, from the row; by default its value
+    show: Callable[[Mapping[str, Json]], str] | None = None  #: the cell, from the row; by default its value
     left: bool = False  #: align to the left
 
 
@@ -70,7 +70,7 @@ class Output:
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.format = "json" if as_json else format_ or ("human" if self.terminal else "tsv")
 
-    def emit(self, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+    def emit(self, document: Mapping[str, Json], rows: Sequence[Mapping[str, Json]], columns: Sequence[Column]) -> None:
         """Print the result: ``document`` as JSON, or ``rows`` in the format that was asked for."""
         if self.format == "json":
             self._write(_json(document, indent=2) + "\n")
@@ -79,13 +79,13 @@ class Output:
         else:
             self.stream(rows, [column.key for column in columns])
 
-    def stream(self, rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    def stream(self, rows: Iterable[Mapping[str, Json]], keys: Sequence[str]) -> None:
         """Print each row as it comes: as a JSON object, or what it has under ``keys`` as separated values.
 
         Those are exact in a pipe; on a terminal they are made printable.
         """
 
-        def cell(value: Any) -> str:
+        def cell(value: object) -> str:
             return printable(_cell(value)) if self.terminal else _cell(value)
 
         if self.format == "jsonl":
@@ -104,7 +104,7 @@ class Output:
         """Print a line of text."""
         self._write(printable(text) + "\n")
 
-    def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[str]:
+    def table(self, rows: Sequence[Mapping[str, Json]], columns: Sequence[Column]) -> list[str]:
         """Print a table that fits the terminal; the titles of the columns there was no room for.
 
         The first column has the names, which are broken where the terminal is narrow; figures stay whole.
@@ -146,7 +146,7 @@ class Output:
             raise failure(f"stdout: {error.strerror}") from None
 
 
-def _shown(column: Column, row: Mapping[str, Any]) -> str:
+def _shown(column: Column, row: Mapping[str, Json]) -> str:
     return printable(column.show(row) if column.show else _cell(row.get(column.key)))
 
 
@@ -217,12 +217,12 @@ class _Lines:
         self._write(line.removesuffix("\r\n") + "\n")
 
 
-def _json(value: Any, indent: int | None = None) -> str:
+def _json(value: object, indent: int | None = None) -> str:
     """JSON in ASCII without control characters."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """The value with what is not finite as None, as JSON has no word for it."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -233,7 +233,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -263,7 +263,7 @@ def human_count(count: float) -> str:
     return f"{count:.3g} T"
 
 
-def height_range(row: Mapping[str, Any]) -> str:
+def height_range(row: Mapping[str, Json]) -> str:
     """The cell for m: one height, or the range of a category's."""
     lowest, highest = row["m_min"], row["m_max"]
     return str(highest) if lowest == highest else f"{lowest}–{highest}"

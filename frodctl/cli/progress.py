@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,9 @@ from frodctl.cli.output import printable
 from frodctl.errors import FrodctlError
 from frodctl.jobs.progress import Progress
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
 
 class Reporter:
     """Shows the reports of a job; a context manager, whose call is the job's callback."""
@@ -22,8 +25,7 @@ class Reporter:
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
         self.bars = not quiet and _bars_wanted()
-        self.bar: Any = None
-        self.task: Any = None
+        self.bar: Bar | None = None
         self.last = ""
         if not self.bars:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -78,9 +80,9 @@ class Reporter:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self.task = self.bar.add_task(text, total=report.total)
+            self.bar.add_task(text, total=report.total)
             self.bar.start()
-        self.bar.update(self.task, description=text, completed=min(report.done, report.total))
+        self.bar.update(self.bar.task_ids[0], description=text, completed=min(report.done, report.total))
 
     def __enter__(self) -> Reporter:
         return self

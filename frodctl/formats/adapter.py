@@ -23,11 +23,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.inputs import read_json
+from frodctl.checkpoint.inputs import Json, read_json
 from frodctl.checkpoint.opening import read_file_header
 from frodctl.checkpoint.records import ADAPTER_FILES, Location, TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
@@ -58,17 +58,17 @@ class Provenance:
     categories: Mapping[str, str]  #: of the modules whose category is not PEFT's name for it
     pattern: Mapping[str, str]  #: by category, ``sha256:…`` of the positions' bytes
     dtype: Mapping[str, str]  #: by category, of V and V⁻ᵀ in training (the safetensors format's name), if not as stored
-    head: Mapping[str, Any] = field(default_factory=dict)  #: the class that has it, and its labels, as a config.json
+    head: Mapping[str, Json] = field(default_factory=dict)  #: the class that has it, and its labels, as a config.json
     basis_file: str | None = None  #: where it was, seen from the adapter's folder, or its name alone
     digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
     version: int = VERSION
 
     @classmethod
-    def from_config(cls, value: Any, where: str) -> Provenance:
+    def from_config(cls, value: Json, where: str) -> Provenance:
         """Check the object's types; `InvalidInput` names the file."""
         try:
             check_version(value.get("version", 1), VERSION, f"{where}: adapter")
-            maps: dict[str, Any] = {key: dict(value.get(key) or {}) for key in _MAPPINGS}
+            maps: dict[str, Json] = {key: dict(value.get(key) or {}) for key in _MAPPINGS}
             found = cls(form=value["form"], seed=value.get("seed"), basis_file=value.get("basis_file"), **maps)
         except (TypeError, KeyError, ValueError, AttributeError):
             raise InvalidInput(f"{where}: damaged frodctl object") from None
@@ -79,7 +79,7 @@ class Provenance:
             raise InvalidInput(f"{where}: its config's frodctl object was changed since it was saved (digests differ)")
         return found
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """For the config, with a digest of all the rest."""
         value = asdict(self)
         return value | {"digest": _own_digest(value)}
@@ -95,7 +95,7 @@ class Provenance:
         yield "head", _is_head(self.head)
 
 
-def _own_digest(value: Mapping[str, Any]) -> str:
+def _own_digest(value: Mapping[str, object]) -> str:
     rest = {key: item for key, item in value.items() if key != "digest"}
     return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -108,7 +108,7 @@ LABEL_KEYS = ("id2label", "label2id", "problem_type")
 _MAPPINGS = ("basis", "base", "sparsity", "categories", "pattern", "dtype", "head", "digests")
 
 
-def _is_head(head: Mapping[str, Any]) -> bool:
+def _is_head(head: Mapping[str, Json]) -> bool:
     texts = [head[key] for key in ("architecture", "problem_type") if key in head]
     labels, numbers = head.get("id2label", {}), head.get("label2id", {})
     return (
@@ -147,7 +147,7 @@ class Adapter:
 
     name: str  #: as its user named it
     root: Path | None  #: the folder with its files; None where only headers were fetched
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     provenance: Provenance | None  #: None for PEFT's own
     modules: tuple[TrainedModule, ...]
     bases: Mapping[str, TensorInfo]  #: V by category
@@ -181,6 +181,12 @@ class Adapter:
         """PEFT's task type."""
         task = self.config.get("task_type")
         return task if isinstance(task, str) else None
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """The ends of the paths of the modules that were trained as a whole."""
+        named = self.config.get("modules_to_save")
+        return tuple(named) if isinstance(named, list) else ()  # of strings, which is checked
 
     def tensor(self, info: TensorInfo) -> Array:
         """The tensor, in its stored dtype; `InvalidInput` where it is not the recorded one, or not finite."""
@@ -216,8 +222,7 @@ class Adapter:
         """Whether the tensor (its name in the live model) is of a module that was trained as a whole."""
         parents = tensor.split(".")[:-1]
         paths = [".".join(parents[: count + 1]) for count in range(len(parents))]
-        saved = [entry for entry in self.config.get("modules_to_save") or () if isinstance(entry, str)]
-        return any(path.endswith(entry) for path in paths for entry in saved)  # as PEFT has it
+        return any(path.endswith(entry) for path in paths for entry in self.modules_to_save)  # as PEFT has it
 
 
 def open_adapter(location: Location, name: str | None = None, *, headers_only: bool = False) -> Adapter:
@@ -289,7 +294,7 @@ def _weights(folder: Path) -> Path:
     raise InvalidInput(f"{folder}: no adapter weights here ({' or '.join(ADAPTER_FILES[1:])})")
 
 
-def _provenance(name: str, config: Mapping[str, Any], infos: Sequence[TensorInfo]) -> Provenance | None:
+def _provenance(name: str, config: Mapping[str, object], infos: Sequence[TensorInfo]) -> Provenance | None:
     """Who wrote the adapter: None for PEFT."""
     kind, own = config.get("peft_type"), config.get("frodctl")
     ours = own is not None and isinstance(kind, str) and kind.startswith("frodctl")
@@ -300,7 +305,7 @@ def _provenance(name: str, config: Mapping[str, Any], infos: Sequence[TensorInfo
     return Provenance.from_config(own, name) if own is not None else None
 
 
-def _adapter(name: str, root: Path | None, config: dict[str, Any], infos: Sequence[TensorInfo]) -> Adapter:
+def _adapter(name: str, root: Path | None, config: dict[str, object], infos: Sequence[TensorInfo]) -> Adapter:
     provenance = _provenance(name, config, infos)
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(entry, str) and entry for entry in saved)):
@@ -417,7 +422,7 @@ def _check_records(adapter: Adapter, own: Provenance) -> None:
             require(False, f"its config has no digest of tensor {tensor}")
         for tensor in sorted(set(own.digests) - others):
             require(False, f"tensor {tensor}, of which its config has a digest, is missing")
-    for entry in adapter.config.get("modules_to_save") or ():
+    for entry in adapter.modules_to_save:
         there = any(f".{entry}." in f".{tensor}" for tensor in adapter.replaced)
         require(there, f"{entry} was trained as a whole (modules_to_save), but none of its tensors is there")
 
@@ -457,7 +462,7 @@ def indices_key(category: str) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Array], config: Mapping[str, Any], provenance: Provenance, card: str
+    folder: Path, tensors: Mapping[str, Array], config: Mapping[str, object], provenance: Provenance, card: str
 ) -> None:
     """Write an adapter's files into a folder, which may hold others; a reader finds all of it or none.
 

@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from frodctl import values
 from frodctl.checkpoint import codec, manifest, sink
-from frodctl.checkpoint.inputs import decode_json, kind_of
+from frodctl.checkpoint.inputs import Json, decode_json, kind_of
 from frodctl.checkpoint.records import MODEL_DTYPES, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
@@ -103,7 +103,7 @@ class BasisMetadata:
             raise InvalidInput(f"{where}: damaged shared-basis metadata ({error!r})") from None
 
 
-def check_version(found: Any, known: int, what: str) -> None:
+def check_version(found: object, known: int, what: str) -> None:
     """Raise `InvalidInput` if a file is of a format that came later than ``known``, ValueError if of none."""
     if type(found) is int and found > known:
         raise InvalidInput(f"{what} format {found}, and this frodctl reads up to {known}: update frodctl")
@@ -115,7 +115,7 @@ def _require(holds: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _module_record(value: Mapping[str, Any]) -> ModuleRecord:
+def _module_record(value: Mapping[str, Json]) -> ModuleRecord:
     rows, columns = value["shape"]
     known = {f.name: value[f.name] for f in fields(ModuleRecord) if f.name != "dtype"}
     return ModuleRecord(**known | {"shape": (rows, columns), "dtype": value.get("dtype")})

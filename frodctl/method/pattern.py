@@ -67,7 +67,7 @@ class _Twister:
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
-        state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)  # numpy has two types for it
         self._bits.state = state
 
     def draw(self, count: int) -> npt.NDArray[np.uint64]:

@@ -40,35 +40,7 @@ class NotFinite(ValueError):
     """The matrix has NaN or Inf among its elements. The caller knows its name."""
 
 
-<<<<<<< HEAD
-@contextmanager
-def workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads of one core each, for `singular_values` of several matrices at a time.
-
-    For the sizes in language models that is faster than one matrix after another on all cores: the reduction to
-    tridiagonal form hardly gains from a second core. torch's own setting is put back at the end.
-
-    Parameters
-    ----------
-    count : int
-        Threads, of one core each.
-
-    Yields
-    ------
-    ThreadPoolExecutor
-    """
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
-
-
 def singular_values(W: Array, scratch: Scratch | None = None) -> Array:
-=======
-def singular_values(W: Tensor, scratch: Scratch | None = None) -> Tensor:
->>>>>>> one
     """All singular values of W, each within 1e-6 of itself or within rounding (ε σ₁) of the exact one.
 
     Safe to call from several threads at a time, each with a scratch of its own.

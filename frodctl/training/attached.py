@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import nn
 
@@ -94,7 +93,7 @@ def added_prefixes(model: nn.Module) -> tuple[str, ...]:
     return (*(f"{path}.adapters." for path in layers), *(f"{path}.modules_to_save." for path in saved))
 
 
-def live_paths(model: nn.Module, known: Mapping[str, Any]) -> dict[str, str]:
+def live_paths(model: nn.Module, known: Mapping[str, object]) -> dict[str, str]:
     """The path in the model of each of the checkpoint's modules that it has exactly once."""
     inner = tuple(f"{path}." for path in frod_layers(model))
     paths = [path for path, _ in model.named_modules() if path and not path.startswith(inner)]

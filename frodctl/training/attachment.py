@@ -346,7 +346,7 @@ def _default_targets(model: nn.Module, parameter: str) -> str:
 
 
 def _patterns(
-    opened: BasisFile, categories: set[str], sparsity: values.Number | Mapping[str, values.Number] | None, given: Any
+    opened: BasisFile, categories: set[str], sparsity: values.Number | Mapping[str, values.Number] | None, given: object
 ) -> tuple[int | None, dict[str, float], dict[str, Tensor]]:
     """Seed, sparsity and positions by category; the seed None where the positions are the basis file's alone."""
     rates = {category: float(opened.metadata.sparsity[category]) for category in categories}
@@ -368,7 +368,7 @@ def _patterns(
     return seed, rates, drawn({category: opened.width(category) for category in rates}, rates, seed)
 
 
-def checked_name(adapter_name: Any) -> str:
+def checked_name(adapter_name: object) -> str:
     """The name of an adapter: of a module and of a folder, too."""
     name = values.text(adapter_name, "adapter_name")
     values.require(not set(name) & set("./\\"), "adapter_name", name, "must be a name without dots and slashes")
@@ -376,14 +376,14 @@ def checked_name(adapter_name: Any) -> str:
     return name
 
 
-def checked_dropout(dropout: Any) -> float:
+def checked_dropout(dropout: object) -> float:
     """A probability below 1."""
     found = values.number(dropout, "dropout", at_least=0)
     values.require(found < 1, "dropout", dropout, "must be below 1")
     return found
 
 
-def _check_uses(model: nn.Module, modules: Mapping[str, Any]) -> dict[str, bool]:
+def _check_uses(model: nn.Module, modules: Mapping[str, object]) -> dict[str, bool]:
     """By path whether the layer's weight must be W': not where the model asks for its dtype, device or shape alone."""
     gives = {}
     for path in modules:
@@ -405,7 +405,7 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor])
     counts: dict[str, int] = {}
     for record in opened.metadata.modules:
         counts[record.category] = counts.get(record.category, 0) + 1
-    shared: dict[tuple[Any, ...], tuple[Basis, Pattern]] = {}
+    shared: dict[tuple[object, ...], tuple[Basis, Pattern]] = {}
     uses = _uses(model)
     updates = {}
     for path, record in attached.modules.items():

@@ -88,7 +88,7 @@ class Basis(KeepsDtype):
         self._copies.clear()
         return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_copies": {}}
 
     def extra_repr(self) -> str:

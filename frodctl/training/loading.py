@@ -87,7 +87,7 @@ def load_adapter(
         modules={path: record for path, record, _ in modules},
         sparsity={category: provenance.sparsity.get(category, 0.0) for category in adapter.categories},
         seed=provenance.seed,
-        modules_to_save=tuple(adapter.config.get("modules_to_save") or ()),
+        modules_to_save=adapter.modules_to_save,
         dropout=dropout,
         selected=provenance.seed is None and bool(adapter.indices),
     )
@@ -173,7 +173,7 @@ def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         if found[name].shape != live[name].shape:
             shapes = f"{list(found[name].shape)}, but {list(live[name].shape)}"
             raise InvalidInput(f"{adapter.name}: {tensor} is {shapes} in {type(model).__name__}")
-    for entry in adapter.config.get("modules_to_save") or ():
+    for entry in adapter.modules_to_save:
         for tensor in _tensors_of(model, entry):
             if tensor not in found:
                 raise InvalidInput(f"{adapter.name}: {entry} was trained as a whole, but {tensor} is not there")

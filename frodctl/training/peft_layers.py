@@ -88,7 +88,7 @@ class Derivation:
     """U and λ of a layer from its V and W, as PEFT's routine gives them, with each V inverted once."""
 
     def __init__(self) -> None:
-        self._factors: dict[tuple[Any, ...], Factors] = {}
+        self._factors: dict[tuple[object, ...], Factors] = {}
 
     def __call__(self, layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
         W = layer._base_weight_before_merge if layer.merged else layer.get_base_layer().weight

@@ -228,13 +228,13 @@ def _seen_from(folder: Path, basis: Path) -> str:
     return path.as_posix() if path.parts.count("..") <= _NEAR else basis.name
 
 
-def _head(model: nn.Module) -> dict[str, Any]:
+def _head(model: nn.Module) -> dict[str, object]:
     """The class of a model that labels what it is given, and the labels, as its config.json has them."""
     config: Any = getattr(model, "config", None)
     labels, kind = getattr(config, "id2label", None), type(model).__name__
     if not isinstance(labels, dict) or not re.search("Classification$|QuestionAnswering$", kind):
         return {}
-    found: dict[str, Any] = {"architecture": kind}
+    found: dict[str, object] = {"architecture": kind}
     if kind.endswith("Classification"):
         found["id2label"] = {str(number): str(label) for number, label in labels.items()}
         found["label2id"] = {str(label): int(number) for number, label in labels.items()}
@@ -243,7 +243,7 @@ def _head(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _config(model: nn.Module, attached: Attached, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _config(model: nn.Module, attached: Attached, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """PEFT's fields."""
     saved = [name for name in attached.modules_to_save if any(f".{name}." in key for key in tensors)]
     kind = type(model)

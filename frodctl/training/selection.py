@@ -23,7 +23,7 @@ from frodctl.training.layer import Pattern, Update, is_transposed
 _ROWS = 1 << 12  # tokens whose gradients are multiplied at a time
 
 
-def loss_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def loss_of_batch(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
     """``model(**batch).loss``, as transformers' models have it."""
     if not isinstance(batch, Mapping):
         raise UsageError(
@@ -144,7 +144,7 @@ def _squares(
     return scores
 
 
-def _scalar(value: Any) -> Tensor:
+def _scalar(value: object) -> Tensor:
     if isinstance(value, Tensor) and value.requires_grad and value.numel() == 1:
         return value
     found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -157,7 +157,7 @@ def _scalar(value: Any) -> Tensor:
 def _recording(model: nn.Module, updates: Mapping[str, Update], scores: dict[str, Tensor]) -> Iterator[None]:
     """Within it, backward passes add to the scores."""
 
-    def observe(update: Update, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def observe(update: Update, _: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
         x, *others = inputs
         return (_Observed.apply(x, update, scores), *others)  # type: ignore[no-untyped-call]
 

@@ -67,7 +67,7 @@ class _FirstSteps:
     def forget(self, model: nn.Module) -> None:
         self._models.discard(model)
 
-    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._models and optimizer not in self._seen:
             self._seen.add(optimizer)
             for model in list(self._models):
@@ -140,7 +140,7 @@ class SavePretrained:
         save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         state = trained_state(self.model) if state_dict is None else state_dict
         if is_main_process and (state_dict is not None or writes(self.model)):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import frodctl
 from frodctl import values
 from frodctl.checkpoint import codec, names, sink, targets
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
@@ -49,7 +49,7 @@ class CategoryPlan:
         """Floating-point operations, about."""
         return cost.flops(self.shapes)
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, Json]:
         """The category as a line of a table."""
         return {
             "category": self.name,
@@ -148,7 +148,7 @@ class DecomposePlan:
             peft_collisions=self.peft_collisions,
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan with its modules and what was left out."""
         total = self.checkpoint.parameters()
         return {

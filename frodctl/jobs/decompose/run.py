@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import frodctl
 from frodctl.checkpoint import codec, sink
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
@@ -51,7 +52,7 @@ class CategoryResult:
     outcome: Outcome
     resumed: bool  #: taken from an earlier run
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, Json]:
         """The category as a line of a table."""
         return self.plan.row() | asdict(self.outcome) | {"resumed": self.resumed}
 
@@ -67,7 +68,7 @@ class DecomposeResult:
     device: str
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan's figures and what came of them."""
         return self.plan.as_dict() | {
             "output_bytes": self.output_bytes,
@@ -134,7 +135,7 @@ class _Parts:
         self.modules.update(record["modules"])
         return CategoryResult(category, Outcome(**record["outcome"]), resumed)
 
-    def _compute(self, number: int, category: CategoryPlan) -> dict[str, Any]:
+    def _compute(self, number: int, category: CategoryPlan) -> dict[str, Json]:
         from frodctl.checkpoint import stream
         from frodctl.method.joint_basis import NonFiniteWeights, NotPositiveDefinite, Unrepresentable, joint_basis
 
@@ -191,12 +192,12 @@ class _Parts:
         self.progress(Progress(category.name, self.done, self.total))
 
 
-def _read_part(path: Path, specs: Sequence[codec.TensorSpec], weights: _Weights) -> dict[str, Any] | None:
+def _read_part(path: Path, specs: Sequence[codec.TensorSpec], weights: _Weights) -> dict[str, Json] | None:
     """The record of a finished category; None where there is none, a damaged one, or one made from other weights."""
     try:
         header = codec.read_header(path)
         text = header.metadata["record"]
-        record: dict[str, Any] = json.loads(text)
+        record: dict[str, Json] = json.loads(text)
         whole = (
             header.metadata["digest"] == _text_digest(text)
             and {spec for spec, _ in header.tensors.values()} == set(specs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +11,7 @@ from frodctl.adapted import opening
 from frodctl.adapted.matching import Match, Weight, match
 from frodctl.adapted.positions import positions_of
 from frodctl.adapted.updates import WeightUpdates
+from frodctl.checkpoint.inputs import Json
 from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.inspect import headers
@@ -68,7 +69,7 @@ class _Trained:
         return opening.trained_of(self.adapter, module, self.basis, self.records)
 
 
-def changes(scales: Array, values: Array, start: Array | None) -> dict[str, Any]:
+def changes(scales: Array, values: Array, start: Array | None) -> dict[str, Json]:
     """Figures of λ' − λ and S.
 
     Parameters

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from frodctl.checkpoint import names, stream
 from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.checkpoint.ties import same_bytes
@@ -50,7 +51,7 @@ def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progr
             counts[row.values["status"]] += 1
             yield row
 
-    def summary() -> dict[str, Any]:
+    def summary() -> dict[str, Json]:
         different = sum(count for status, count in counts.items() if status != "equal")
         return {"against": other.model, "equal": counts["equal"], "different": different, "statuses": dict(counts)}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from frodctl.adapted import opening
 from frodctl.checkpoint import stream
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
@@ -39,7 +40,7 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
     there = headers.basis_rows(basis)
     rows = [row for row in there if options.selects(row["name"])]
 
-    def summary() -> dict[str, Any]:
+    def summary() -> dict[str, Json]:
         result = headers.basis_summary(basis, checkpoint.parameters() if checkpoint else None)
         for category in result["categories"]:
             category.update(figures.of_category(category["category"]))
@@ -57,25 +58,25 @@ class _BasisFigures:
         self.records = {f"lambda.{record.name}": record for record in basis.metadata.modules}
         self._dual: tuple[str, Dual] | None = None  #: of the category last asked for
 
-    def rows(self, rows: list[dict[str, Any]]) -> Iterator[Row]:
+    def rows(self, rows: list[dict[str, Json]]) -> Iterator[Row]:
         for row in rows:
             yield self._row(row)
 
-    def _row(self, row: dict[str, Any]) -> Row:
+    def _row(self, row: dict[str, Json]) -> Row:
         kind = row["name"].partition(".")[0]
         if kind == "V":
             found = self.spectra.of(self.basis.tensor(row["name"]), row["name"])
             self.conditions[row["category"]] = found.values["condition_number"]
             return Row(row | found.values, found.singular_values)
         values = self.basis.tensor(row["name"]).double()
-        more: dict[str, Any] = {}
+        more: dict[str, Json] = {}
         if kind in ("lambda", "tau") and len(values):
             more = dict(zip(("minimum", "median", "maximum"), quantiles(values, (0, 0.5, 1)), strict=True))
         if row["name"] in self.records and self.checkpoint is not None:
             more |= self._reconstruction(self.records[row["name"]], values)
         return Row(row | more)
 
-    def of_category(self, category: str) -> dict[str, Any]:
+    def of_category(self, category: str) -> dict[str, Json]:
         """cond(V), the range of τ, and quantiles of the number of layers that in effect share a direction.
 
         p_k = 1/Σ_i λ_ik⁴, between 1 and the number of layers; null directions left out.
@@ -98,7 +99,7 @@ class _BasisFigures:
             "sharing": [round(value, 4) for value in sharing.tolist()],
         }
 
-    def _reconstruction(self, record: ModuleRecord, scales: Array) -> dict[str, Any]:
+    def _reconstruction(self, record: ModuleRecord, scales: Array) -> dict[str, Json]:
         """How far U diag(λ) Vᵀ is from the base's weight, relative to it, and whether that is the recorded one."""
         W, digest = self._weight(record)
         dual = self._basis_of(record.category)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from frodctl.checkpoint import names, targets
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
@@ -15,7 +15,7 @@ from frodctl.formats.basis_file import BasisFile
 from frodctl.method import budget
 
 
-def tensor_values(info: TensorInfo, index: int | None = None) -> dict[str, Any]:
+def tensor_values(info: TensorInfo, index: int | None = None) -> dict[str, Json]:
     """The first columns of a checkpoint's row; ``index`` is that of an expert in a fused tensor."""
     if index is not None:
         info = info.slice(index)
@@ -23,7 +23,7 @@ def tensor_values(info: TensorInfo, index: int | None = None) -> dict[str, Any]:
     return {"name": name, "shape": list(info.shape), "dtype": info.dtype, "parameters": info.parameters}
 
 
-def place_values(info: TensorInfo) -> dict[str, Any]:
+def place_values(info: TensorInfo) -> dict[str, Json]:
     """The last columns of a checkpoint's row."""
     return {"role": _role(info.name), "layer": names.layer_index(info.name), "file": info.file, "bytes": info.nbytes}
 
@@ -32,7 +32,7 @@ def _role(name: str) -> str:
     return names.role(name.removesuffix(".weight")) + (".weight" if name.endswith(".weight") else "")
 
 
-def checkpoint_summary(checkpoint: Checkpoint) -> dict[str, Any]:
+def checkpoint_summary(checkpoint: Checkpoint) -> dict[str, Json]:
     """What a checkpoint is, its tensors by role, and what `frodctl decompose` would take."""
     config = checkpoint.config
     architectures = config.get("architectures")
@@ -54,7 +54,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _roles(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:
+def _roles(tensors: Sequence[TensorInfo]) -> list[dict[str, Json]]:
     groups: dict[str, list[TensorInfo]] = {}
     for info in sorted(tensors, key=lambda t: names.natural_key(t.name)):
         groups.setdefault(_role(info.name), []).append(info)
@@ -71,7 +71,7 @@ def _roles(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:
     ]
 
 
-def _decomposable(checkpoint: Checkpoint) -> dict[str, Any]:
+def _decomposable(checkpoint: Checkpoint) -> dict[str, Json]:
     """Categories under the default target modules if the model type has them, else under all-linear."""
     try:
         refuse_quantized(checkpoint)
@@ -90,10 +90,10 @@ def _decomposable(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"target_modules": None, "categories": [], "reason": "no linear layers in numbered blocks"}
 
 
-def basis_rows(basis: BasisFile) -> list[dict[str, Any]]:
+def basis_rows(basis: BasisFile) -> list[dict[str, Json]]:
     """A row for every tensor of a basis file, category by category: V, τ, the pattern if it is there, the scales."""
     categories = {f"lambda.{module.name}": module for module in basis.metadata.modules}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Json]] = []
     for name in sorted(basis.header.tensors, key=names.natural_key):
         spec, _ = basis.header.tensors[name]
         module = categories.get(name)
@@ -109,10 +109,10 @@ def basis_rows(basis: BasisFile) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["category"], kinds.get(row["name"].partition(".")[0], 4)))
 
 
-def basis_summary(basis: BasisFile, parameters: int | None) -> dict[str, Any]:
+def basis_summary(basis: BasisFile, parameters: int | None) -> dict[str, Json]:
     """What a basis is of; ``parameters`` are the base's, if it is at hand."""
     metadata = basis.metadata
-    categories: list[dict[str, Any]] = []
+    categories: list[dict[str, Json]] = []
     for category in sorted(metadata.basis):
         n, rate = basis.width(category), metadata.sparsity[category]
         layers = [module for module in metadata.modules if module.category == category]
@@ -144,7 +144,7 @@ def basis_summary(basis: BasisFile, parameters: int | None) -> dict[str, Any]:
     }
 
 
-def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
+def adapter_rows(adapter: Adapter) -> list[dict[str, Json]]:
     """A row for every trained module of an adapter, then for every tensor that was trained as a whole."""
     rows = []
     for module in adapter.modules:
@@ -161,9 +161,9 @@ def adapter_rows(adapter: Adapter) -> list[dict[str, Any]]:
     return rows
 
 
-def adapter_summary(adapter: Adapter) -> dict[str, Any]:
+def adapter_summary(adapter: Adapter) -> dict[str, Json]:
     """What an adapter is of, who wrote it, and whether its V is in it."""
-    config: Mapping[str, Any] = adapter.config
+    config = adapter.config
     own = adapter.provenance
     counts = Counter(module.category for module in adapter.modules)
     nnz = {module.category: module.nnz for module in adapter.modules}

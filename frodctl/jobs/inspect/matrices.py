@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import local
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from frodctl.checkpoint import stream
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import InvalidInput
 from frodctl.method.estimate import Products, estimate, frobenius_norm
@@ -33,7 +34,7 @@ _MOST_WORKERS = 8
 class Figures:
     """The spectrum of one matrix."""
 
-    values: dict[str, Any]
+    values: dict[str, Json]
     singular_values: Array | None  #: (k,), float64, on the CPU; None for an estimate
 
 

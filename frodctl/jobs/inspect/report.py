@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from frodctl.checkpoint.inputs import Json
 from frodctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ FIGURES = (
 class Row:
     """One tensor: its figures by name, and its singular values where they were computed."""
 
-    values: dict[str, Any]
+    values: dict[str, Json]
     singular_values: Array | None = None  #: (k,), float64, descending
 
 
@@ -34,7 +35,7 @@ class Report:
     target: str
     kind: str  #: checkpoint, basis, adapter or comparison
     rows: Iterator[Row]
-    summary: Callable[[], dict[str, Any]]
+    summary: Callable[[], dict[str, Json]]
     count: int  #: of rows
     names: Collection[str]  #: of all that the rows were selected from
 

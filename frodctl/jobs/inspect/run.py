@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint import targets as linear_layers
 from frodctl.checkpoint.codec import FLOAT_DTYPES
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.errors import UsageError
 from frodctl.jobs import SCHEMA_VERSION
@@ -34,7 +35,7 @@ class TargetResult:
     target: str
     kind: str
     rows: tuple[Row, ...]
-    summary: dict[str, Any]
+    summary: dict[str, Json]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class InspectResult:
 
     targets: tuple[TargetResult, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Json]:
         """For JSON."""
         return {
             "schema_version": SCHEMA_VERSION,
@@ -130,8 +131,8 @@ def _report(target: Target, options: InspectOptions, progress: Callback) -> Repo
 def _of_headers(
     target: Target,
     kind: str,
-    found: Sequence[dict[str, Any]],
-    summary: Callable[[], dict[str, Any]],
+    found: Sequence[dict[str, Json]],
+    summary: Callable[[], dict[str, Json]],
     options: InspectOptions,
 ) -> Report:
     rows = [row for row in found if options.selects(row["name"])]
@@ -139,7 +140,7 @@ def _of_headers(
 
 
 def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOptions) -> Report:
-    def summary() -> dict[str, Any]:
+    def summary() -> dict[str, Json]:
         return headers.checkpoint_summary(checkpoint)
 
     infos = sorted(checkpoint.tensors.values(), key=lambda info: names.natural_key(info.name))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import frodctl
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.manifest import MERGED_BY
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.plan import MergePlan
@@ -38,7 +38,7 @@ def model_card(plan: MergePlan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def front_matter(fields: dict[str, Any], base: str | None) -> list[str]:
+def front_matter(fields: dict[str, Json], base: str | None) -> list[str]:
     """The lines that the Hub reads: ``fields`` as they are, and what the result is."""
     from huggingface_hub import ModelCardData
 
@@ -57,7 +57,7 @@ def _public_name(name: str) -> str:
     return name if _is_hub_id(name) else Path(name).resolve().name
 
 
-def kept_fields(readme: Path) -> dict[str, Any]:
+def kept_fields(readme: Path) -> dict[str, Json]:
     """What is taken over from the card of a base: the fields that are text, or lists of it, as the Hub has them."""
     from huggingface_hub import metadata_load
 
@@ -68,7 +68,7 @@ def kept_fields(readme: Path) -> dict[str, Any]:
     return {key: value for key, value in (found or {}).items() if key in _KEPT and _is_text(value)}
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     """Whether it is text, or a list of it, that YAML writes as it reads it."""
     items = value if isinstance(value, list) else [value]
     return all(isinstance(item, str) and item.replace("\n", "").isprintable() for item in items)

@@ -6,9 +6,11 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
+from frodctl.adapted.opening import Source
 from frodctl.checkpoint.codec import FLOAT_DTYPES, TensorSpec
+from frodctl.checkpoint.inputs import Json
+from frodctl.checkpoint.records import TensorInfo
 from frodctl.formats.adapter import LABEL_KEYS, LABELLING_TASKS, Adapter
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -39,13 +41,13 @@ def usual_dtype(specs: Sequence[TensorSpec]) -> str:
 
 
 def edited(
-    config: Mapping[str, Any],
+    config: Mapping[str, Json],
     specs: Sequence[TensorSpec],
     added: Collection[str],
-    replaced: Mapping[str, tuple[Any, Any]],
+    replaced: Mapping[str, tuple[Source, TensorInfo]],
     adapter: Adapter,
     dtype: str,
-) -> dict[str, Any] | None:
+) -> dict[str, Json] | None:
     """The config of the result; None where the base's own will do, or there is none.
 
     Parameters
@@ -76,13 +78,13 @@ def edited(
     return result if result != config else None
 
 
-def headed(first: Adapter, added: Collection[str], replaced: Mapping[str, tuple[Any, Any]]) -> Adapter:
+def headed(first: Adapter, added: Collection[str], replaced: Mapping[str, tuple[Source, TensorInfo]]) -> Adapter:
     """The adapter that has the head, which says what kind of model the result is; else the first."""
     heads = _heads(replaced)
     return next((replaced[name][0].adapter for name in sorted(heads, key=lambda name: name not in added)), first)
 
 
-def _heads(replaced: Mapping[str, tuple[Any, Any]]) -> set[str]:
+def _heads(replaced: Mapping[str, tuple[Source, TensorInfo]]) -> set[str]:
     """The tensors of modules that were trained as a whole (the others are biases)."""
     return {name for name, (source, _) in replaced.items() if source.adapter.is_saved_module(name)}
 
@@ -94,7 +96,7 @@ def pipeline_tag(adapter: Adapter, added: Collection[str], base_tag: str | None)
     return own or (None if added else base_tag)
 
 
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+def _set_dtype(config: dict[str, Json], dtype: str) -> None:
     for key in _DTYPE_KEYS:
         if isinstance(config.get(key), str):
             config[key] = dtype
@@ -112,7 +114,7 @@ def class_of(adapter: Adapter) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def _set_task(config: dict[str, Any], adapter: Adapter) -> None:
+def _set_task(config: dict[str, Json], adapter: Adapter) -> None:
     """Name the class that has the added head."""
     task = adapter.task
     architectures = config.get("architectures")
@@ -124,7 +126,7 @@ def _set_task(config: dict[str, Any], adapter: Adapter) -> None:
         config["architectures"] = [stem + _TASK_CLASSES[task]]
 
 
-def _set_labels(config: dict[str, Any], heads: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
+def _set_labels(config: dict[str, Json], heads: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
     """Give the model as many labels as a classifying head has rows, by the names that it was trained with."""
     labelling = adapter.task in LABELLING_TASKS or "Classification" in (class_of(adapter) or "")
     rows = _head_rows(heads)

@@ -29,7 +29,7 @@ class MergeOptions(HubOptions):
     also: tuple[tuple[str, float], ...] = option((), values.several_scaled)  #: further adapters, each with its scale
     adapter_name: str | None = option(None, optional(values.text))  #: which of several adapters in the folder
     dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES))  #: of the result; auto keeps each tensor's
-    max_shard_size: int = option("5GB", values.shard_size)  #: bytes of tensors in one file
+    max_shard_size: int = option(5_000_000_000, values.shard_size)  #: bytes of tensors in one file
     device: str = option("auto", values.device)
     force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from frodctl import values
 from frodctl.adapted import opening
@@ -14,6 +13,7 @@ from frodctl.adapted.matching import Weight, match
 from frodctl.adapted.opening import Source
 from frodctl.checkpoint import codec, shards, sink
 from frodctl.checkpoint.companions import copied_files
+from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, TensorInfo
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import InvalidInput
@@ -39,7 +39,7 @@ class MergePlan:
     replaced: Mapping[str, tuple[Source, TensorInfo]] = field(repr=False)  #: trained whole, by name in the output
     names: Mapping[str, str] = field(repr=False)  #: the base's tensors and what the output calls them
     shards: tuple[shards.Shard, ...] = field(repr=False)
-    config: Mapping[str, Any] | None = field(repr=False)  #: of the result; None where the base's is copied
+    config: Mapping[str, Json] | None = field(repr=False)  #: of the result; None where the base's is copied
     files: tuple[str, ...] = field(repr=False)  #: copied from the base's folder
     warnings: tuple[str, ...]
 
@@ -89,7 +89,7 @@ class MergePlan:
     def flops(self) -> float:
         return sum(flops(weight) for weight in self.weights)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Json]]:
         """Each category of each adapter as a line of a table."""
         groups: dict[tuple[int, str], list[Target]] = {}
         for weight in self.weights:
@@ -98,7 +98,7 @@ class MergePlan:
                 groups.setdefault(key, []).append(weight.target)
         return [self._row(self.sources[number], name, targets) for (number, name), targets in groups.items()]
 
-    def _row(self, source: Source, category: str, targets: Sequence[Target]) -> dict[str, Any]:
+    def _row(self, source: Source, category: str, targets: Sequence[Target]) -> dict[str, Json]:
         n = targets[0].n
         counts = [module.nnz for module in source.adapter.modules if module.category == category]
         return {
@@ -116,7 +116,7 @@ class MergePlan:
             "flops": sum(cost.update_flops(target.m, n) for target in targets),
         }
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan with what happens to the tensors."""
         return {
             "schema_version": SCHEMA_VERSION,

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import frodctl
 from frodctl.adapted.matching import Part
 from frodctl.adapted.opening import Source
 from frodctl.checkpoint import manifest, shards, sink
+from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge.card import model_card
 from frodctl.jobs.merge.plan import MergePlan
@@ -42,7 +43,7 @@ class MergeResult:
     device: str
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan's figures and what came of them."""
         return self.plan.as_dict() | {
             "output_bytes": self.output_bytes,
@@ -122,7 +123,7 @@ def _write_the_rest(plan: MergePlan, tree: Path, card: str) -> None:
     manifest.write(tree, f"frodctl {frodctl.__version__}")
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Json]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -158,7 +159,7 @@ def _job_key(plan: MergePlan, device: torch.device) -> str:
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
 
 
-def _source_key(source: Source) -> list[Any]:
+def _source_key(source: Source) -> list[Json]:
     """Everything of one adapter that the result depends on, in the order of the adapters."""
     adapter = source.adapter
     assert adapter.root is not None
@@ -176,7 +177,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _part_key(plan: MergePlan, part: Part) -> list[Any]:
+def _part_key(plan: MergePlan, part: Part) -> list[Json]:
     return [plan.sources.index(part.source), part.trained.scales.name, part.trained.category]
 
 
