@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from frodctl.adapted.opening import Source, base_of
@@ -52,9 +52,22 @@ class Match:
         Raises
         ------
         InvalidInput
-            One matches nothing, has another shape, or is there twice.
+            One matches nothing, has another shape, is there twice, or holds no floating-point numbers.
         """
-        return _replaced(self.checkpoint, self.sources)
+        shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
+        found: dict[str, tuple[Source, TensorInfo]] = {}
+        for source in self.sources:
+            adapter = source.adapter
+            for name, info in whole_tensors(adapter, shapes, self.checkpoint.model, new_head=True).items():
+                if name in found:
+                    other = found[name][0].adapter.name
+                    raise InvalidInput(
+                        f"{adapter.name}: {name} was trained as a whole in {other} too; merge one of them"
+                    )
+                if info.dtype not in codec.FLOAT_DTYPES:
+                    raise InvalidInput(f"{adapter.name}: tensor {info.name} is {info.dtype}, not floating point")
+                found[name] = source, info
+        return found
 
 
 def match(
@@ -97,6 +110,44 @@ def live_paths(paths: Iterable[str], known: Collection[str]) -> dict[str, str]:
     return {name: live[0] for name, live in found.items() if len(live) == 1}
 
 
+def whole_tensors(
+    adapter: Adapter, shapes: Mapping[str, Sequence[int]], where: str, *, new_head: bool = False
+) -> dict[str, TensorInfo]:
+    """The tensors that an adapter trained as a whole, by their names among those of a checkpoint or a live model.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    shapes : mapping of str to sequence of int
+        Of the tensors there are, by name.
+    where : str
+        What has them, for messages.
+    new_head : bool
+        Whether a module that was trained as a whole may be new: it then keeps its name in the adapter's live model. One
+        that labels may have another number of rows.
+
+    Raises
+    ------
+    InvalidInput
+        One matches nothing, has another shape, or is there twice.
+    """
+    matched = names.match(adapter.replaced, shapes)
+    found: dict[str, TensorInfo] = {}
+    for live, info in adapter.replaced.items():
+        may_differ = new_head and adapter.is_saved_module(live)
+        name = matched[live] or (live if may_differ else None)
+        if name is None:
+            raise _unmatched(info.name, live.removesuffix(".weight"), where, adapter)
+        if name in found:
+            raise InvalidInput(f"{adapter.name}: {found[name].name} and {info.name} are both {name} here")
+        there, own = list(shapes.get(name, info.shape)), list(info.shape)
+        relabelled = may_differ and adapter.task in LABELLING_TASKS and there[1:] == own[1:]
+        if there != own and not relabelled:
+            raise InvalidInput(f"{adapter.name}: tensor {info.name} is {own}, but {name} of {where} is {there}")
+        found[name] = info
+    return found
+
+
 def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[Weight, ...], str]:
     """The weights to merge, and the prefix that their live names have over the checkpoint's."""
     matrices = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
@@ -109,7 +160,7 @@ def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[W
         for module in source.adapter.modules:
             name = matched[module.module]
             if name is None:
-                raise _unmatched(module.scales.name, module.module, checkpoint, source.adapter)
+                raise _unmatched(module.scales.name, module.module, checkpoint.model, source.adapter)
             if name in found:
                 raise InvalidInput(f"{source.adapter.name}: {found[name]} and {module.module} are both {name} here")
             found[name] = module.module
@@ -136,39 +187,12 @@ def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[W
     return tuple(weights), prefixes.pop() if len(prefixes) == 1 else ""
 
 
-def _unmatched(tensor: str, module: str, checkpoint: Checkpoint, adapter: Adapter) -> InvalidInput:
+def _unmatched(tensor: str, module: str, where: str, adapter: Adapter) -> InvalidInput:
     if ties.is_head(f"{module}.weight"):
         return InvalidInput(
-            f"{adapter.name}: {tensor}: {checkpoint.model} stores no {module}.weight, it is tied to the input "
-            "embedding; merging it would change both"
+            f"{adapter.name}: {tensor}: {where} has no {module}.weight of its own; where that is tied to the input "
+            "embedding, both would change"
         )
     return InvalidInput(
-        f"{adapter.name}: tensor {tensor} matches nothing, or several things, in {checkpoint.model}: another base?"
+        f"{adapter.name}: tensor {tensor} matches nothing, or several things, in {where}: another base?"
     )
-
-
-def _replaced(checkpoint: Checkpoint, sources: Sequence[Source]) -> dict[str, tuple[Source, TensorInfo]]:
-    """The tensors that were trained as a whole, by their names in the checkpoint or, if new, in the live model."""
-    found: dict[str, tuple[Source, TensorInfo]] = {}
-    for source in sources:
-        adapter = source.adapter
-        matched = names.match(adapter.replaced, checkpoint.tensors)
-        for live, info in adapter.replaced.items():
-            name = matched[live] or (live if adapter.is_saved_module(live) else None)
-            if name is None:
-                raise _unmatched(info.name, live.removesuffix(".weight"), checkpoint, adapter)
-            if name in found:
-                other = found[name][0].adapter.name
-                raise InvalidInput(f"{adapter.name}: {name} was trained as a whole in {other} too; merge one of them")
-            base = checkpoint.tensors.get(name)
-            is_head = adapter.is_saved_module(live) and adapter.task in LABELLING_TASKS
-            same = base is None or base.shape == info.shape or (is_head and base.shape[1:] == info.shape[1:])
-            if base is not None and not same:
-                raise InvalidInput(
-                    f"{adapter.name}: tensor {info.name} is {list(info.shape)}, but {name} of {checkpoint.model} is "
-                    f"{list(base.shape)}"
-                )
-            if info.dtype not in codec.FLOAT_DTYPES:
-                raise InvalidInput(f"{adapter.name}: tensor {info.name} is {info.dtype}, not floating point")
-            found[name] = source, info
-    return found

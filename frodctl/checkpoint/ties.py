@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frodctl.checkpoint import codec
+from frodctl.errors import InvalidInput
 
 if TYPE_CHECKING:  # which knows its ties
     from frodctl.checkpoint.records import TensorInfo
@@ -40,6 +41,14 @@ class Ties:
         """
         tied = self.shared | self.words if with_head else self.shared
         return sorted(tied & set(changed))
+
+    def require_kept(self, changed: Collection[str], where: str, *, with_head: bool = True) -> None:
+        """`InvalidInput`, which begins with ``where``, if `broken_by` names any."""
+        if broken := self.broken_by(changed, with_head=with_head):
+            raise InvalidInput(
+                f"{where}: {broken[0]} is tied to another tensor, and the merge would break the tie or change both; "
+                "untie them in the base first (tie_word_embeddings)"
+            )
 
 
 def is_head(tensor: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frodctl.errors import OutOfResources, UsageError
+from frodctl.method.kernels import has_gpu, kernels_of
 
 try:
     import resource
@@ -15,25 +16,27 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    import torch
+    from frodctl.method.kernels import Kernels
 
 
-#: Resident memory of the process before any tensor: the interpreter and torch.
-PROCESS_BYTES = 320_000_000
+#: Resident memory of the process before any tensor: the interpreter, numpy and scipy.
+PROCESS_BYTES = 70_000_000
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called ``name``: "auto" is the first CUDA GPU if there is one, else the CPU.
+def choose_device(name: str) -> Kernels:
+    """The kernels of the device called ``name``: "auto" is the first CUDA GPU if there is one, else the CPU.
 
     Raises
     ------
     UsageError
         There is no such device here, or it has no float64 arithmetic.
     """
+    if name == "cpu" or (name == "auto" and not has_gpu()):
+        return kernels_of("cpu")
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return kernels_of("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -42,10 +45,10 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"`device` {name}: no such GPU here ({torch.cuda.device_count()} found)")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"`device` {name}: only cpu and cuda have the float64 arithmetic that is needed")
-    return device
+    return kernels_of(str(device))
 
 
-def require_memory(nbytes: int, device: torch.device) -> None:
+def require_memory(nbytes: int, device: str) -> None:
     """Raise `OutOfResources` if ``nbytes`` are not available on the device."""
     available = _available(device)
     if available is not None and available < nbytes:
@@ -56,7 +59,7 @@ def require_memory(nbytes: int, device: torch.device) -> None:
 
 
 @contextmanager
-def memory_errors(device: torch.device) -> Iterator[None]:
+def memory_errors(device: str) -> Iterator[None]:
     """Turn an allocation that failed into `OutOfResources`."""
     try:
         yield
@@ -76,9 +79,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _available(device: torch.device) -> int | None:
+def _available(device: str) -> int | None:
     """Bytes available, or None where the system does not tell."""
-    if device.type == "cuda":
+    if device.startswith("cuda"):
         import torch
 
         return torch.cuda.mem_get_info(device)[0]

@@ -207,8 +207,7 @@ def joint_basis(
     del T
     Vt, Dt = root.directions(kernels, Zt, work)
     del Zt
-    if _untie(kernels, Vt, tau, graded=root.frame is not None):
-        Dt = None
+    _untie(kernels, Vt, Dt, tau, graded=root.frame is not None)
     if root.frame is not None:
         Vt = _rotated(kernels, Vt, root.frame)
     columns, tau = _append_null(kernels.get(Vt), tau, kernels.get(root.null), alpha)
@@ -630,32 +629,33 @@ def _negated(kernels: Kernels, A: Array) -> Array:
 
 
 def _rotated(kernels: Kernels, rotation: Array, rows: Array) -> Array:
-    return kernels.gemm(rotation, rows, kernels.empty((len(rotation), rows.shape[1]), "float64"))
+    return kernels.gemm(rotation, rows, kernels.empty((len(rotation), rows.shape[1]), dtype_name(rows)))
 
 
-def _untie(kernels: Kernels, Vt: Array, tau: Vector, *, graded: bool) -> bool:
+def _untie(kernels: Kernels, Vt: Array, Dt: Array | None, tau: Vector, *, graded: bool) -> None:
     """Rotate V's columns, the rows of Vt (r, n), within each cluster of equal τ so that they are orthogonal there.
 
-    With V = RᵀZ the rotation diagonalises Zᵀ R Rᵀ Z; the longest column comes first, as in an SVD. ``graded`` says
-    that lengths may differ so much that their squares would hide the short ones. Returns whether there was a cluster.
+    With V = RᵀZ the rotation diagonalises Zᵀ R Rᵀ Z; the longest column comes first, as in an SVD. D's columns, the
+    rows of Dt, turn with V's. ``graded`` says that lengths may differ so much that their squares would hide the short
+    ones; then there is no Dt.
     """
-    rotated = False
     begin = 0
     while begin < len(tau):
         end = begin + 1
         while end < len(tau) and tau[end] - tau[begin] <= TIE * abs(tau[begin]):
             end += 1
         if end - begin > 1:
-            rotated = True
             cluster = Vt[begin:end]
             if graded:
                 lengths, rows = kernels.svd(cluster)
                 cluster[:] = rows * kernels.put(lengths[:, None])
             else:
                 gram = kernels.syrk(cluster, kernels.empty((end - begin, end - begin), "float64"), rows=True)
-                cluster[:] = _rotated(kernels, kernels.syevd(_negated(kernels, gram))[1], cluster)
+                rotation = kernels.syevd(_negated(kernels, gram))[1]
+                cluster[:] = _rotated(kernels, rotation, cluster)
+                if Dt is not None:
+                    Dt[begin:end] = _rotated(kernels, kernels.put(rotation, dtype_name(Dt)), Dt[begin:end])
         begin = end
-    return rotated
 
 
 def _append_null(Vt: HostArray, tau: Vector, null: HostArray, alpha: float) -> tuple[HostArray, Vector]:

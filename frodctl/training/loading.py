@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from frodctl import values
-from frodctl.adapted import opening
+from frodctl.adapted import matching, opening
 from frodctl.adapted.positions import positions_of
-from frodctl.checkpoint import names
 from frodctl.checkpoint.records import Location
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
@@ -165,14 +164,9 @@ def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The modules that were trained as a whole, by tensor name in this model."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in tensors}
-    found = {}
-    for tensor, name in names.match(adapter.replaced, live).items():
-        if name is None:
-            raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {tensor}, which was trained as a whole")
-        found[name] = adapter.tensor(adapter.replaced[tensor])
-        if found[name].shape != live[name].shape:
-            shapes = f"{list(found[name].shape)}, but {list(live[name].shape)}"
-            raise InvalidInput(f"{adapter.name}: {tensor} is {shapes} in {type(model).__name__}")
+    shapes = {name: tensor.shape for name, tensor in live.items()}
+    whole = matching.whole_tensors(adapter, shapes, type(model).__name__)
+    found = {name: adapter.tensor(info) for name, info in whole.items()}
     for entry in adapter.modules_to_save:
         for tensor in _tensors_of(model, entry):
             if tensor not in found:

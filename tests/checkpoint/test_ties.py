@@ -21,6 +21,7 @@ import frodctl
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.records import Checkpoint, Location
 from frodctl.checkpoint.ties import same_bytes
+from frodctl.errors import InvalidInput
 from tests.conftest import llama_layers, save_checkpoint
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -111,6 +112,12 @@ def test_counting_and_merging_go_by_one_rule(
     assert checkpoint.parameters() == (24 if tied else 48)
     assert checkpoint.ties.broken_by(list(tensors)) == (sorted(tensors) if tied else [])
     assert checkpoint.ties.broken_by(list(tensors), with_head=False) == []
+    checkpoint.ties.require_kept(list(tensors), "here", with_head=False)
+    if tied:
+        with pytest.raises(InvalidInput, match=f"^here: {sorted(tensors)[0]} is tied .* untie them in the base"):
+            checkpoint.ties.require_kept(list(tensors), "here")
+    else:
+        checkpoint.ties.require_kept(list(tensors), "here")
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,11 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
     started = time.perf_counter()
     if plan.checkpoint.root is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
-    device = choose_device(plan.options.device)
-    require_memory(plan.peak_memory_bytes, device)
-    with sink.Staging(plan.output, _job_key(plan, device), plan.check_output, resume=plan.options.resume) as staging:
+    kernels = choose_device(plan.options.device)
+    require_memory(plan.peak_memory_bytes, kernels.name)
+    with sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging:
         sink.require_disk(staging.folder, 2 * plan.output_bytes - staging.finished_bytes())
-        parts = _Parts(plan, staging, device, progress)
+        parts = _Parts(plan, staging, kernels, progress)
         results = tuple(parts.finish(i) for i in range(len(plan.categories)))
         progress(Progress(f"writing {plan.output}"))
         plan = plan.settled([result.outcome.rms_singular_value for result in results])
@@ -102,16 +102,16 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
 
         staging.publish(write)
     size = plan.output.stat().st_size
-    return DecomposeResult(plan, results, plan.output, size, str(device), time.perf_counter() - started)
+    return DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
 
 
 class _Parts:
     """The finished categories, each a safetensors file in the staging folder."""
 
-    def __init__(self, plan: DecomposePlan, staging: sink.Staging, device: torch.device, progress: Callback) -> None:
+    def __init__(self, plan: DecomposePlan, staging: sink.Staging, kernels: Kernels, progress: Callback) -> None:
         self.plan = plan
         self.staging = staging
-        self.device = device
+        self.kernels = kernels
         self.progress = progress
         self.done = 0.0
         self.total = plan.flops
@@ -144,13 +144,13 @@ class _Parts:
         begun = self.done
         layers = _Weights(self.plan.checkpoint, category.targets)
         try:
-            with memory_errors(self.device):
+            with memory_errors(self.kernels.name):
                 basis = joint_basis(
                     layers,
                     alpha=options.alpha,
                     precision=options.precision,
-                    dtype=stream.TORCH_DTYPES[MODEL_DTYPES[options.dtype]],
-                    device=self.device,
+                    dtype=options.dtype,
+                    kernels=self.kernels,
                     cache_bytes=options.cache_size,
                     advance=lambda flops: self._advance(category, flops),
                 )
@@ -232,7 +232,7 @@ def _check_written(path: Path, digests: Mapping[str, str]) -> None:
         )
 
 
-def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, Array]:
+def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, HostArray]:
     tensors = {f"V.{category.name}": basis.V, f"tau.{category.name}": basis.tau}
     for target, scale in zip(category.targets, basis.scales, strict=True):
         tensors[f"lambda.{target.module}"] = scale
@@ -247,20 +247,20 @@ class _Weights:
         self.root = checkpoint.root
         self.targets = targets
         self.digests: dict[str, str] = {}
-        self.buffers: list[Array] | None = None
+        self.buffers: list[HostArray] | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         return [(target.m, target.n) for target in self.targets]
 
-    def __iter__(self) -> Iterator[Array]:
+    def read(self, numbers: Sequence[int]) -> Iterator[HostArray]:
+        """The weights with these numbers, each valid until the next."""
         slots = itertools.cycle(self._buffers())
-        tasks = [partial(self._read, target, next(slots)) for target in self.targets]
-        return in_order(tasks)
+        return in_order([partial(self._read, self.targets[number], next(slots)) for number in numbers])
 
     def read_digests(self) -> dict[str, str]:
         """The digests of all, of which none is kept."""
-        for _ in self:
+        for _ in self.read(range(len(self.targets))):
             pass
         return self.digests
 
@@ -268,19 +268,19 @@ class _Weights:
         """Raise `InvalidInput` that names the first weight that holds NaN or Inf."""
         from frodctl.checkpoint.stream import check_finite
 
-        for target, weight in zip(self.targets, self, strict=True):
+        for target, weight in zip(self.targets, self.read(range(len(self.targets))), strict=True):
             check_finite(weight, target.tensor.name, str(self.root / target.tensor.file))
 
-    def _buffers(self) -> list[Array]:
+    def _buffers(self) -> list[HostArray]:
         """Memory to read into: for the weight in use and those ahead of it."""
-        import torch
+        import numpy as np
 
         if self.buffers is None:
             largest = max(target.nbytes for target in self.targets)
-            self.buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(AHEAD + 1)]
+            self.buffers = [np.empty(largest, np.uint8) for _ in range(AHEAD + 1)]
         return self.buffers
 
-    def _read(self, target: Target, buffer: Array) -> Array:
+    def _read(self, target: Target, buffer: HostArray) -> HostArray:
         from frodctl.checkpoint import stream
 
         weight = stream.read_tensor(self.root, target.tensor, target.index, buffer)
@@ -289,18 +289,14 @@ class _Weights:
         return weight.T if target.transposed else weight
 
 
-def _job_key(plan: DecomposePlan, device: torch.device) -> str:
+def _job_key(plan: DecomposePlan, kernels: Kernels) -> str:
     """A digest of everything that the output's bytes depend on but the weights' values."""
-    import torch
-
     assert plan.checkpoint.root is not None
     files = sorted({t.tensor.file for c in plan.categories for t in c.targets})
     states = [(plan.checkpoint.root / file).stat() for file in files]
     job = {
         "frodctl": frodctl.__version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+        "arithmetic": kernels.identity(),
         "root": str(plan.checkpoint.root.resolve()),
         "files": [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)],
         "options": [plan.options.alpha, plan.options.precision, plan.options.dtype, plan.options.cache_size],

@@ -16,7 +16,6 @@ from frodctl.checkpoint.companions import copied_files
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, TensorInfo
 from frodctl.checkpoint.targets import Target
-from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import open_adapter
 from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.merge import config as model_config
@@ -171,7 +170,9 @@ def plan_merge(
     found = match(location, sources, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
     checkpoint = found.checkpoint
     replaced = found.replaced()
-    _check_ties(checkpoint, found.weights, replaced, sources)
+    changed = [weight.target.tensor.name for weight in found.weights] + list(replaced)
+    with_head = not all(source.adapter.task in model_config.TASKS_WITHOUT_LM_HEAD for source in sources)
+    checkpoint.ties.require_kept(changed, checkpoint.model, with_head=with_head)
     added = {name for name in replaced if name not in checkpoint.tensors}
     new_names = {name: found.prefix + name if added else name for name in checkpoint.tensors}
     replaced = {new_names.get(name, name): item for name, item in replaced.items()}
@@ -223,23 +224,6 @@ def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) 
     inputs = [path for path in given if path is not None]
     inputs += [Path(options.basis)] if options.basis is not None else []
     sink.check_output_folder(output, inputs, force=options.force)
-
-
-def _check_ties(
-    checkpoint: Checkpoint,
-    weights: Sequence[Weight],
-    replaced: Mapping[str, tuple[Source, TensorInfo]],
-    sources: Sequence[Source],
-) -> None:
-    tasks = [source.adapter.task for source in sources]
-    with_head = not all(task in model_config.TASKS_WITHOUT_LM_HEAD for task in tasks)
-    changed = [weight.target.tensor.name for weight in weights] + list(replaced)
-    broken = checkpoint.ties.broken_by(changed, with_head=with_head)
-    if broken:
-        raise InvalidInput(
-            f"{sources[0].adapter.name}: {broken[0]} is tied to another tensor in {checkpoint.model}, and merging "
-            "would break the tie or change both; untie them in the base first (tie_word_embeddings)"
-        )
 
 
 def _specs(

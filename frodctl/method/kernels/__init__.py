@@ -32,6 +32,10 @@ class Kernels(Protocol):
         """The device's: "cpu", "cuda:0"."""
         ...
 
+    def identity(self) -> list[str]:
+        """What rounding depends on: the libraries and their versions, the device, its threads."""
+        ...
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory whose contents are undefined."""
         ...

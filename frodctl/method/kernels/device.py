@@ -22,6 +22,10 @@ class Device:
         self.device = torch.device(name)
         self.name = str(self.device)
 
+    def identity(self) -> list[str]:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return [name, f"torch {torch.__version__}", str(torch.get_num_threads())]
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return torch.empty(shape, dtype=_DTYPES[dtype], device=self.device)
 

@@ -10,7 +10,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy
 from scipy.linalg import blas, lapack
+from threadpoolctl import threadpool_info
 
 if TYPE_CHECKING:
     from frodctl.arrays import Array
@@ -28,6 +30,10 @@ class Host:
     """See `Kernels`."""
 
     name = "cpu"
+
+    def identity(self) -> list[str]:
+        pools = [f"{pool['internal_api']} {pool['num_threads']}" for pool in threadpool_info()]
+        return ["cpu", f"numpy {np.__version__}", f"scipy {scipy.__version__}", *sorted(pools)]
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.empty(shape, dtype)
