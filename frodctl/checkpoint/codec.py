@@ -22,7 +22,7 @@ from frodctl.checkpoint.inputs import MAX_JSON_BYTES, Json, check_amount, decode
 from frodctl.errors import InvalidInput
 
 _CHUNK_BYTES = 8 << 20
-_MAX_DIMENSIONS = 64  # torch's own limit
+_MAX_DIMENSIONS = 32  # numpy's limit before 2.0
 _MAX_NAME = 1000
 
 #: Bits per element, by the format's name of the dtype.
@@ -130,11 +130,12 @@ def _placed(specs: Iterable[TensorSpec], position: int, where: str) -> dict[str,
 
 
 def _check_spec(spec: TensorSpec, where: str) -> None:
-    """Refuse what the library lets pass: a name too long to show, a dtype newer than this, a shape beyond torch's."""
+    """Refuse what the library lets pass: a name too long to show, a dtype newer than this, a shape beyond numpy's."""
     check_name(spec.name, where)
     if spec.dtype not in DTYPE_BITS:
         raise InvalidInput(f"{where}: tensor {spec.name}: unknown dtype {spec.dtype!r:.40}")
-    if len(spec.shape) > _MAX_DIMENSIONS or prod(max(size, 1) for size in spec.shape) >= 2**63:  # strides, in 64 bits
+    span = prod(max(size, 1) for size in spec.shape) * DTYPE_BITS[spec.dtype] // 8  # which strides count in 64 bits
+    if len(spec.shape) > _MAX_DIMENSIONS or span >= 2**63:
         raise InvalidInput(f"{where}: tensor {spec.name}: no tensor can have the shape {list(spec.shape)!s:.100}")
 
 

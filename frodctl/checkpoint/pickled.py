@@ -24,10 +24,10 @@ from typing import IO, TYPE_CHECKING
 
 import torch
 
+from frodctl.arrays import NAMED, NAMES, dtype_name, from_torch
 from frodctl.checkpoint.codec import check_name
 from frodctl.checkpoint.inputs import open_input
 from frodctl.checkpoint.records import TensorInfo
-from frodctl.checkpoint.stream import DTYPE_NAMES
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _check_tensors(path: Path, state: Mapping[str, Array], size: int, device: st
     viewed = 0
     for name, tensor in state.items():
         check_name(name, str(path))
-        if tensor.dtype not in DTYPE_NAMES:
+        if dtype_name(tensor) not in NAMED:
             raise InvalidInput(f"{path}: tensor {name} has dtype {tensor.dtype}, which is not supported")
         if tensor.device.type != device:
             raise InvalidInput(f"{path}: tensor {name} was saved without its data (on the meta device)")
@@ -248,10 +248,10 @@ def _info(name: str, tensor: Array, path: Path, begin: int | None, records: Mapp
         raise InvalidInput(f"{path}: tensor {name}: no storage of the size that the pickle says is where it should be")
     stride = None if tensor.is_contiguous() else tensor.stride()
     offset = (begin or 0) + int(tensor.storage_offset()) * tensor.element_size()
-    return TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, offset, stride)
+    return TensorInfo(name, NAMES[NAMED[dtype_name(tensor)]], tuple(tensor.shape), path.name, offset, stride)
 
 
 def _in_memory(name: str, tensor: Array, path: Path) -> TensorInfo:
-    data = tensor.contiguous()
-    offset = data.data_ptr()  # stands for a place in the file: equal where tensors are tied
-    return TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(data.shape), path.name, offset, data=data)
+    data = from_torch(tensor.contiguous())
+    offset = data.ctypes.data  # stands for a place in the file: equal where tensors are tied
+    return TensorInfo(name, NAMES[data.dtype], data.shape, path.name, offset, data=data)

@@ -18,7 +18,7 @@ from frodctl.checkpoint.ties import Ties, find_ties
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 #: What models are trained in, and a basis stored: torch's name of the dtype, and the safetensors format's.
 MODEL_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -46,7 +46,7 @@ class TensorInfo:
     file: str  #: path of the file inside the checkpoint
     offset: int  #: of the first byte, in that file
     stride: tuple[int, ...] | None = None  #: in elements, where a pickled tensor is not contiguous
-    data: Array | None = field(default=None, repr=False, compare=False)  #: of an old-format pickle: it is in memory
+    data: HostArray | None = field(default=None, repr=False, compare=False)  #: of an old-format pickle: it is in memory
 
     @property
     def parameters(self) -> int:

@@ -132,11 +132,11 @@ def same_bytes(root: Path, one: TensorInfo, other_root: Path, other: TensorInfo)
     """Whether two tensors of one shape have the same dtype and, element by element, the same bytes."""
     if one.dtype != other.dtype:
         return False
-    if any(info.data is not None or info.stride is not None for info in (one, other)):  # of a pickle, read by torch
+    if any(info.data is not None or info.stride is not None for info in (one, other)):  # of a pickle
         from frodctl.checkpoint.stream import read_tensor, tensor_bytes
 
         mine, theirs = read_tensor(root, one), read_tensor(other_root, other)
-        return tensor_bytes(mine.contiguous()) == tensor_bytes(theirs.contiguous())
+        return tensor_bytes(mine) == tensor_bytes(theirs)
     pieces = zip(
         codec.read_chunks(root / one.file, one.offset, one.nbytes),
         codec.read_chunks(other_root / other.file, other.offset, other.nbytes),

@@ -36,7 +36,7 @@ from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
 from frodctl.method.budget import nnz
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 VERSION = 1
 CONFIG_FILE = ADAPTER_FILES[0]
@@ -188,16 +188,16 @@ class Adapter:
         named = self.config.get("modules_to_save")
         return tuple(named) if isinstance(named, list) else ()  # of strings, which is checked
 
-    def tensor(self, info: TensorInfo) -> Array:
+    def tensor(self, info: TensorInfo) -> HostArray:
         """The tensor, in its stored dtype; `InvalidInput` where it is not the recorded one, or not finite."""
-        import torch
+        import numpy as np
 
         from frodctl.checkpoint.stream import read_tensor
 
         assert self.root is not None
         found = read_tensor(self.root, info)
         check_digest(found, self._digest(info.name), f"{self.name}: tensor {info.name}")
-        if info.dtype in FLOAT_DTYPES and found.numel() and not torch.isfinite(torch.stack(found.aminmax())).all():
+        if info.dtype in FLOAT_DTYPES and not np.isfinite(found).all():
             raise InvalidInput(f"{self.name}: tensor {info.name} holds NaN or Inf")
         return found
 
@@ -462,7 +462,7 @@ def indices_key(category: str) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: Mapping[str, Array], config: Mapping[str, object], provenance: Provenance, card: str
+    folder: Path, tensors: Mapping[str, HostArray], config: Mapping[str, object], provenance: Provenance, card: str
 ) -> None:
     """Write an adapter's files into a folder, which may hold others; a reader finds all of it or none.
 
@@ -470,7 +470,7 @@ def write_adapter(
     ----------
     folder : Path
         Made where it is not there.
-    tensors : mapping of str to Array
+    tensors : mapping of str to ndarray
         By the names that the ``…_key`` functions give.
     config : mapping
         PEFT's fields; ``peft_type`` is this format's own.
@@ -496,14 +496,13 @@ def write_adapter(
         ours = not (folder / ADAPTER_FILES[1]).exists() or _is_ours(folder / ADAPTER_FILES[1])
     if not ours:
         raise UsageError(f"{folder}: holds an adapter that is not frodctl's; name another folder")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    digests = {name: digest(t) for name, t in plain.items() if not name.startswith("base_model.frod_V.")}
+    digests = {name: digest(t) for name, t in tensors.items() if not name.startswith("base_model.frod_V.")}
     own = replace(provenance, digests=digests).as_json()
     text = json.dumps({**config, "peft_type": PEFT_TYPE, "frodctl": own}, indent=2, sort_keys=True) + "\n"
     writers: dict[str, Callable[[IO[bytes]], None]] = {}
     if not (folder / "README.md").exists():
         writers["README.md"] = lambda file: _write_text(file, card)
-    writers[ADAPTER_FILES[1]] = lambda file: _write_weights(file, plain)
+    writers[ADAPTER_FILES[1]] = lambda file: _write_weights(file, tensors)
     writers[CONFIG_FILE] = lambda file: _write_text(file, text)
     sink.replace_files(folder, writers)
 
@@ -516,20 +515,16 @@ def _is_ours(weights: Path) -> bool:
         return False
 
 
-def write_tensors(file: IO[bytes], tensors: Mapping[str, Array]) -> None:
-    """Write a safetensors file of torch.Tensors."""
-    from frodctl.checkpoint.stream import DTYPE_NAMES, tensor_bytes
+def write_tensors(file: IO[bytes], tensors: Mapping[str, HostArray]) -> None:
+    """Write a safetensors file of contiguous arrays."""
+    from frodctl.arrays import NAMES
+    from frodctl.checkpoint.stream import tensor_bytes
 
-    specs = codec.layout(codec.TensorSpec(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items())
-
-    def chunks() -> Iterator[memoryview]:
-        for spec in specs:
-            yield tensor_bytes(tensors[spec.name].detach().cpu().contiguous())
-
-    codec.write_file(file, specs, {"format": "pt"}, chunks())
+    specs = codec.layout(codec.TensorSpec(name, NAMES[t.dtype], t.shape) for name, t in tensors.items())
+    codec.write_file(file, specs, {"format": "pt"}, (tensor_bytes(tensors[spec.name]) for spec in specs))
 
 
-def _write_weights(file: IO[bytes], tensors: Mapping[str, Array]) -> None:
+def _write_weights(file: IO[bytes], tensors: Mapping[str, HostArray]) -> None:
     write_tensors(file, tensors)
     file.flush()
     codec.read_header(Path(file.name))  # before it gets its name: everyone must be able to open it

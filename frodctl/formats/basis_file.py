@@ -28,7 +28,7 @@ from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 VERSION = 1
 
@@ -139,7 +139,7 @@ class BasisFile:
         """n of the category."""
         return self._place(f"V.{category}")[0].shape[0]
 
-    def tensor(self, name: str) -> Array:
+    def tensor(self, name: str) -> HostArray:
         """The tensor of that name, in its stored dtype; `InvalidInput` where it is not the recorded one."""
         from frodctl.checkpoint.stream import read_tensor
 
@@ -158,7 +158,7 @@ class BasisFile:
             raise UsageError(f"{self.path}: no tensor {name}; {close}")
         return self.header.tensors[known]
 
-    def indices(self) -> dict[str, Array]:
+    def indices(self) -> dict[str, HostArray]:
         """The sparse pattern of every category, (2, nnz) int64: stored, or drawn from the seed.
 
         Raises
@@ -166,16 +166,14 @@ class BasisFile:
         InvalidInput
             A stored position lies outside the matrix or on its diagonal, or is there twice.
         """
-        import torch
-
         from frodctl.method.pattern import fault, patterns
 
         widths = {category: self.width(category) for category in self.metadata.basis}
         stored = {c: f"indices.{c}" for c in widths if f"indices.{c}" in self}
         drawn = patterns(widths, self.metadata.sparsity, self.metadata.seed) if len(stored) < len(widths) else {}
-        found = {c: self.tensor(stored[c]) if c in stored else torch.from_numpy(drawn[c]) for c in widths}
+        found = {c: self.tensor(stored[c]) if c in stored else drawn[c] for c in widths}
         for c in stored:
-            if wrong := fault(found[c].numpy(), widths[c]):
+            if wrong := fault(found[c], widths[c]):
                 raise InvalidInput(f"{self.path}: {stored[c]} {wrong}")
         return found
 
@@ -186,7 +184,7 @@ class BasisFile:
             self.tensor(name)
 
 
-def check_digest(tensor: Array, recorded: str | None, what: str) -> None:
+def check_digest(tensor: HostArray, recorded: str | None, what: str) -> None:
     """`InvalidInput` if a tensor's bytes are not those of the recorded digest; None says that there is none."""
     from frodctl.checkpoint.stream import digest
 
@@ -267,7 +265,7 @@ def write_basis(file: IO[bytes], parts: Sequence[Path], metadata: BasisMetadata)
 
 
 def write_patterns(
-    basis: BasisFile, path: Path, indices: Mapping[str, Array], sparsity: Mapping[str, float], *, force: bool
+    basis: BasisFile, path: Path, indices: Mapping[str, HostArray], sparsity: Mapping[str, float], *, force: bool
 ) -> None:
     """Write a basis file again, with other patterns for some categories.
 
@@ -276,7 +274,7 @@ def write_patterns(
     basis : BasisFile
     path : Path
         Never the basis file's own.
-    indices : mapping of str to Array
+    indices : mapping of str to ndarray
         Positions by category, (2, nnz) int64.
     sparsity : mapping of str to float
         By category.
@@ -290,7 +288,7 @@ def write_patterns(
         digests |= {f"indices.{category}": digest(tensor) for category, tensor in indices.items()}
     metadata = replace(basis.metadata, sparsity={**basis.metadata.sparsity, **sparsity}, digests=digests)
     names = {f"indices.{category}": tensor for category, tensor in indices.items()}
-    specs = codec.layout(codec.TensorSpec(name, "I64", tuple(tensor.shape)) for name, tensor in names.items())
+    specs = codec.layout(codec.TensorSpec(name, "I64", tensor.shape) for name, tensor in names.items())
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "indices.safetensors")
         with part.open("wb") as file:
