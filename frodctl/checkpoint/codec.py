@@ -22,7 +22,7 @@ from frodctl.checkpoint.inputs import MAX_JSON_BYTES, Json, check_amount, decode
 from frodctl.errors import InvalidInput
 
 _CHUNK_BYTES = 8 << 20
-_MAX_DIMENSIONS = 32  # numpy's limit before 2.0
+MAX_DIMENSIONS = 32  #: of a tensor: numpy's limit before 2.0
 _MAX_NAME = 1000
 
 #: Bits per element, by the format's name of the dtype.
@@ -135,7 +135,7 @@ def _check_spec(spec: TensorSpec, where: str) -> None:
     if spec.dtype not in DTYPE_BITS:
         raise InvalidInput(f"{where}: tensor {spec.name}: unknown dtype {spec.dtype!r:.40}")
     span = prod(max(size, 1) for size in spec.shape) * DTYPE_BITS[spec.dtype] // 8  # which strides count in 64 bits
-    if len(spec.shape) > _MAX_DIMENSIONS or span >= 2**63:
+    if len(spec.shape) > MAX_DIMENSIONS or span >= 2**63:
         raise InvalidInput(f"{where}: tensor {spec.name}: no tensor can have the shape {list(spec.shape)!s:.100}")
 
 

@@ -20,18 +20,16 @@ from collections.abc import Mapping
 from math import prod
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import torch
+from torch import Tensor
 
 from frodctl.arrays import NAMED, NAMES, dtype_name, from_torch
-from frodctl.checkpoint.codec import check_name
+from frodctl.checkpoint.codec import MAX_DIMENSIONS, check_name
 from frodctl.checkpoint.inputs import open_input
 from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources
-
-if TYPE_CHECKING:
-    from frodctl.arrays import Array
 
 #: Bytes of pickled instructions, a few hundred for each tensor; what they make may take a hundred times the memory.
 _MAX_PICKLE_BYTES = 8_000_000
@@ -91,7 +89,7 @@ class _Instructions(io.BufferedReader):
         return data
 
 
-def _load(path: Path, source: Path | IO[bytes], size: int, device: str, mmap: bool | None = None) -> dict[str, Array]:
+def _load(path: Path, source: Path | IO[bytes], size: int, device: str, mmap: bool | None = None) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -133,13 +131,13 @@ def _is_code(path: Path) -> bool:
 def _is_named_dense(name: object, item: object) -> bool:
     return (
         isinstance(name, str)
-        and isinstance(item, torch.Tensor)
+        and isinstance(item, Tensor)
         and item.layout == torch.strided
         and not (item.is_nested or item.is_neg() or item.is_conj())
     )
 
 
-def _check_tensors(path: Path, state: Mapping[str, Array], size: int, device: str) -> None:
+def _check_tensors(path: Path, state: Mapping[str, Tensor], size: int, device: str) -> None:
     """`InvalidInput` unless all of the tensors lie in their storages, and stand for no more bytes than the file has."""
     viewed = 0
     for name, tensor in state.items():
@@ -152,7 +150,8 @@ def _check_tensors(path: Path, state: Mapping[str, Array], size: int, device: st
         elements = prod(shape)
         span = 1 + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) if elements else 0
         end = (begin + span) * tensor.element_size()
-        if min((*shape, *strides, begin)) < 0 or prod(max(length, 1) for length in shape) >= 2**63:
+        widest = max(prod(max(length, 1) for length in shape), *strides, 0) * tensor.element_size()
+        if min((*shape, *strides, begin)) < 0 or widest >= 2**63 or len(shape) > MAX_DIMENSIONS:
             raise InvalidInput(f"{path}: tensor {name} has an impossible shape or strides")
         if elements and end > tensor.untyped_storage().nbytes():
             raise InvalidInput(f"{path}: tensor {name} reaches past the end of its storage")
@@ -226,7 +225,7 @@ def _place(item: zipfile.ZipInfo, file: IO[bytes]) -> tuple[int, int]:
     return item.header_offset + 30 + name_bytes + extra_bytes, item.file_size
 
 
-def _mapped_places(state: Mapping[str, Array], records: Mapping[int, int]) -> dict[str, int | None]:
+def _mapped_places(state: Mapping[str, Tensor], records: Mapping[int, int]) -> dict[str, int | None]:
     """Where the storages of a mapped archive begin in it; None where that is not certain.
 
     The mapping begins at a page, and each of the storages where a record of its size does.
@@ -241,7 +240,7 @@ def _mapped_places(state: Mapping[str, Array], records: Mapping[int, int]) -> di
     return {name: storage.data_ptr() - bases[0] for name, storage in storages.items()}
 
 
-def _info(name: str, tensor: Array, path: Path, begin: int | None, records: Mapping[int, int]) -> TensorInfo:
+def _info(name: str, tensor: Tensor, path: Path, begin: int | None, records: Mapping[int, int]) -> TensorInfo:
     """Where the tensor's bytes lie in the archive."""
     nbytes = tensor.untyped_storage().nbytes()
     if nbytes and (begin is None or records.get(begin) != nbytes):
@@ -251,7 +250,7 @@ def _info(name: str, tensor: Array, path: Path, begin: int | None, records: Mapp
     return TensorInfo(name, NAMES[NAMED[dtype_name(tensor)]], tuple(tensor.shape), path.name, offset, stride)
 
 
-def _in_memory(name: str, tensor: Array, path: Path) -> TensorInfo:
+def _in_memory(name: str, tensor: Tensor, path: Path) -> TensorInfo:
     data = from_torch(tensor.contiguous())
     offset = data.ctypes.data  # stands for a place in the file: equal where tensors are tied
     return TensorInfo(name, NAMES[data.dtype], data.shape, path.name, offset, data=data)

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from frodctl import values
 from frodctl.adapted import opening
 from frodctl.adapted.positions import drawn
+from frodctl.arrays import to_torch
 from frodctl.checkpoint.requests import module_matcher
 from frodctl.checkpoint.targets import DEFAULT_TARGETS
 from frodctl.errors import InvalidInput, UsageError
@@ -47,6 +48,9 @@ from frodctl.training.layer import (
     multiplies,
 )
 from frodctl.training.reads import weight_uses
+
+if TYPE_CHECKING:
+    from frodctl.arrays import HostArray
 
 #: Heads that a checkpoint of the bare model lacks, by their names and by the classes that have them.
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -141,7 +145,7 @@ def _warn_of_a_frozen_head(model: nn.Module, saved: tuple[str, ...]) -> None:
         )
 
 
-def install(model: Model, attached: Attached, indices: Mapping[str, Tensor], adapter_name: str) -> Model:
+def install(model: Model, attached: Attached, indices: Mapping[str, HostArray], adapter_name: str) -> Model:
     """Put an adapter's layers into the model and make it the active one; nothing is changed where that fails."""
     attachment = attachment_of(model)
     if checked_name(adapter_name) in (attachment.adapters if attachment else ()):
@@ -347,7 +351,7 @@ def _default_targets(model: nn.Module, parameter: str) -> str:
 
 def _patterns(
     opened: BasisFile, categories: set[str], sparsity: values.Number | Mapping[str, values.Number] | None, given: object
-) -> tuple[int | None, dict[str, float], dict[str, Tensor]]:
+) -> tuple[int | None, dict[str, float], dict[str, HostArray]]:
     """Seed, sparsity and positions by category; the seed None where the positions are the basis file's alone."""
     rates = {category: float(opened.metadata.sparsity[category]) for category in categories}
     seed = None if given is None else values.seed(given, "seed")
@@ -398,7 +402,7 @@ def _check_uses(model: nn.Module, modules: Mapping[str, object]) -> dict[str, bo
     return gives
 
 
-def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor]) -> dict[str, Update]:
+def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, HostArray]) -> dict[str, Update]:
     """An update for each module, its base checked; V and D are taken from the model where it has them already."""
     opened = attached.basis
     held = {(b.digest, b.V.dtype, b.V.device): b for b in model.modules() if isinstance(b, Basis)}
@@ -421,7 +425,7 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor])
                 basis = Basis(V, category, recorded, counts[category], dtype, device)
             shared[key] = basis, Pattern(indices[category], basis.n, device)
         basis, pattern = shared[key]
-        updates[path] = Update(basis, pattern, opened.tensor(f"lambda.{record.name}"), attached.dropout)
+        updates[path] = Update(basis, pattern, to_torch(opened.tensor(f"lambda.{record.name}")), attached.dropout)
         given, mode = _input_dtype(model, base), base.training
         try:
             base.train()  # in evaluation some quantized layers repack their weights for good

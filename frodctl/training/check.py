@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frodctl.arrays import DTYPES, from_torch
 from frodctl.checkpoint.codec import FLOAT_DTYPES
-from frodctl.checkpoint.stream import TORCH_DTYPES, digest
+from frodctl.checkpoint.stream import digest
 from frodctl.errors import InvalidInput
 from frodctl.formats.basis_file import ModuleRecord
 from frodctl.training.layer import Basis, holds_matrix, is_dense, is_transposed
@@ -147,8 +148,8 @@ def _layer_products(base: nn.Module, columns: Tensor, dtype: torch.dtype) -> Ten
 def _is_recorded(weight: Tensor, record: ModuleRecord) -> bool | None:
     """Whether a weight's bytes have the recorded digest; None where rounding to fewer bits may be why they do not."""
     for name in FLOAT_DTYPES if record.dtype is None else (record.dtype,):
-        cast = weight.detach().cpu().to(TORCH_DTYPES[name])
-        if any(digest(ordered.contiguous()) == record.digest for ordered in (cast, cast.T)):
+        cast = weight.detach().cpu().to(getattr(torch, DTYPES[name].name))
+        if any(digest(from_torch(ordered.contiguous())) == record.digest for ordered in (cast, cast.T)):
             return True
     has_all_bits = record.dtype is not None and torch.promote_types(weight.dtype, cast.dtype) == weight.dtype
     return False if has_all_bits else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frodctl.arrays import to_torch
 from frodctl.method.dual import Dual
 from frodctl.method.update import csr_pattern
 from frodctl.training.products import (
@@ -19,6 +20,10 @@ from frodctl.training.products import (
     updated_weight,
     weight_side,
 )
+from frodctl.training.tensors import kernels_on, tensor_of
+
+if TYPE_CHECKING:
+    from frodctl.arrays import HostArray
 
 
 class KeepsDtype(nn.Module):
@@ -40,7 +45,7 @@ class Basis(KeepsDtype):
 
     Parameters
     ----------
-    V : Tensor, (n, n), floating point
+    V : ndarray, (n, n), floating point
         As it is stored. D is its inverse in float64, rounded then.
     category, digest : str
         Its name, and ``sha256:…`` of V's stored bytes.
@@ -55,13 +60,13 @@ class Basis(KeepsDtype):
     D: Tensor
 
     def __init__(
-        self, V: Tensor, category: str, digest: str, layers: int, dtype: torch.dtype, device: torch.device
+        self, V: HostArray, category: str, digest: str, layers: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         self.category, self.digest, self.layers = category, digest, layers
-        dual = Dual.of(V, torch.device("cpu") if device.type == "mps" else device)  # which has no float64
-        self.register_buffer("V", dual.V.to(dtype).to(device), persistent=False)
-        self.register_buffer("D", dual.D.to(dtype).contiguous().to(device), persistent=False)
+        dual = Dual.of(V, kernels_on(device))
+        self.register_buffer("V", tensor_of(dual.V).to(dtype).to(device), persistent=False)
+        self.register_buffer("D", tensor_of(dual.D).to(dtype).contiguous().to(device), persistent=False)
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -103,12 +108,12 @@ class Pattern(KeepsDtype):
     columns: Tensor
     order: Tensor
 
-    def __init__(self, indices: Tensor, n: int, device: torch.device) -> None:
+    def __init__(self, indices: HostArray, n: int, device: torch.device) -> None:
         super().__init__()
         self.nnz = indices.shape[1]
         names = ("rows", "row_starts", "columns", "order")
-        for name, tensor in zip(names, csr_pattern(indices.to(device), n), strict=True):
-            self.register_buffer(name, tensor, persistent=False)
+        for name, array in zip(names, csr_pattern(indices, n), strict=True):
+            self.register_buffer(name, to_torch(array).to(device), persistent=False)
         ignore_beta_warning()
 
     @property

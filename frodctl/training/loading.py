@@ -7,14 +7,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from frodctl import values
 from frodctl.adapted import matching, opening
 from frodctl.adapted.positions import positions_of
+from frodctl.arrays import to_torch
 from frodctl.checkpoint.records import Location
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
@@ -28,6 +30,9 @@ from frodctl.training.attached import (
 )
 from frodctl.training.attachment import checked_dropout, checked_name, install
 from frodctl.training.layer import FrodLinear, SavedModule, is_transposed, out_features
+
+if TYPE_CHECKING:
+    from frodctl.arrays import HostArray
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -99,12 +104,12 @@ def load_adapter(
     updates = updates_of(model, adapter_name)
     with torch.no_grad():
         for path, (delta, sparse) in numbers.items():
-            updates[path].delta.copy_(delta)
-            updates[path].values.copy_(sparse)
+            updates[path].delta.copy_(to_torch(delta))
+            updates[path].values.copy_(to_torch(sparse))
         for path, module in saved_modules(model).items():
             if adapter_name in module.modules_to_save:
                 for name, parameter in module.modules_to_save[adapter_name].state_dict().items():
-                    parameter.copy_(replaced[f"{path}.{name}"])
+                    parameter.copy_(to_torch(replaced[f"{path}.{name}"]))
     return model
 
 
@@ -139,13 +144,13 @@ def _shape(layer: nn.Module, n: int) -> tuple[int, int]:
 
 def _numbers(
     adapter: Adapter, opened: BasisFile, modules: Sequence[tuple[str, ModuleRecord, TrainedModule]]
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, tuple[HostArray, HostArray]]:
     """δ and the values of S by path in the model."""
     found = {}
     for path, record, module in modules:
         scales, sparse, start = opening.trained_of(adapter, module, opened, {module.module: record})
         assert start is not None  # the basis has it
-        found[path] = (scales.double() - start.double()).float(), sparse.float()
+        found[path] = (scales.astype(np.float64) - start.astype(np.float64)).astype(np.float32), sparse
     return found
 
 
@@ -160,7 +165,7 @@ def _tensors_of(model: nn.Module, name: str) -> list[str]:
     return found
 
 
-def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, HostArray]:
     """The modules that were trained as a whole, by tensor name in this model."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in tensors}

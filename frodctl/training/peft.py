@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from frodctl.adapted import opening
 from frodctl.adapted.positions import positions_of
+from frodctl.arrays import to_torch
 from frodctl.checkpoint import names
 from frodctl.checkpoint.records import Location
 from frodctl.errors import FrodctlError, InvalidInput
@@ -79,8 +80,8 @@ def get_peft_model(
             **options,
         }
     )
-    projections = {c: (opened.tensor(f"V.{c}"), indices[c]) for c in categories}
-    scales = {model.get_submodule(path): opened.tensor(f"lambda.{r.name}") for path, r in chosen.items()}
+    projections = {c: (to_torch(opened.tensor(f"V.{c}")), to_torch(indices[c])) for c in categories}
+    scales = {model.get_submodule(path): to_torch(opened.tensor(f"lambda.{r.name}")) for path, r in chosen.items()}
     return layers.build(model, config, adapter_name, projections, scales, fresh=True)
 
 
@@ -128,12 +129,12 @@ def load(
         if names.peft_category(module.module) != module.category:
             raise InvalidInput(f"{module.module}: its category is {module.category}, which PEFT cannot have")
     indices = positions_of(adapter, opened)
-    projections = {c: (opening.V_of(adapter, opened, c), indices[c]) for c in adapter.categories}
+    projections = {c: (to_torch(opening.V_of(adapter, opened, c)), to_torch(indices[c])) for c in adapter.categories}
     known = peft.FrodConfig.__dataclass_fields__
     settings = {key: value for key, value in adapter.config.items() if key in known and key != "peft_type"}
     ours = {base_scales_key(module.module) for module in adapter.modules}
     ours |= {info.name for shared in (adapter.bases, adapter.indices, adapter.sizes) for info in shared.values()}
-    state = {key: adapter.tensor(info) for key, info in adapter.tensors.items() if key not in ours}
+    state = {key: to_torch(adapter.tensor(info)) for key, info in adapter.tensors.items() if key not in ours}
     for category, (V, positions) in projections.items():
         state |= dict(zip(shared_keys(category), (V, positions, torch.tensor([len(V)] * 2)), strict=True))
     live = dict(model.named_modules())

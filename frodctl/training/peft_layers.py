@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from frodctl.errors import FrodctlError
 from frodctl.method.update import Factors
+from frodctl.training.tensors import array_of, kernels_on, tensor_of
 
 #: PEFT's methods that are replaced as it builds a model; where one is not there, importing this says so.
 _DECOMPOSE = FrodModel._init_frod_projections.__name__
@@ -96,12 +97,13 @@ class Derivation:
 
     def of(self, layer: Any, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
         """The same for this V and W (m, n)."""
+        kernels = kernels_on(W.device)
         key = layer.frod_V, V.dtype, W.device  # layers of a category share what holds V
         if key not in self._factors:
-            # mps has no float64
-            self._factors[key] = Factors(V, torch.device("cpu") if W.device.type == "mps" else W.device)
+            self._factors[key] = Factors(array_of(V, kernels), kernels)
         with torch.autocast(W.device.type, enabled=False):
-            return self._factors[key](W)
+            U, scales = self._factors[key](array_of(W, kernels))
+        return tensor_of(U), tensor_of(scales)
 
 
 class AwaitedU(BufferDict):

@@ -7,15 +7,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import frodctl
 from frodctl import values
+from frodctl.arrays import NAMED, NAMES, dtype_name, from_torch, to_torch
 from frodctl.checkpoint import codec, names, sink
-from frodctl.checkpoint.stream import DTYPE_NAMES, digest
+from frodctl.checkpoint.stream import digest
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats import adapter as adapter_format
 from frodctl.formats.adapter import Provenance
@@ -28,6 +29,9 @@ from frodctl.training.attached import (
     updates_of,
 )
 from frodctl.training.layer import Update
+
+if TYPE_CHECKING:
+    from frodctl.arrays import HostArray
 
 #: PEFT's task types by what the model's class is called.
 _TASKS = {
@@ -126,14 +130,15 @@ def save_adapter(
         seed=attached.seed,
         sparsity=dict(attached.sparsity),
         categories={p: r.category for p, r in attached.modules.items() if r.category != names.peft_category(p)},
-        pattern={c: digest(pattern.indices().cpu()) for c, pattern in patterns.items()},
-        dtype={u.basis.category: DTYPE_NAMES[u.basis.V.dtype] for u in updates.values() if u.basis.is_rounded},
+        pattern={c: digest(_array(pattern.indices())) for c, pattern in patterns.items()},
+        dtype={u.basis.category: NAMES[NAMED[dtype_name(u.basis.V)]] for u in updates.values() if u.basis.is_rounded},
         head=_head(model),
         basis_file=None if self_contained else _seen_from(folder, attached.basis.path),
     )
     config = _config(model, attached, tensors)
     if state_dict is not None or writes(model):
-        adapter_format.write_adapter(folder, tensors, config, provenance, _card(config, self_contained))
+        arrays = {name: _array(tensor) for name, tensor in tensors.items()}
+        adapter_format.write_adapter(folder, arrays, config, provenance, _card(config, self_contained))
     return folder
 
 
@@ -151,8 +156,12 @@ def save_trained_state(model: nn.Module, file: Path, state: Mapping[str, Tensor]
     """Save what ``state`` has of the trained numbers of all adapters under their names there, exactly as they are."""
     added = tuple(map(names.unwrapped, added_prefixes(model)))
     unwrapped = {names.unwrapped(name): tensor for name, tensor in state.items()}
-    kept = {name: tensor for name, tensor in unwrapped.items() if name.startswith(added)}
+    kept = {name: _array(tensor) for name, tensor in unwrapped.items() if name.startswith(added)}
     sink.replace_files(file.parent, {file.name: lambda out: adapter_format.write_tensors(out, kept)})
+
+
+def _array(tensor: Tensor) -> HostArray:
+    return from_torch(tensor.cpu().contiguous())
 
 
 def writes(model: nn.Module) -> bool:
@@ -213,7 +222,7 @@ def _shared(attached: Attached, updates: Mapping[str, Update]) -> dict[str, Tens
                 raise InvalidInput(
                     f"{opened.path}: V.{category} is no longer there, and the adapter is trained with it"
                 )
-            tensors[V] = opened.tensor(f"V.{category}")
+            tensors[V] = to_torch(opened.tensor(f"V.{category}"))
             tensors[indices] = update.pattern.indices()
             tensors[size] = torch.tensor([update.basis.n] * 2)
     return tensors

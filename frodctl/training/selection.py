@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from frodctl import values
+from frodctl.arrays import from_torch
 from frodctl.checkpoint import sink
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import check_name, open_basis, write_patterns
@@ -111,7 +112,8 @@ def select_pattern(
     indices = _steepest(_squares(model, updates, batches, loss), counts)
     attached = replace(attached, seed=None, selected=True)
     if output is not None:
-        write_patterns(attached.basis, output, indices, attached.sparsity, force=force)
+        arrays = {category: from_torch(positions) for category, positions in indices.items()}
+        write_patterns(attached.basis, output, arrays, attached.sparsity, force=force)
         attached = replace(attached, basis=open_basis(output), selected=False)
     _exchange(updates.values(), indices)
     attachment.adapters[attachment.active] = attached
@@ -258,5 +260,5 @@ def _exchange(updates: Iterable[Update], indices: Mapping[str, Tensor]) -> None:
     for update in updates:
         old = update.pattern
         if id(old) not in made:
-            made[id(old)] = Pattern(indices[update.basis.category], update.basis.n, old.rows.device)
+            made[id(old)] = Pattern(from_torch(indices[update.basis.category]), update.basis.n, old.rows.device)
         update.pattern = made[id(old)]

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft.tuners.frod.layer import FrodLayer
 from safetensors.torch import load_file, save_file
 
 import frodctl
+from frodctl.arrays import from_torch
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.stream import digest
 from frodctl.errors import FrodctlError, InvalidInput
@@ -108,7 +110,7 @@ class Files:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, file, {"format": "pt"})
         if signed:
-            own = {name: digest(tensor) for name, tensor in tensors.items() if "frod_V" not in name}
+            own = {name: digest(from_torch(tensor)) for name, tensor in tensors.items() if "frod_V" not in name}
             self.edit(adapter, lambda config: config["frodctl"].update(digests=own))
 
 
@@ -360,7 +362,7 @@ class TestPositions:
         """With all digests as they would be if these had been trained."""
         key = "base_model.indices.self_attn_q_proj"
         files.retrain("selected", lambda tensors: tensors.update({key: change(tensors[key])}))
-        wrong = digest(load_file(files.root / "selected" / WEIGHTS)[key])
+        wrong = digest(from_torch(load_file(files.root / "selected" / WEIGHTS)[key]))
         files.edit("selected", lambda config: config["frodctl"]["pattern"].update(self_attn_q_proj=wrong))
         files.refused(files.ways("selected"), r"indices\.self_attn_q_proj (points outside|has )")
 
@@ -517,11 +519,11 @@ def test_a_path_that_is_not_there(files: Files) -> None:
 def test_weights_that_cannot_be_read_again_get_no_name(earlier: bool, tmp_path: Path) -> None:
     """They are opened before an adapter that is there is replaced."""
     folder = tmp_path / "adapter"
-    tensors = {f"{KEY}lambda_s": torch.ones(3)}
+    tensors = {f"{KEY}lambda_s": np.ones(3, np.float32)}
     provenance = Provenance("delta", {}, {}, None, {}, {}, {}, {})
     if earlier:
         write_adapter(folder, tensors, {"r": 1}, provenance, "card")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InvalidInput, match="1001 characters"):
-        write_adapter(folder, {**tensors, "a" * 1001: torch.ones(1)}, {"r": 2}, provenance, "card")
+        write_adapter(folder, {**tensors, "a" * 1001: np.ones(1, np.float32)}, {"r": 2}, provenance, "card")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
