@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import frodctl
 from frodctl import training
+from frodctl.arrays import from_torch, to_torch
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.training import attachment
 from frodctl.training.layer import Basis, FrodLinear, Pattern, Update
@@ -106,11 +108,11 @@ class TestBothForms:
         records = {record.name: record for record in opened.metadata.modules}
         for path, layer in layers(model).items():
             record = records[path if path in records else path.removeprefix("bert.").removeprefix("transformer.")]
-            V = opened.tensor(f"V.{record.category}").double()
-            scales = opened.tensor(f"lambda.{record.name}").double()
+            V = to_torch(opened.tensor(f"V.{record.category}")).double()
+            scales = to_torch(opened.tensor(f"lambda.{record.name}")).double()
             update = layer.adapters["default"]
             K = torch.diag(update.delta.detach().double())
-            rows, columns = opened.indices()[record.category]
+            rows, columns = to_torch(opened.indices()[record.category])
             K[rows, columns] += update.values.detach().double()
             weight = dense.get_submodule(path).weight.data
             W = (weight.T if record.transposed else weight).double()
@@ -199,9 +201,9 @@ class TestCasting:
         base.weight.data.fill_(0.01)
         x = 30000 * torch.sign(V[:, 0]).half()[None]  # |Vᵀx| is 30000 ‖V[:, 0]‖₁ there, about 190,000
         assert (x.float() @ V).abs().max() > 65504
-        basis = Basis(V, "c", "", 1, torch.float32, torch.device("cpu"))
+        basis = Basis(from_torch(V), "c", "", 1, torch.float32, torch.device("cpu"))
         layer = FrodLinear(base)
-        layer.adapters["a"] = Update(basis, Pattern(torch.tensor([[0], [1]]), n, torch.device("cpu")), torch.ones(n))
+        layer.adapters["a"] = Update(basis, Pattern(np.array([[0], [1]]), n, torch.device("cpu")), torch.ones(n))
         layer.active = "a"
         assert torch.isfinite(base(x)).all()
         assert torch.equal(layer(x), base(x))
@@ -588,7 +590,7 @@ class TestOptions:
             assert update is not None
             return update.pattern.indices()
 
-        own = frodctl.open_basis(case.basis).indices()["mlp_up_proj"]
+        own = to_torch(frodctl.open_basis(case.basis).indices()["mlp_up_proj"])
         assert torch.equal(pattern(), own)
         assert torch.equal(pattern(target_modules="up_proj"), own)
         assert torch.equal(pattern(seed=3), own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import frodctl
+from frodctl.arrays import from_torch, to_torch
 from frodctl.errors import InvalidInput
+from frodctl.method.kernels import kernels_of
 from frodctl.method.update import CategoryUpdate
 from frodctl.training.attached import updates_of
 from tests.conftest import save_checkpoint
@@ -98,9 +101,9 @@ def test_layers_of_any_scales(layers: list[tuple[int, float]], dtype: torch.dtyp
 
     perturb(model)
     opened = frodctl.open_basis(path)
-    V, indices = opened.tensor("V.q_proj"), opened.indices()["q_proj"]
+    V, indices = to_torch(opened.tensor("V.q_proj")), to_torch(opened.indices()["q_proj"])
     D = torch.linalg.inv(V.double()).T
-    merging = CategoryUpdate(V, indices, torch.device("cpu"))
+    merging = CategoryUpdate(from_torch(V), from_torch(indices), kernels_of("cpu"))
     for i, W in enumerate(weights):
         update = updates_of(model, "default")[f"layers.{i}.q_proj"]
         start, delta, values = update.base_scales.double(), update.delta.detach(), update.values.detach()
@@ -108,8 +111,9 @@ def test_layers_of_any_scales(layers: list[tuple[int, float]], dtype: torch.dtyp
         M[indices[0], indices[1]] += values.double()
         inverse = torch.where(start > 0, 1 / start, 0)
         change = W.double() @ D * inverse @ M @ V.double().T
-        blocks = merging.delta(W, update.base_scales + delta, values, update.base_scales)
-        found = torch.cat([block.double().clone() for _, block in blocks])
+        trained = (update.base_scales + delta, values, update.base_scales)
+        blocks = merging.delta(from_torch(W), *map(from_torch, trained))
+        found = torch.cat([to_torch(block.astype(np.float64)) for _, block in blocks])
         rounding = 1e-5 * (change.norm() + W.double().norm())
         assert (found - change).norm() <= rounding
         live = update.merged_weight(model.layers[i]["q_proj"].base_layer).double() - W.double()

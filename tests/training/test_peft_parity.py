@@ -12,6 +12,7 @@ from peft.tuners.frod.layer import FrodLayer
 from safetensors.torch import save_file
 
 import frodctl
+from frodctl.arrays import from_torch
 from frodctl.checkpoint import names, stream
 from frodctl.formats.basis_file import BasisMetadata, ModuleRecord, file_metadata
 from frodctl.training.layer import FrodLinear
@@ -36,9 +37,9 @@ def basis_of(model: Any, path: Path) -> Path:
             tensors[f"lambda.{module}"] = scales
             records.append(
                 ModuleRecord(module, category, names.layer_index(module), tuple(stored.shape), layer.fan_in_fan_out,
-                             stream.digest(stored.contiguous()))
+                             stream.digest(from_torch(stored.contiguous())))
             )  # fmt: skip
-    digests = {record.category: stream.digest(tensors[f"V.{record.category}"]) for record in records}
+    digests = {record.category: stream.digest(from_torch(tensors[f"V.{record.category}"])) for record in records}
     rates = dict.fromkeys(digests, 0.05)
     metadata = BasisMetadata("test", "test", None, 1e-3, 0, rates, "auto", digests, records)
     save_file(tensors, path, file_metadata(metadata))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from frodctl.arrays import from_torch, to_torch
 from frodctl.method.update import csr_pattern
 from frodctl.training.products import Positions, input_side, sampled_product, sparse_product, weight_side
 
@@ -40,7 +42,7 @@ def problem() -> Problem:
     rows = flat // (N - 1)
     columns = flat % (N - 1)
     indices = torch.stack([rows, columns + (columns >= rows)])
-    rows, starts, columns, _ = csr_pattern(indices, N)
+    rows, starts, columns = map(to_torch, csr_pattern(from_torch(indices), N)[:3])
     entries = random(9 + N)
     Q = torch.zeros(N, N, dtype=torch.float64)
     for row, column, entry in zip(rows.tolist(), columns.tolist(), entries.tolist(), strict=True):
@@ -72,7 +74,7 @@ def test_sparse_and_sampled_products(problem: Problem, capturing: bool) -> None:
 
 def test_a_position_given_twice_counts_twice(capturing: bool) -> None:
     """In the pattern as on the diagonal: as `frodctl.merge` has it."""
-    rows, starts, columns, _ = csr_pattern(torch.tensor([[0, 0, 1], [1, 1, 1]]), 2)
+    rows, starts, columns = map(to_torch, csr_pattern(np.array([[0, 0, 1], [1, 1, 1]]), 2)[:3])
     found = sparse_product(Positions(rows, starts, columns), torch.ones(5), torch.eye(2))
     assert found.T.tolist() == [[1.0, 2.0], [0.0, 2.0]]
 

@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import frodctl
 from frodctl import training
+from frodctl.arrays import to_torch
 from frodctl.checkpoint import sink
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
 from frodctl.jobs.progress import Progress
@@ -132,7 +133,7 @@ class TestTheFiles:
         for path, layer in layers.items():
             update = layer.update()
             assert update is not None
-            exact = opened.tensor(f"lambda.{path}").double() + update.delta.detach().double()
+            exact = to_torch(opened.tensor(f"lambda.{path}")).double() + update.delta.detach().double()
             assert torch.equal(tensors[f"base_model.model.{path}.frod_lambda_l"], exact.float())
             assert torch.equal(tensors[f"base_model.model.{path}.frod_lambda_s_values"], update.values)
 
@@ -142,13 +143,13 @@ class TestTheFiles:
         tensors = load_file(tmp_path / "adapter" / WEIGHTS)
         opened = frodctl.open_basis(case.basis)
         for category, indices in opened.indices().items():
-            V = opened.tensor(f"V.{category}")
+            V = to_torch(opened.tensor(f"V.{category}"))
             assert tensors[f"base_model.frod_V.{category}"].dtype == V.dtype
             assert torch.equal(tensors[f"base_model.frod_V.{category}"], V)
-            assert torch.equal(tensors[f"base_model.frod_s_indices.{category}"], indices)
+            assert torch.equal(tensors[f"base_model.frod_s_indices.{category}"], to_torch(indices))
             assert tensors[f"base_model.frod_s_size.{category}"].tolist() == [len(V)] * 2
         name = "transformer.h.0.attn.c_attn"
-        assert torch.equal(tensors[f"base_model.model.{name}.frod_lambda_0"], opened.tensor(f"lambda.{name}"))
+        assert torch.equal(tensors[f"base_model.model.{name}.frod_lambda_0"], to_torch(opened.tensor(f"lambda.{name}")))
 
     def test_the_config(self, cases: Cases, tmp_path: Path) -> None:
         case = cases("bert")
@@ -775,13 +776,14 @@ class TestIn16Bit:
         basis, trained, result = frodctl.open_basis(case.basis), load_file(folder / WEIGHTS), {}
         base = dict(case.model().named_parameters())
         for record in basis.metadata.modules:
-            W, V = base[f"{record.name}.weight"].detach().double(), basis.tensor(f"V.{record.category}").double()
-            D, start = torch.linalg.inv(V).T, basis.tensor(f"lambda.{record.name}").double()
+            W = base[f"{record.name}.weight"].detach().double()
+            V = to_torch(basis.tensor(f"V.{record.category}")).double()
+            D, start = torch.linalg.inv(V).T, to_torch(basis.tensor(f"lambda.{record.name}")).double()
             if rounded:
                 V, D = V.bfloat16().double(), D.bfloat16().double()
             prefix = f"base_model.model.{record.name}"
             M = torch.diag(trained[f"{prefix}.frod_lambda_l"].double() - start)
-            rows, columns = basis.indices()[record.category]
+            rows, columns = to_torch(basis.indices()[record.category])
             M[rows, columns] += trained[f"{prefix}.frod_lambda_s_values"].double()
             result[f"{record.name}.weight"] = W + W @ (D * torch.where(start > 0, 1 / start, 0)) @ M @ V.T
         return result
