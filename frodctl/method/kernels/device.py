@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,9 +44,28 @@ class Device:
         return out.copy_(X if isinstance(X, torch.Tensor) else to_torch(X).to(self.device))
 
     def gemm(
-        self, A: torch.Tensor, B: torch.Tensor, out: torch.Tensor, *, transpose_b: bool = False, beta: float = 0
+        self,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        beta: float = 0,
     ) -> torch.Tensor:
-        return out.addmm_(A, B.T if transpose_b else B, beta=beta)
+        return out.addmm_(A.T if transpose_a else A, B.T if transpose_b else B, beta=beta)
+
+    def csrmm(self, starts: Any, columns: Any, entries: Any, X: torch.Tensor) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            M = torch.sparse_csr_tensor(
+                self.put(starts),
+                self.put(columns),
+                self.put(entries).to(X.dtype),
+                (len(starts) - 1, len(X)),
+                check_invariants=False,
+            )
+        return M @ X
 
     def syrk(self, X: torch.Tensor, out: torch.Tensor, *, beta: float = 0, rows: bool = False) -> torch.Tensor:
         return out.addmm_(X, X.T, beta=beta) if rows else out.addmm_(X.T, X, beta=beta)
@@ -93,6 +113,9 @@ class Device:
 
     def row_dots(self, X: torch.Tensor, Y: torch.Tensor) -> Vector:
         return _vector(torch.linalg.vecdot(X, Y))
+
+    def norms(self, X: torch.Tensor, axis: int) -> Vector:
+        return _vector(torch.linalg.vector_norm(X, dim=axis, dtype=torch.float64))
 
     def norm(self, X: torch.Tensor) -> float:
         norm = float(torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, torch.float32)))

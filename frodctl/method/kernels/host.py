@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy
+from scipy import sparse
 from scipy.linalg import blas, lapack
 from threadpoolctl import threadpool_info
 
@@ -58,11 +59,28 @@ class Host:
                 out[i : i + _TILE, j : j + _TILE] = X[i : i + _TILE, j : j + _TILE]
         return out
 
-    def gemm(self, A: Matrix, B: Matrix, out: Matrix, *, transpose_b: bool = False, beta: float = 0) -> Matrix:
+    def gemm(
+        self,
+        A: Matrix,
+        B: Matrix,
+        out: Matrix,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        beta: float = 0,
+    ) -> Matrix:
         if not A.size or not B.size:
             out *= out.dtype.type(beta)
             return out
-        return _into(out, _of(blas, "gemm", out)(1.0, B.T, A.T, beta=beta, c=out.T, trans_a=transpose_b, overwrite_c=1))
+        gemm = _of(blas, "gemm", out)
+        return _into(
+            out, gemm(1.0, B.T, A.T, beta=beta, c=out.T, trans_a=transpose_b, trans_b=transpose_a, overwrite_c=1)
+        )
+
+    @np.errstate(over="ignore")
+    def csrmm(self, starts: Matrix, columns: Matrix, entries: Matrix, X: Matrix) -> Matrix:
+        shape = len(starts) - 1, len(X)
+        return np.asarray(sparse.csr_array((entries.astype(X.dtype), columns, starts), shape=shape) @ X)
 
     def syrk(self, X: Matrix, out: Matrix, *, beta: float = 0, rows: bool = False) -> Matrix:
         return _into(out, _of(blas, "syrk", out)(1.0, X.T, beta=beta, c=out.T, trans=rows, lower=1, overwrite_c=1))
@@ -132,6 +150,9 @@ class Host:
 
     def row_dots(self, X: Matrix, Y: Matrix) -> Vector:
         return np.einsum("ij,ij->i", X, Y).astype(np.float64)
+
+    def norms(self, X: Matrix, axis: int) -> Vector:
+        return np.sqrt(np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", X, X, dtype=np.float64))
 
     def norm(self, X: Matrix) -> float:
         squares = 0.0
