@@ -456,9 +456,7 @@ def test_what_is_excluded_must_be_somewhere(spectrum: bool, example: Path, tmp_p
     found = frodctl.inspect(other, example, exclude=["norm", "*q_proj*"], spectrum=spectrum)
     assert not [row for target in found.targets for row in target.rows if row.values["name"] == "norm"]
     frodctl.inspect(other, include="norm", exclude="*up*", spectrum=spectrum)  # there, though not included
-    with pytest.raises(
-        UsageError, match=r"`exclude` \*prj\*: matches no name in .*; names there are experts"
-    ):
+    with pytest.raises(UsageError, match=r"`exclude` \*prj\*: matches no name in .*; names there are experts"):
         frodctl.inspect(other, exclude=["norm", "*prj*"], spectrum=spectrum)
 
 
