@@ -29,7 +29,7 @@ from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.inputs import Json, read_json
 from frodctl.checkpoint.opening import read_file_header
-from frodctl.checkpoint.records import ADAPTER_FILES, Location, TensorInfo
+from frodctl.checkpoint.records import ADAPTER_FILES, WEIGHT_FILES, Location, TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats.basis_file import check_digest, check_version
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
@@ -272,6 +272,23 @@ def open_adapter(location: Location, name: str | None = None, *, headers_only: b
         weights = _weights(folder)
     infos = read_file_header(weights)
     return _adapter(location.model, folder, read_json(folder / CONFIG_FILE), infos)
+
+
+def is_adapter(location: Location) -> bool:
+    """Whether an adapter is there, rather than a model or anything else; errors are those of `open_adapter`."""
+    path = location.local_path()
+    if path is not None and path.is_file():
+        return path.name in ADAPTER_FILES[1:]
+    if path is None:
+        from frodctl.checkpoint import hub
+
+        files = hub.list_files(location)
+    else:
+        folder = path / location.subfolder
+        files = [str(p.relative_to(folder)) for p in (*folder.glob("*"), *folder.glob(f"*/{CONFIG_FILE}"))]
+    # beside an adapter a trainer may keep its state under a model's usual name
+    is_model = "config.json" in files and any(file in WEIGHT_FILES for file in files)
+    return not is_model and any(PurePosixPath(file).name == CONFIG_FILE for file in files)
 
 
 def _choose(where: str, configs: Sequence[str], name: str | None) -> str:

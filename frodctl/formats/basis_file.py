@@ -205,8 +205,11 @@ def open_basis(path: values.PathLike) -> BasisFile:
         Not such a file, of another version, truncated, or with tensors missing or of the wrong shape.
     """
     path = values.path(path, "basis")
-    if kind_of(path) is None:
+    kind = kind_of(path)
+    if kind is None:
         raise UsageError(f"{path}: no such file (`basis`)")
+    if kind == "folder":
+        raise InvalidInput(f"{path}: is a folder, not a shared-basis file (`basis`)")
     header = codec.read_header(path)
     if "frodctl" not in header.metadata:
         raise InvalidInput(f"{path}: not a shared-basis file (made by frodctl decompose)")

@@ -602,6 +602,8 @@ class TestOptions:
             ({"target_modules": "q_proj, nothing"}, "`target_modules` nothing: matches no module"),
             ({"target_modules": []}, "`target_modules`.*names no module"),
             ({"exclude_modules": "nothing"}, "`exclude_modules` nothing: matches no module"),
+            ({"target_modules": "q_proj v_proj"}, r"`target_modules` q_proj v_proj: .* by commas: q_proj,v_proj$"),
+            ({"exclude_modules": ["q_proj v_proj"]}, r"`exclude_modules` q_proj v_proj: .* by commas: q_proj,v_proj$"),
             ({"target_modules": "q_proj", "exclude_modules": ["q_proj"]}, "no module is left"),
             ({"sparsity": 2.0}, "`sparsity` 2.0: must "),
             ({"sparsity": {"elsewhere": 0.1}}, "`sparsity` elsewhere: the categories are mlp_down_proj, "),

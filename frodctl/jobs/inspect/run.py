@@ -67,7 +67,7 @@ def run_inspect(targets: Sequence[str], options: InspectOptions, progress: Callb
 def reports(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> Iterator[Report]:
     """The targets' reports, whose rows come as they are computed. Errors are those of `inspect`.
 
-    Only after the last report is it known whether every pattern to include matches something.
+    Only after the last report is it known whether every pattern to include or exclude matches something.
     """
     device = choose_device(options.device) if not options.headers_only else None
     there: list[str] = []
@@ -76,13 +76,14 @@ def reports(targets: Sequence[str], options: InspectOptions, progress: Callback 
         there += report.names
         rows = _counted(report, device, progress) if device is not None else report.rows
         yield replace(report, rows=arranged(rows, options.sort, options.top))
-    unmatched = [glob for glob in options.include if not any(fnmatchcase(name, glob) for name in there)]
-    if unmatched:
-        few = [*there[:_FEW], "…"] if len(there) > _FEW else there
-        raise UsageError(
-            f"`include` {', '.join(unmatched)}: matches no name in {', '.join(targets)}; names there are "
-            f"{', '.join(few)}"
-        )
+    for parameter, globs in (("include", options.include), ("exclude", options.exclude)):
+        unmatched = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in there)]
+        if unmatched:
+            few = [*there[:_FEW], "…"] if len(there) > _FEW else there
+            raise UsageError(
+                f"`{parameter}` {', '.join(unmatched)}: matches no name in {', '.join(targets)}; names there are "
+                f"{', '.join(few)}"
+            )
 
 
 def _counted(report: Report, device: torch.device, progress: Callback) -> Iterator[Row]:
