@@ -29,9 +29,9 @@ class Attached:
     selected: bool = False  #: the pattern is the adapter's own: neither a seed nor the basis file has it
 
     @property
-    def digests(self) -> dict[str, str]:
+    def V_digests(self) -> dict[str, str]:
         """``sha256:…`` of V's bytes by category."""
-        return {category: self.basis.metadata.basis[category] for category in sorted(self.sparsity)}
+        return {category: self.basis.metadata.V_digests[category] for category in sorted(self.sparsity)}
 
 
 @dataclass

@@ -74,7 +74,7 @@ def load_adapter(
     provenance = adapter.provenance
     if provenance is None or provenance.form != "delta":
         raise InvalidInput(f"{adapter.name}: not trained by frodctl; merge it into its base instead (frodctl merge)")
-    found = opening.basis_of(adapter, given) or opening.basis_in(adapter)
+    found = opening.find_basis(adapter, given) or opening.own_basis(adapter)
     if found is None:
         raise opening.no_basis(adapter)
     opened = resolved(found)
@@ -90,7 +90,7 @@ def load_adapter(
         dropout=dropout,
         selected=provenance.seed is None and bool(adapter.indices),
     )
-    for info in adapter.bases.values():  # compared with its digest, though the basis file's may be used
+    for info in adapter.V.values():  # compared with its digest, though the basis file's may be used
         adapter.tensor(info)
     indices = positions_of(adapter, opened)
     numbers = _numbers(adapter, opened, modules)

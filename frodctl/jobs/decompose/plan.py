@@ -126,7 +126,7 @@ class DecomposePlan:
 
     def metadata(self, digests: Mapping[str, str], modules: Mapping[str, str]) -> basis_file.BasisMetadata:
         """The file's metadata, given the digests of each of its tensors and of each module's weight."""
-        bases = {category.name: digests[f"V.{category.name}"] for category in self.categories}
+        V_digests = {category.name: digests[f"V.{category.name}"] for category in self.categories}
         others = {name: digest for name, digest in digests.items() if not name.startswith("V.")}
         return basis_file.BasisMetadata(
             tool=f"frodctl {frodctl.__version__}",
@@ -136,7 +136,7 @@ class DecomposePlan:
             seed=self.options.seed,
             sparsity={category.name: category.sparsity or 0.0 for category in self.categories},
             precision=self.options.precision,
-            basis=bases,
+            V_digests=V_digests,
             modules=[
                 basis_file.ModuleRecord(
                     t.module, c.name, t.layer, t.shape, t.transposed, modules[t.module], t.tensor.dtype

@@ -123,7 +123,7 @@ class MergePlan:
             "base": self.checkpoint.model,
             "revision": self.checkpoint.revision,
             "adapters": [
-                {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base}
+                {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base_model}
                 for s in self.sources
             ],
             "output": str(self.output),
