@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import frodctl
 from frodctl import values
@@ -16,6 +17,7 @@ from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
 from frodctl.errors import UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs import SCHEMA_VERSION
+from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device
@@ -65,9 +67,25 @@ class CategoryPlan:
         }
 
 
+#: Of a plan's categories and, with more, of a result's.
+SHAPE_COLUMNS = (
+    Column("category", "category", "text"),
+    Column("layers", "layers"),
+    Column("n", "n"),
+    Column("m_min"),
+    Column("m_max", "m", "heights"),
+    Column("parameters"),
+    Column("sparsity"),
+    Column("nnz"),
+    Column("trainable_parameters", "trainable", "count", absent="by spectrum"),
+)
+
+
 @dataclass(frozen=True)
 class DecomposePlan:
     """Everything that will be done, known from headers alone."""
+
+    columns: ClassVar[tuple[Column, ...]] = (*SHAPE_COLUMNS, Column("flops", "flop", "count"))
 
     checkpoint: Checkpoint = field(repr=False)
     output: Path

@@ -14,7 +14,7 @@ from frodctl.adapted.updates import WeightUpdates
 from frodctl.checkpoint.inputs import Json
 from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile
-from frodctl.jobs.inspect import headers
+from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.matrices import Spectra, quantiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
@@ -43,7 +43,8 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
         rows = _alone(adapter, basis, options)
     there = [module.module for module in adapter.modules]
     count = sum(map(options.selects, there))
-    return Report(name, "adapter", rows, lambda: headers.adapter_summary(adapter), count, there)
+    shown = columns.of_adapter(options)
+    return Report(name, "adapter", shown, rows, lambda: headers.adapter_summary(adapter), count, there)
 
 
 def _alone(adapter: Adapter, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:
