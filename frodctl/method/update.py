@@ -113,7 +113,7 @@ class CategoryUpdate:
         for rows in _row_blocks(len(W)):
             yield rows, self._product(B[rows], K)
 
-    def start(self, W: Array) -> Array:
+    def base_scales(self, W: Array) -> Array:
         """λ (n,) where PEFT begins: the column norms of W V⁻ᵀ, W and they rounded to V's dtype; float32."""
         return self._project(W, self.dtype)[1].to(self.dtype).float().cpu()
 

@@ -415,7 +415,7 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, Tensor])
         dtype, device = _placement(model, base, path)
         key = category, dtype, device
         if key not in shared:
-            recorded = attached.digests[category]
+            recorded = attached.V_digests[category]
             basis = held.get((recorded, dtype, device))
             if basis is None:
                 V = opened.tensor(f"V.{category}")

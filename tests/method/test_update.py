@@ -125,7 +125,7 @@ def test_rows_that_are_rounding_drop_out_of_the_change() -> None:
         W = B @ V.double().T * factor
         for indices, moves in (([[3], [5]], False), ([[5], [3]], True)):
             update = CategoryUpdate(V, torch.tensor(indices), CPU)
-            start = update.start(W)
+            start = update.base_scales(W)
             change = assembled(update.delta(W, start, torch.ones(1)))
             assert bool(change.abs().max() > 0.01) == moves
 

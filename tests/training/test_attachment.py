@@ -235,7 +235,7 @@ class TestTheModule:
     def test_v_is_held_once_and_is_not_in_the_state(self, cases: Cases) -> None:
         model = cases("llama").attached()
         bases = [module for module in model.modules() if isinstance(module, Basis)]
-        assert sorted(b.category for b in bases) == sorted(frodctl.open_basis(cases("llama").basis).metadata.basis)
+        assert sorted(b.category for b in bases) == sorted(frodctl.open_basis(cases("llama").basis).metadata.V_digests)
         state = model.state_dict()
         added = {name for name in state if ".adapters." in name}
         assert {name.rsplit(".", 1)[1] for name in added} == {"delta", "values"}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from frodctl import values
 from frodctl.adapted import opening
@@ -19,6 +20,7 @@ from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import is_adapter, open_adapter
 from frodctl.jobs import SCHEMA_VERSION
+from frodctl.jobs.columns import Column
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
@@ -30,6 +32,21 @@ from frodctl.values import PathLike
 @dataclass(frozen=True)
 class MergePlan:
     """Everything that will be done, known from headers alone."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("adapter"),
+        Column("category", "category", "text"),
+        Column("layers", "layers"),
+        Column("n", "n"),
+        Column("m_min"),
+        Column("m_max", "m", "heights"),
+        Column("parameters", "parameters", "count"),
+        Column("nnz", "nnz"),
+        Column("form", "form"),
+        Column("scale", "scale"),
+        Column("basis", "basis"),
+        Column("flops"),
+    )
 
     checkpoint: Checkpoint = field(repr=False)
     output: Path
@@ -123,7 +140,7 @@ class MergePlan:
             "base": self.checkpoint.model,
             "revision": self.checkpoint.revision,
             "adapters": [
-                {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base}
+                {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base_model}
                 for s in self.sources
             ],
             "output": str(self.output),
