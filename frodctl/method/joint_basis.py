@@ -53,8 +53,8 @@ TIE = 1e-6
 #: λ_ik is written as 0 where W_i d_k is rounding of its own layer: of ‖W_i‖‖d_k‖, and (times v_k) of ‖W_i‖, no more
 #: than this. A small multiple of float32's ε, as V is stored in it at best.
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
-#: λ² = ‖R_i d‖² − α dᵀGd is taken where it is at least this many times ε ‖R_i d‖ ‖R_i‖ ‖d‖, else ‖W_i d‖².
-CANCELLATION = 2.0**14
+#: λ² = ‖R_i d‖² − α dᵀGd is taken where it is at least this many times ε ‖R_i‖² ‖d‖², else ‖W_i d‖².
+CANCELLATION = 2.0**16
 #: Norms of layers that differ by no more are of one scale: where G is badly conditioned it still has all of them.
 SPREAD = 10.0
 #: The layers but the largest have shares C_i of this size where their norms are so much smaller together; there
@@ -457,13 +457,12 @@ class _Stack:
         lost: dict[int, list[int]] = {}
         if not self.roots:
             return lost
-        lengths = np.sqrt(self.kernels.row_dots(Dt, Dt))
+        lengths = self.kernels.row_dots(Dt, Dt)
         shift = alpha * self._squares_of(self.kernels.put(root.R, work), Dt)
         for i, R in self.roots.items():
             self.advance(layer_flops(*self.shapes[i])[2])
-            both = self._squares_of(R, Dt)
-            squares[i] = both - shift
-            floor = CANCELLATION * epsilon(work) * np.sqrt(both) * lengths * self.sizes[i]
+            squares[i] = self._squares_of(R, Dt) - shift
+            floor = CANCELLATION * epsilon(work) * lengths * self.sizes[i] ** 2
             few = np.flatnonzero(~(squares[i] >= floor)).tolist()
             if few or factors[i] != self.factor:
                 lost[i] = few if factors[i] == self.factor else list(range(len(Dt)))

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, ClassVar
 import frodctl
 from frodctl.checkpoint import codec, sink
 from frodctl.checkpoint.inputs import Json
-from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
@@ -26,10 +26,9 @@ from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
 
 if TYPE_CHECKING:
-    import torch
-
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
     from frodctl.method.joint_basis import JointBasis
+    from frodctl.method.kernels import Kernels
 
 
 @dataclass(frozen=True)
