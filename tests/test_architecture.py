@@ -67,6 +67,7 @@ TORCH_FREE = (
     "jobs/merge/run.py",
     "jobs/inspect/__init__.py",
     "jobs/inspect/api.py",
+    "jobs/inspect/columns.py",
     "jobs/inspect/headers.py",
     "jobs/inspect/options.py",
     "jobs/inspect/report.py",

@@ -40,9 +40,9 @@ class Projections:
             As `opening.V_of` and `positions_of`; or PEFT's routine gives NaN or Inf.
         """
         adapter = source.adapter
-        recomputed = source.recompute and category not in adapter.bases
+        recomputed = source.recompute and category not in adapter.V
         V = self._recomputed(source, category) if recomputed else opening.V_of(adapter, source.basis, category)
-        if category not in adapter.bases and adapter.provenance is None:
+        if category not in adapter.V and adapter.provenance is None:
             V = V.to(stream.TORCH_DTYPES[source.projection_dtype] if source.projection_dtype else dtype)
         if not torch.isfinite(V).all():
             raise InvalidInput(f"{adapter.name}: V of {category} holds NaN or Inf")

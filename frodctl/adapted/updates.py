@@ -98,9 +98,9 @@ class WeightUpdates:
             raise AssertionError("its bytes were not kept")
         return next(known, None) or stream.digest(task.stored.contiguous())
 
-    def start(self, weight: Weight, W: Array) -> Array:
+    def base_scales(self, weight: Weight, W: Array) -> Array:
         """λ (n,) as PEFT begins with it, for the weight's first adapter: the norms of W V⁻ᵀ rounded to V's dtype."""
-        return self._updates_of(weight)[0].start(W)
+        return self._updates_of(weight)[0].base_scales(W)
 
     def _read_part(self, part: Part) -> Trained:
         adapter, trained = part.source.adapter, part.trained

@@ -120,7 +120,7 @@ class CategoryUpdate:
         change = scales.astype(np.float64) - start.astype(np.float64)
         return self._times_core(B, change, values, inverses, _is_tall(W))
 
-    def start(self, W: HostArray) -> HostArray:
+    def base_scales(self, W: HostArray) -> HostArray:
         """λ (n,) where PEFT begins: the column norms of W V⁻ᵀ, W and they rounded to V's dtype; float32."""
         return self._project(W, self.dtype)[1].astype(NAMED[self.dtype]).astype(np.float32)
 

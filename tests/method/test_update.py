@@ -148,7 +148,7 @@ def test_rows_that_are_rounding_drop_out_of_the_change() -> None:
         W = B @ V.astype(np.float64).T * factor
         for indices, moves in (([[3], [5]], False), ([[5], [3]], True)):
             update = CategoryUpdate(V, np.array(indices), CPU)
-            start = update.start(W)
+            start = update.base_scales(W)
             change = assembled(update.delta(W, start, np.ones(1, np.float32)))
             assert bool(np.abs(change).max() > 0.01) == moves
 

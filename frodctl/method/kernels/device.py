@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,26 @@ if TYPE_CHECKING:
     from frodctl.method.kernels import Vector
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep float32 products float32, whatever the caller allows for speed elsewhere (TF32, bfloat16)."""
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    settings = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # torch 2.9 and newer
+    if not settings:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    earlier = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, earlier, strict=True):
+            setting.fp32_precision = value
+        if not settings:
+            torch.set_float32_matmul_precision(before)
 
 
 class Device:
@@ -43,6 +65,7 @@ class Device:
     def copy(self, X: Any, out: torch.Tensor) -> torch.Tensor:
         return out.copy_(X if isinstance(X, torch.Tensor) else to_torch(X).to(self.device))
 
+    @full_float32()
     def gemm(
         self,
         A: torch.Tensor,
@@ -55,6 +78,7 @@ class Device:
     ) -> torch.Tensor:
         return out.addmm_(A.T if transpose_a else A, B.T if transpose_b else B, beta=beta)
 
+    @full_float32()
     def csrmm(self, starts: Any, columns: Any, entries: Any, X: torch.Tensor) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -67,12 +91,14 @@ class Device:
             )
         return M @ X
 
+    @full_float32()
     def syrk(self, X: torch.Tensor, out: torch.Tensor, *, beta: float = 0, rows: bool = False) -> torch.Tensor:
         return out.addmm_(X, X.T, beta=beta) if rows else out.addmm_(X.T, X, beta=beta)
 
     def axpby(self, a: float, X: torch.Tensor, b: float, out: torch.Tensor) -> torch.Tensor:
         return torch.add(out.mul_(b), X, alpha=a, out=out) if b else out.copy_(X).mul_(a)
 
+    @full_float32()
     def trmm(self, X: torch.Tensor, R: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
         R = R.triu()
         return X.copy_(X @ (R.T if transpose else R))
@@ -92,6 +118,7 @@ class Device:
         eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
         return R.copy_(torch.linalg.solve_triangular(R, eye, upper=True))
 
+    @full_float32()
     def sygst(self, A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         R = R.triu()
         return torch.mm(R @ self.mirror(A), R.T, out=A)

@@ -83,6 +83,9 @@ class Host:
         return np.asarray(sparse.csr_array((entries.astype(X.dtype), columns, starts), shape=shape) @ X)
 
     def syrk(self, X: Matrix, out: Matrix, *, beta: float = 0, rows: bool = False) -> Matrix:
+        if not X.size:
+            out *= out.dtype.type(beta)
+            return out
         return _into(out, _of(blas, "syrk", out)(1.0, X.T, beta=beta, c=out.T, trans=rows, lower=1, overwrite_c=1))
 
     @np.errstate(all="ignore")  # what is undefined may be NaN
@@ -104,17 +107,25 @@ class Host:
         return _into(X, _of(blas, "trmm", X)(1.0, R.T, X.T, lower=1, trans_a=transpose, overwrite_b=1))
 
     def trsm(self, R: Matrix, X: Matrix) -> Matrix:
+        if not X.size:
+            return X
         return _into(X, _of(blas, "trsm", X)(1.0, R.T, X.T, side=1, lower=1, trans_a=1, overwrite_b=1))
 
     def potrf(self, A: Matrix) -> bool:
+        if not len(A):
+            return True
         found, info = _of(lapack, "potrf", A)(A.T, lower=1, clean=0, overwrite_a=1)
         _into(A, found)
         return bool(info == 0 and np.isfinite(A.diagonal()).all())
 
     def potri(self, R: Matrix) -> Matrix:
+        if not len(R):
+            return R
         return _into(R, _of(lapack, "potri", R)(R.T, lower=1, overwrite_c=1)[0])
 
     def trtri(self, R: Matrix) -> Matrix:
+        if not len(R):
+            return R
         return _into(R, _of(lapack, "trtri", R)(R.T, lower=1, overwrite_c=1)[0])
 
     def sygst(self, A: Matrix, R: Matrix) -> Matrix:
