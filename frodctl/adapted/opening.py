@@ -24,7 +24,7 @@ from frodctl.formats.fields import is_alpha, is_seed
 from frodctl.values import PathLike
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 Records = Mapping[str, ModuleRecord]  #: of a basis, by the module's path in the live model
 
@@ -292,7 +292,7 @@ def _record(module: TrainedModule, transposed: bool) -> ModuleRecord:
     return ModuleRecord(module.checkpoint_path, module.category, layer, shape, transposed, module.digest)
 
 
-def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> Array:
+def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> HostArray:
     """V (n, n) of a category as it is stored: the adapter's own, or the basis file's."""
     if category in adapter.V:
         return adapter.tensor(adapter.V[category])
@@ -301,7 +301,9 @@ def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> Array:
     return basis.tensor(f"V.{category}")
 
 
-def base_scales_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records) -> Array | None:
+def base_scales_of(
+    adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records
+) -> HostArray | None:
     """λ (n,) where training of a module began, as adapter or basis say; None where neither does.
 
     Raises
@@ -309,6 +311,8 @@ def base_scales_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | N
     InvalidInput
         They differ.
     """
+    import numpy as np
+
     own = adapter.tensor(module.base_scales) if module.base_scales is not None else None
     record = records.get(module.module)
     if basis is None or record is None:
@@ -316,17 +320,19 @@ def base_scales_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | N
     found = basis.tensor(f"lambda.{record.name}")
     if len(found) != module.n:
         raise InvalidInput(f"{basis.path}: lambda.{record.name} is {list(found.shape)}, not {[module.n]}")
-    if own is not None and not own.float().equal(found):
+    if own is not None and not np.array_equal(own.astype(np.float32), found):
         raise InvalidInput(f"{adapter.name}: {module.module} began at other scales than {basis.path} has")
     return found
 
 
 def trained_of(
     adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records
-) -> tuple[Array, Array, Array | None]:
+) -> tuple[HostArray, HostArray, HostArray | None]:
     """λ' (n,) and the values of S (nnz,) of a module, and λ (n,) where adapter or basis say it (`base_scales_of`)."""
+    import numpy as np
+
     scales = adapter.tensor(module.scales)
-    values = adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
+    values = adapter.tensor(module.values) if module.values is not None else np.zeros(0, scales.dtype)
     return scales, values, base_scales_of(adapter, module, basis, records)
 
 

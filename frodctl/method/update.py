@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from frodctl.arrays import NAMED, dtype_name, epsilon, from_torch, to_torch
+from frodctl.arrays import NAMED, dtype_name, epsilon
 from frodctl.method.dual import ROUNDED_AFTERWARDS, TO_A_MILLIONTH, Dual
 from frodctl.method.linalg import Scratch
 
@@ -207,24 +207,17 @@ class Factors:
 
     def __init__(self, V: Array, kernels: Kernels) -> None:
         self.kernels = kernels
-        dual = Dual.of(self._received(V), kernels)
+        dual = Dual.of(V, kernels)
         self.inverse = dual.inverse
         self._rounded = kernels.put(dual.inverse, "float32") if dual.work(TO_A_MILLIONTH) == "float32" else None
 
     def __call__(self, W: Array) -> tuple[Array, Array]:
-        """U (m, n) in the dtype of W (m, n), 0 where λ ≤ 1e-12 as in PEFT, and λ (n,) in float32.
+        """U (m, n) in the dtype of W (m, n), 0 where λ ≤ 1e-12 as in PEFT, and λ (n,) in float32."""
+        U, norms = self._exact(W)
+        return self.kernels.put(U, dtype_name(W)), self.kernels.put(norms, "float32")
 
-        They are torch's where W is.
-        """
-        kernels = self.kernels
-        B, norms = self._factors(self._received(W))
-        U, scales = kernels.put(B, dtype_name(W)), kernels.put(norms.astype(np.float32))
-        if isinstance(W, np.ndarray) or kernels.name != "cpu":
-            return U, scales
-        return to_torch(kernels.get(U)), to_torch(kernels.get(scales))
-
-    def _factors(self, W: Array) -> tuple[Array, Vector]:
-        """U (m, n), float32 and not rounded yet, and λ (n,)."""
+    def _exact(self, W: Array) -> tuple[Array, Vector]:
+        """U (m, n) in float32, not rounded yet, and λ (n,)."""
         kernels = self.kernels
         if self._rounded is not None:
             B = self._product(W, self._rounded)
@@ -241,10 +234,6 @@ class Factors:
         kernels, dtype = self.kernels, dtype_name(inverse)
         X = kernels.copy(W, kernels.empty(tuple(W.shape), dtype))
         return kernels.gemm(X, inverse, kernels.empty(tuple(W.shape), dtype), transpose_b=True)
-
-    def _received(self, X: Array) -> Array:
-        """X as the kernels take it: a tensor of torch's is an array to those of the CPU."""
-        return X if isinstance(X, np.ndarray) or self.kernels.name != "cpu" else from_torch(X.cpu())
 
 
 def csr_pattern(indices: HostArray, n: int) -> CsrPattern:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from frodctl.arrays import NAMED, HostArray, epsilon, to_torch
+from frodctl.arrays import NAMED, HostArray, epsilon
 from frodctl.method.kernels import kernels_of
 from frodctl.method.update import CategoryUpdate, Factors
 
@@ -206,12 +205,3 @@ def test_the_factors_of_a_singular_basis() -> None:
     U, scales = Factors(V, CPU)(np.array([[4, 0, 0], [0, 3, 0]], np.float32))
     np.testing.assert_array_equal(U, [[1, 0, 0], [0, 1, 0]])
     np.testing.assert_array_equal(scales, [2, 3, 0])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tensor_has_tensors_for_factors(dtype: str) -> None:
-    """As the bridge to PEFT gives them, with the numbers that arrays have."""
-    W, V, *_ = problem(48, 32, 0, dtype, 4)
-    found = Factors(to_torch(V), CPU)(to_torch(W).requires_grad_())
-    for tensor, array in zip(found, Factors(V, CPU)(W), strict=True):
-        assert torch.equal(tensor, to_torch(array))

@@ -48,8 +48,8 @@ class Kernels(Protocol):
         """X on the device, in another dtype if one is given; X itself where nothing is to be done."""
         ...
 
-    def get(self, X: Array) -> HostArray:
-        """X on the host."""
+    def get(self, X: Array, out: HostArray | None = None) -> HostArray:
+        """X on the host; in ``out``, converted to its dtype, if one is given."""
         ...
 
     def copy(self, X: Array, out: Array) -> Array:

@@ -59,8 +59,11 @@ class Device:
         tensor = X if isinstance(X, torch.Tensor) else to_torch(X)
         return tensor.to(self.device).to(_DTYPES[dtype] if dtype else tensor.dtype).contiguous()
 
-    def get(self, X: torch.Tensor) -> Any:
-        return from_torch(X.cpu())
+    def get(self, X: torch.Tensor, out: Any = None) -> Any:
+        if out is None:
+            return from_torch(X.cpu())
+        out[...] = from_torch(X.to(_DTYPES[out.dtype.name]).cpu())
+        return out
 
     def copy(self, X: Any, out: torch.Tensor) -> torch.Tensor:
         return out.copy_(X if isinstance(X, torch.Tensor) else to_torch(X).to(self.device))

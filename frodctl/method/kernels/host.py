@@ -46,8 +46,8 @@ class Host:
     def put(self, X: Array, dtype: str | None = None) -> Array:
         return X if dtype is None else np.ascontiguousarray(X, dtype)
 
-    def get(self, X: Array) -> Any:
-        return X
+    def get(self, X: Array, out: Matrix | None = None) -> Any:
+        return X if out is None else self.copy(X, out)
 
     @np.errstate(all="ignore")  # what is undefined may be NaN
     def copy(self, X: Matrix, out: Matrix) -> Matrix:
