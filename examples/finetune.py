@@ -142,7 +142,7 @@ def batches(examples: Sequence[Example], seed: int) -> Iterator[dict[str, Tensor
 class Classifier(nn.Module):
     """An encoder, mean pooling and a linear head."""
 
-    def __init__(self, encoder: nn.Module, classes: int) -> None:
+    def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.hidden_size, classes)

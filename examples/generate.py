@@ -4,6 +4,7 @@ python examples/generate.py merged "Return the"
 """
 
 import argparse
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
     ids = model.generate(
         **tokenizer(arguments.text, return_tensors="pt"), max_new_tokens=arguments.tokens, do_sample=False
     )

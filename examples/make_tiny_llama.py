@@ -23,6 +23,7 @@ import math
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -124,7 +125,7 @@ def mean_loss(model: LlamaForCausalLM, tokens: torch.Tensor, windows: int = 128)
     rows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     rows = rows[:: max(1, len(rows) // windows)]
     model.eval()
-    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(BATCH)]
+    losses: list[float] = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(BATCH)]
     return sum(losses) / len(rows)
 
 
@@ -151,7 +152,7 @@ def train_model(model: LlamaForCausalLM, train: torch.Tensor, held_out: torch.Te
 
 def save(model: LlamaForCausalLM, tokenizer: FastTokenizer, folder: Path) -> None:
     """Write the sharded bfloat16 checkpoint and its tokenizer."""
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="1200KB")
+    model.bfloat16().save_pretrained(folder, max_shard_size="1200KB")
     tokenizer.save_pretrained(folder)
     # transformers 5 writes its own name for the class; the older name is read by 4 and 5 alike.
     path = folder / "tokenizer_config.json"
@@ -198,13 +199,13 @@ def main() -> None:
     after = mean_loss(model, train), mean_loss(model, held_out)
     save(model, tokenizer, args.output)
 
-    model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(args.output)
-    stored = mean_loss(model, train), mean_loss(model, held_out)
+    written: Any = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.bfloat16)
+    reader = AutoTokenizer.from_pretrained(args.output)
+    stored = mean_loss(written, train), mean_loss(written, held_out)
     torch.manual_seed(args.seed)
-    prompt = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**prompt, max_new_tokens=120, do_sample=True, temperature=0.7)
-    sample = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    prompt = reader(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    tokens = written.generate(**prompt, max_new_tokens=120, do_sample=True, temperature=0.7)
+    sample = reader.decode(tokens[0], skip_special_tokens=True)
     for when, (training, held) in {"before": before, "after": after, "as stored": stored}.items():
         print(f"{when + ':':10} loss {training:.3f} on training text, {held:.3f} held out")
     print(f"\n{sample}")

@@ -25,7 +25,7 @@ def load_quantized(base: str, quantization: str) -> Any:
     if quantization == "nf4":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     else:
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-untyped]
 
         config = TorchAoConfig(Int8WeightOnlyConfig())
     return AutoModelForCausalLM.from_pretrained(base, dtype="auto", quantization_config=config)

@@ -40,16 +40,16 @@ def frodctl(
     a report of its progress, or just before it changes a file or folder: (3, "") is the third, (3, "merging") the
     third that has the word in its text or path.
     """
-    words = [str(word) for word in words]
+    command = [str(word) for word in words]
     with TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = start(words, cwd, os.environ if env is None else env, streams, moment, number)
+        process = start(command, cwd, os.environ if env is None else env, streams, moment, number)
         process.join(600)
         process.kill()
         process.join()
         assert process.exitcode is not None
         shown = [stream.read_text("utf-8") for stream in streams]
-        return subprocess.CompletedProcess(words, process.exitcode, *shown)
+        return subprocess.CompletedProcess(command, process.exitcode, *shown)
 
 
 def start(
@@ -103,9 +103,9 @@ def _end_at(moment: Moment, number: int) -> None:
         if (writing or event in _CHANGES) and not str(arguments[0]).endswith(".pyc"):
             passing(str(arguments[0]))
 
-    def report(self: Reporter, progress: Progress) -> None:
-        passing(progress.text)
-        show(self, progress)
+    def watched(self: Reporter, report: Progress) -> None:
+        passing(report.text)
+        show(self, report)
 
-    Reporter.__call__ = report  # type: ignore[method-assign]
+    Reporter.__call__ = watched  # type: ignore[method-assign]
     sys.addaudithook(audit)

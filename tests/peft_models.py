@@ -20,13 +20,13 @@ from transformers import (
 )
 
 FAMILIES = ("llama", "bert", "gpt2")
-_SIZES = {"vocab_size": 64, "max_position_embeddings": 32}
+_SIZES: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 32}
 
 
 def base_model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model with random weights: the checkpoint that will be fine-tuned."""
     torch.manual_seed(0)
-    model: PreTrainedModel
+    model: Any
     if family == "llama":
         config: Any = LlamaConfig(
             hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -42,7 +42,8 @@ def base_model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     else:
         config = GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=32, vocab_size=64, initializer_range=0.1)
         model = GPT2LMHeadModel(config)
-    return model.to(dtype).eval()
+    made: PreTrainedModel = model.to(dtype).eval()
+    return made
 
 
 def save_base(folder: Path, family: str, dtype: torch.dtype, tokenizer: Path | None = None) -> Path:
@@ -56,10 +57,15 @@ def save_base(folder: Path, family: str, dtype: torch.dtype, tokenizer: Path | N
 def task_model(family: str, base: Path) -> PreTrainedModel:
     """The model that is trained: the base, for BERT with a new classifier of three labels."""
     torch.manual_seed(1)
-    classes = {"llama": LlamaForCausalLM, "bert": BertForSequenceClassification, "gpt2": GPT2LMHeadModel}
+    classes: dict[str, Any] = {
+        "llama": LlamaForCausalLM,
+        "bert": BertForSequenceClassification,
+        "gpt2": GPT2LMHeadModel,
+    }
     more = {"num_labels": 3} if family == "bert" else {}
     model: PreTrainedModel = classes[family].from_pretrained(base, dtype="auto", **more)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def frod_config(family: str, **changes: Any) -> FrodConfig:
@@ -89,7 +95,8 @@ def train(model: Any, steps: int = 4) -> Any:
                 )
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def trained_adapter(folder: Path, family: str, base: Path, **changes: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from frodctl.adapted.opening import Source, base_of
+from frodctl.adapted.opening import Source, find_base
 from frodctl.checkpoint import codec, names, ties
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
@@ -94,7 +94,7 @@ def match(
     FrodctlError
         As `open_checkpoint`.
     """
-    location, warnings = base_of(base, sources[0].adapter)
+    location, warnings = find_base(base, sources[0].adapter)
     checkpoint = open_checkpoint(location, headers_only=headers_only, everything=True, progress=progress)
     refuse_quantized(checkpoint)
     weights, prefix = _weights(checkpoint, sources)

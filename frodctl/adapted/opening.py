@@ -24,7 +24,7 @@ from frodctl.formats.fields import is_alpha, is_seed
 from frodctl.values import PathLike
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 Records = Mapping[str, ModuleRecord]  #: of a basis, by the module's path in the live model
 
@@ -49,7 +49,7 @@ def opened(basis: PathLike | BasisFile) -> BasisFile:
     return basis
 
 
-def basis_of(
+def find_basis(
     adapter: Adapter, given: PathLike | BasisFile | None = None, *, trust: bool | None = None
 ) -> BasisFile | None:
     """The basis file of an adapter: the one that is given, or for one that lacks V the one that lies near it.
@@ -102,7 +102,7 @@ def open_source(
     ----------
     adapter : Adapter
     given, trust
-        As for `basis_of`; for an adapter without V.
+        As for `find_basis`; for an adapter without V.
     recompute : bool, optional
         Have PEFT's routine compute V where there is none. None: the caller offers no choice.
     projection_dtype : str, optional
@@ -121,7 +121,7 @@ def open_source(
             f"{adapter.name}: `recompute_projection` gives another V than the one whose digest the adapter records; "
             "give the basis that it was trained with (`basis`)"
         )
-    basis = basis_of(adapter, given, trust=trust) if adapter.lacking else None
+    basis = find_basis(adapter, given, trust=trust) if adapter.lacking else None
     recomputes = bool(adapter.lacking) and basis is None
     if recomputes and not recompute:
         offered = recompute is not None and adapter.provenance is None
@@ -144,7 +144,7 @@ def _projection_dtype(adapter: Adapter) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def base_of(location: Location, adapter: Adapter) -> tuple[Location, list[str]]:
+def find_base(location: Location, adapter: Adapter) -> tuple[Location, list[str]]:
     """Where the base is, for ``-`` the one that the adapter names; and a warning where it is called otherwise there.
 
     Raises
@@ -152,7 +152,7 @@ def base_of(location: Location, adapter: Adapter) -> tuple[Location, list[str]]:
     InvalidInput
         The adapter names none.
     """
-    recorded = adapter.base
+    recorded = adapter.base_model
     if location.model == "-":
         if recorded is None:
             raise InvalidInput(f"{adapter.name}: does not name its base model; name it in place of -")
@@ -177,21 +177,21 @@ def no_basis(adapter: Adapter) -> InvalidInput:
 def check_basis(adapter: Adapter, basis: BasisFile, *, trust: bool | None = None) -> None:
     """`InvalidInput` where a basis file is not, by its digests, the one that an adapter was trained with.
 
-    ``trust`` as in `basis_of`.
+    ``trust`` as in `find_basis`.
     """
     own = adapter.provenance
-    recorded = own.basis if own else {}
+    recorded = own.V_digests if own else {}
     for category, n in adapter.categories.items():
-        if own is None and adapter.lacking and category in adapter.bases:  # it is not taken from the file
+        if own is None and adapter.lacking and category in adapter.V:  # it is not taken from the file
             continue
-        if category not in basis.metadata.basis or basis.width(category) != n:
+        if category not in basis.metadata.V_digests or basis.width(category) != n:
             raise InvalidInput(f"{basis.path}: no V.{category} of width {n}, which {adapter.name} needs")
         if trust:
             continue
         if category not in recorded:
             hint = "" if trust is None else f"; `trust_basis=True` takes {basis.path} all the same"
             raise InvalidInput(f"{adapter.name}: does not record which basis it was trained with{hint}")
-        if recorded[category] != basis.metadata.basis[category]:
+        if recorded[category] != basis.metadata.V_digests[category]:
             raise InvalidInput(
                 f"{basis.path}: V.{category} is not the one that {adapter.name} was trained with (digests differ); "
                 "give that one"
@@ -240,7 +240,7 @@ def records_of(adapter: Adapter, basis: BasisFile) -> Records:
         return {module: known[name] for module, name in matched.items() if name is not None}
     records = {}
     for module in adapter.modules:
-        record = known.get(module.base or "")
+        record = known.get(module.checkpoint_path or "")
         if record is None:
             raise InvalidInput(f"{adapter.name}: {module.module} matches no module of {basis.path}: another basis?")
         if record.category != module.category:
@@ -254,7 +254,7 @@ def records_of(adapter: Adapter, basis: BasisFile) -> Records:
     return records
 
 
-def basis_in(adapter: Adapter) -> BasisFile | None:
+def own_basis(adapter: Adapter) -> BasisFile | None:
     """An adapter of frodctl's that holds V, λ and the positions, as a basis; None where it lacks any of them."""
     own, root = adapter.provenance, adapter.root
     if own is None or root is None or adapter.lacking or not set(adapter.categories) <= set(adapter.indices):
@@ -265,19 +265,19 @@ def basis_in(adapter: Adapter) -> BasisFile | None:
     aliases = {}
     for category in adapter.categories:
         aliases[f"V.{category}"], aliases[f"indices.{category}"], _ = shared_keys(category)
-    aliases |= {f"lambda.{module.base}": base_scales_key(module.module) for module in adapter.modules}
+    aliases |= {f"lambda.{module.checkpoint_path}": base_scales_key(module.module) for module in adapter.modules}
     transposed = adapter.config.get("fan_in_fan_out") is True
     alpha, seed = adapter.config.get("regularization_alpha"), adapter.config.get("projection_prng_key")
     revision = adapter.config.get("revision")
     metadata = BasisMetadata(
         tool="",
-        model=adapter.base or "",
+        model=adapter.base_model or "",
         revision=revision if isinstance(revision, str) else None,
         alpha=alpha if is_alpha(alpha) else 1e-3,
         seed=own.seed if own.seed is not None else seed if is_seed(seed) else 0,
         sparsity={category: own.sparsity.get(category, 0.0) for category in adapter.categories},
         precision="auto",
-        basis={category: own.basis[category] for category in adapter.categories},
+        V_digests={category: own.V_digests[category] for category in adapter.categories},
         modules=[_record(module, transposed) for module in adapter.modules],
         digests={name: own.digests[key] for name, key in aliases.items() if key in own.digests},
     )
@@ -285,23 +285,25 @@ def basis_in(adapter: Adapter) -> BasisFile | None:
 
 
 def _record(module: TrainedModule, transposed: bool) -> ModuleRecord:
-    assert module.base is not None
+    assert module.checkpoint_path is not None
     assert module.digest is not None
     shape = (module.n, 0) if transposed else (0, module.n)  # m is not recorded
-    layer = names.layer_index(module.base)
-    return ModuleRecord(module.base, module.category, layer, shape, transposed, module.digest)
+    layer = names.layer_index(module.checkpoint_path)
+    return ModuleRecord(module.checkpoint_path, module.category, layer, shape, transposed, module.digest)
 
 
-def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> Array:
+def V_of(adapter: Adapter, basis: BasisFile | None, category: str) -> HostArray:
     """V (n, n) of a category as it is stored: the adapter's own, or the basis file's."""
-    if category in adapter.bases:
-        return adapter.tensor(adapter.bases[category])
+    if category in adapter.V:
+        return adapter.tensor(adapter.V[category])
     if basis is None:
         raise no_basis(adapter)
     return basis.tensor(f"V.{category}")
 
 
-def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records) -> Array | None:
+def base_scales_of(
+    adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records
+) -> HostArray | None:
     """λ (n,) where training of a module began, as adapter or basis say; None where neither does.
 
     Raises
@@ -309,6 +311,8 @@ def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, r
     InvalidInput
         They differ.
     """
+    import numpy as np
+
     own = adapter.tensor(module.base_scales) if module.base_scales is not None else None
     record = records.get(module.module)
     if basis is None or record is None:
@@ -316,18 +320,20 @@ def start_of(adapter: Adapter, module: TrainedModule, basis: BasisFile | None, r
     found = basis.tensor(f"lambda.{record.name}")
     if len(found) != module.n:
         raise InvalidInput(f"{basis.path}: lambda.{record.name} is {list(found.shape)}, not {[module.n]}")
-    if own is not None and not own.float().equal(found):
+    if own is not None and not np.array_equal(own.astype(np.float32), found):
         raise InvalidInput(f"{adapter.name}: {module.module} began at other scales than {basis.path} has")
     return found
 
 
 def trained_of(
     adapter: Adapter, module: TrainedModule, basis: BasisFile | None, records: Records
-) -> tuple[Array, Array, Array | None]:
-    """λ' (n,) and the values of S (nnz,) of a module, and λ (n,) where adapter or basis say it (see `start_of`)."""
+) -> tuple[HostArray, HostArray, HostArray | None]:
+    """λ' (n,) and the values of S (nnz,) of a module, and λ (n,) where adapter or basis say it (`base_scales_of`)."""
+    import numpy as np
+
     scales = adapter.tensor(module.scales)
-    values = adapter.tensor(module.values) if module.values is not None else scales.new_zeros(0)
-    return scales, values, start_of(adapter, module, basis, records)
+    values = adapter.tensor(module.values) if module.values is not None else np.zeros(0, scales.dtype)
+    return scales, values, base_scales_of(adapter, module, basis, records)
 
 
 def doubts(source: Source) -> list[str]:

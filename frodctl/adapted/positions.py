@@ -11,10 +11,10 @@ from frodctl.formats.basis_file import BasisFile
 from frodctl.formats.fields import is_rate, is_seed
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 
-def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, Array]:
+def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, HostArray]:
     """The positions of S by category, (2, nnz) int64: the adapter's own, the seed's, or the basis file's.
 
     Raises
@@ -24,12 +24,14 @@ def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, Array]:
         values of S; or they are not those that the adapter was trained at: the seed's, where it has one, and those of
         the recorded digest.
     """
+    import numpy as np
+
     own, widths = adapter.provenance, adapter.categories
     stored = _stored_positions(adapter)
     if own is not None and own.seed is not None:
         found = drawn(widths, own.sparsity, own.seed)
         for category, positions in stored.items():
-            if not positions.equal(found[category]):
+            if not np.array_equal(positions, found[category]):
                 name = adapter.indices[category].name
                 raise InvalidInput(f"{adapter.name}: tensor {name} is not the pattern of the adapter's seed {own.seed}")
     elif set(widths) <= set(stored):
@@ -46,7 +48,7 @@ def positions_of(adapter: Adapter, basis: BasisFile | None) -> dict[str, Array]:
     return found
 
 
-def _stored_positions(adapter: Adapter) -> dict[str, Array]:
+def _stored_positions(adapter: Adapter) -> dict[str, HostArray]:
     """The positions that an adapter holds, as they may be: in the matrix, off its diagonal, each once."""
     from frodctl.method.pattern import fault
 
@@ -56,17 +58,19 @@ def _stored_positions(adapter: Adapter) -> dict[str, Array]:
             raise InvalidInput(f"{adapter.name}: tensor {info.name} does not say {[widths[category]] * 2}")
     stored = {category: adapter.tensor(info) for category, info in adapter.indices.items()}
     for category, positions in stored.items():
-        if wrong := fault(positions.numpy(), widths[category]):
+        if wrong := fault(positions, widths[category]):
             raise InvalidInput(f"{adapter.name}: tensor {adapter.indices[category].name} {wrong}")
     return stored
 
 
-def _check_positions(adapter: Adapter, category: str, positions: Array, where: str) -> None:
+def _check_positions(adapter: Adapter, category: str, positions: HostArray, where: str) -> None:
     """`InvalidInput` where positions, found in ``where``, are not those of the recorded digest, or of S's values."""
+    import numpy as np
+
     from frodctl.checkpoint.stream import digest
 
     recorded = adapter.provenance.pattern.get(category) if adapter.provenance else None
-    if recorded is not None and digest(positions.contiguous()) != recorded:
+    if recorded is not None and digest(np.ascontiguousarray(positions)) != recorded:
         raise InvalidInput(
             f"{where}: the positions of {category} are not those that {adapter.name} was trained at (digests differ); "
             "give the basis file that has them"
@@ -78,13 +82,11 @@ def _check_positions(adapter: Adapter, category: str, positions: Array, where: s
         )
 
 
-def drawn(widths: Mapping[str, int], rates: Mapping[str, float], seed: int) -> dict[str, Array]:
+def drawn(widths: Mapping[str, int], rates: Mapping[str, float], seed: int) -> dict[str, HostArray]:
     """The positions that a seed stands for, by category, as everybody draws them."""
-    import torch
-
     from frodctl.method.pattern import patterns
 
-    return {category: torch.from_numpy(found) for category, found in patterns(widths, rates, seed).items()}
+    return patterns(widths, rates, seed)
 
 
 def _peft_pattern(adapter: Adapter) -> tuple[dict[str, float], int]:

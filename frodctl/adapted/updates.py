@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from frodctl.adapted import opening
 from frodctl.adapted.matching import Part, Weight
 from frodctl.adapted.opening import Source
 from frodctl.adapted.projection import Projections
+from frodctl.arrays import DTYPES
 from frodctl.checkpoint import stream
 from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
+from frodctl.method.linalg import Scratch
 from frodctl.method.update import Blocks, CategoryUpdate
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array, DType
+    from frodctl.arrays import HostArray
+    from frodctl.method.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class Trained:
     """What one adapter holds for one weight, read."""
 
     part: Part
-    scales: Array  #: λ', (n,)
-    values: Array  #: of S, (nnz,)
-    base_scales: Array | None  #: λ, (n,), where the file says it
+    scales: HostArray  #: λ', (n,)
+    values: HostArray  #: of S, (nnz,)
+    base_scales: HostArray | None  #: λ, (n,), where the file says it
 
     @property
     def reconstructs(self) -> bool:
@@ -41,7 +44,7 @@ class Trained:
         """Whether the update is 0 exactly."""
         if self.part.source.scale == 0:
             return True
-        at_start = self.base_scales is not None and torch.equal(self.scales, self.base_scales)
+        at_start = self.base_scales is not None and np.array_equal(self.scales, self.base_scales)
         return not self.reconstructs and at_start and not self.values.any()
 
 
@@ -50,7 +53,7 @@ class Task:
     """One weight, ready for the arithmetic; without its bytes where they will be copied."""
 
     weight: Weight
-    stored: Array | None
+    stored: HostArray | None
     trained: tuple[Trained, ...]
 
 
@@ -63,19 +66,21 @@ class WeightUpdates:
         The base.
     weights : sequence of Weight
         All that will be asked for; those of one group together, so that each basis is made ready once.
-    device : torch.device
+    kernels : Kernels
+        Where to compute.
     """
 
-    def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight], device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, weights: Sequence[Weight], kernels: Kernels) -> None:
         assert checkpoint.root is not None, "headers alone cannot be merged"
         self.root: Path = checkpoint.root
-        self.device = device
+        self.kernels = kernels
+        self.scratch = Scratch(kernels)
         self.projections = Projections(checkpoint, weights)
         sources = {id(part.source): part.source for weight in weights for part in weight.parts}
         self.records = {key: _records(source) for key, source in sources.items()}
         self.updates: dict[tuple[tuple[int, str], ...], list[CategoryUpdate]] = {}  #: of the current group
 
-    def read(self, weight: Weight, buffer: Array | None = None) -> Task:
+    def read(self, weight: Weight, buffer: HostArray | None = None) -> Task:
         """The weight's bytes (into ``buffer`` if given) and what was trained for it, checked."""
         trained = tuple(self._read_part(part) for part in weight.parts)
         stored = self.stored(weight, buffer)
@@ -87,7 +92,7 @@ class WeightUpdates:
         """Whether no adapter changes the weight."""
         return all(self._read_part(part).untouched for part in weight.parts)
 
-    def stored(self, weight: Weight, buffer: Array | None = None) -> Array:
+    def stored(self, weight: Weight, buffer: HostArray | None = None) -> HostArray:
         """The weight as the base stores it."""
         return stream.read_tensor(self.root, weight.target.tensor, buffer=buffer)
 
@@ -96,11 +101,11 @@ class WeightUpdates:
         known = (digest for _, digest in self._recorded_digests(task.weight))
         if task.stored is None:
             raise AssertionError("its bytes were not kept")
-        return next(known, None) or stream.digest(task.stored.contiguous())
+        return next(known, None) or stream.digest(np.ascontiguousarray(task.stored))
 
-    def start(self, weight: Weight, W: Array) -> Array:
+    def base_scales(self, weight: Weight, W: HostArray) -> HostArray:
         """λ (n,) as PEFT begins with it, for the weight's first adapter: the norms of W V⁻ᵀ rounded to V's dtype."""
-        return self._updates_of(weight)[0].start(W)
+        return self._updates_of(weight)[0].base_scales(W)
 
     def _read_part(self, part: Part) -> Trained:
         adapter, trained = part.source.adapter, part.trained
@@ -108,7 +113,7 @@ class WeightUpdates:
         basis = part.source.basis if adapter.provenance is not None else None
         return Trained(part, *opening.trained_of(adapter, trained, basis, self.records[id(part.source)]))
 
-    def _check_digest(self, weight: Weight, stored: Array) -> None:
+    def _check_digest(self, weight: Weight, stored: HostArray) -> None:
         """Compare the base's bytes with what adapter or basis say they were made from."""
         recorded = self._recorded_digests(weight)
         found = stream.digest(stored) if recorded else ""
@@ -131,56 +136,60 @@ class WeightUpdates:
                 recorded.append((source.basis.path, record.digest))
         return recorded
 
-    def rows(self, W: Array, task: Task) -> Blocks:
+    def rows(self, W: HostArray, task: Task) -> Blocks:
         """Rows of W + Σ s (W' − W) for W (m, n) in its stored dtype, not rounded yet."""
         updates = dict(zip(task.weight.parts, self._updates_of(task.weight), strict=True))
         first = task.trained[0]
         if len(task.trained) == 1 and first.reconstructs and first.part.source.scale == 1:
             yield from updates[first.part].reconstruct(W, first.scales, first.values)
             return
-        wide = W.dtype == torch.float64 or any(update.work == torch.float64 for update in updates.values())
-        dtype = torch.float64 if wide else torch.float32
+        kernels = self.kernels
+        wide = W.dtype == np.float64 or any(update.work == "float64" for update in updates.values())
         kept = 1 - sum(item.part.source.scale for item in task.trained if item.reconstructs)
         for blocks in zip(*(_change(updates[item.part], W, item) for item in task.trained), strict=True):
             rows = blocks[0][0]
-            total = W[rows].to(self.device, dtype) * kept
+            total = self.scratch.empty("total", W[rows].shape, "float64" if wide else "float32")
+            kernels.copy(W[rows], total)
+            if kept != 1:
+                total *= kept
             for (_, block), item in zip(blocks, task.trained, strict=True):
-                total.add_(block, alpha=item.part.source.scale)
+                scale = item.part.source.scale
+                total += block if scale == 1 else block * scale
             yield rows, total
 
     def _updates_of(self, weight: Weight) -> list[CategoryUpdate]:
         """V and pattern of each of the weight's adapters, kept while weights of the same group follow."""
         if weight.group not in self.updates:
             self.updates.clear()
-            dtype = stream.TORCH_DTYPES[weight.target.tensor.dtype]
+            dtype = weight.target.tensor.dtype
             self.updates[weight.group] = [
                 CategoryUpdate(
-                    *self.projections.of(part.source, part.trained.category, dtype), self.device, _held_in(part)
+                    *self.projections.of(part.source, part.trained.category, dtype), self.kernels, _held_in(part)
                 )
                 for part in weight.parts
             ]
         return self.updates[weight.group]
 
-    def changes(self, W: Array, task: Task) -> Blocks:
+    def changes(self, W: HostArray, task: Task) -> Blocks:
         """Rows of W' − W for W (m, n), of the first adapter alone, in float64 and never added to W."""
         (item,) = task.trained
         update = self._updates_of(task.weight)[0]
         for rows, block in _change(update, W, item):
-            exact = block.double().cpu()
-            yield rows, exact - W[rows].double() if item.reconstructs else exact
+            exact = self.kernels.get(block).astype(np.float64)
+            yield rows, exact - W[rows].astype(np.float64) if item.reconstructs else exact
 
 
-def _change(update: CategoryUpdate, W: Array, trained: Trained) -> Blocks:
+def _change(update: CategoryUpdate, W: HostArray, trained: Trained) -> Blocks:
     if trained.reconstructs:
         return update.reconstruct(W, trained.scales, trained.values)
     return update.delta(W, trained.scales, trained.values, trained.base_scales)
 
 
-def _held_in(part: Part) -> DType | None:
+def _held_in(part: Part) -> str | None:
     """The dtype of V and V⁻ᵀ in training, where the adapter says it."""
     provenance = part.source.adapter.provenance
     name = provenance.dtype.get(part.trained.category) if provenance else None
-    return None if name is None else stream.TORCH_DTYPES[name]
+    return None if name is None else DTYPES[name].name
 
 
 def _records(source: Source) -> opening.Records:

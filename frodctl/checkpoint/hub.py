@@ -289,7 +289,8 @@ def _failure(location: Location, error: Exception) -> str:
         why = "off limits (`offline` or HF_HUB_OFFLINE)" if is_offline(location) else "out of reach"
         return f"{repo}: no such local file or folder, not in the local cache, and the Hub is {why}"
     if _is_connection_error(error):
-        return f"{repo}: the Hub is out of reach ({type(error).__name__}); try `offline=True`"
+        why = f"the Hub is out of reach ({type(error).__name__}); try `offline=True`"
+        return f"{repo}: no such local file or folder, and {why}"
     # an answer that is not the JSON expected, or a body that is not as long as announced
     size = str(error).startswith("Consistency check failed")
     what = str(error).splitlines()[0] if size else f"the Hub's answer is not what it should be ({type(error).__name__})"

@@ -92,6 +92,14 @@ def module_matcher(text: str) -> Callable[[str], bool]:
     return lambda module: regex.fullmatch(module) is not None
 
 
+def comma_hint(text: str) -> str:
+    """What to say of names with spaces where commas belong; "" of anything else."""
+    parts = re.split(r"[\s,]+", text.strip())
+    if len(parts) == 1 or not all(map(_NAMES.fullmatch, parts)):
+        return ""
+    return f"names are separated by commas: {','.join(parts)}"
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
@@ -103,7 +111,8 @@ def _require_matches(request: str, text: str, modules: Sequence[str], linear: Se
     """
     if not _NAMES.fullmatch(text):
         if not any(map(module_matcher(text), modules)):
-            raise UsageError(f"{request}: matches nothing; {_whole_path(text, modules)}; {_there(linear)}")
+            hint = comma_hint(text) or _whole_path(text, modules)
+            raise UsageError(f"{request}: matches nothing; {hint}; {_there(linear)}")
         return
     missing = [name for name in _names(text) if not any(map(module_matcher(name), modules))]
     if missing:

@@ -9,34 +9,9 @@ import click
 from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
 from frodctl.cli.options import device_option, output_options, run_options, source_options
-from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
+from frodctl.cli.output import Output, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import decompose as job
-
-_SHAPE_COLUMNS = (
-    Column("category", "category", left=True),
-    Column("layers", "layers"),
-    Column("n", "n"),
-    Column("m_min"),
-    Column("m_max", "m", height_range),
-    Column("parameters"),
-    Column("sparsity"),
-    Column("nnz"),
-    Column("trainable_parameters", "trainable", lambda r: _count(r["trainable_parameters"])),
-)
-_PLAN_COLUMNS = (*_SHAPE_COLUMNS, Column("flops", "flop", lambda r: human_count(r["flops"])))
-_RESULT_COLUMNS = (
-    *_SHAPE_COLUMNS,
-    Column("flops"),
-    Column("precision"),
-    Column("rank", "rank"),
-    Column("condition_number", "cond", lambda r: f"{r['condition_number']:.3g}"),
-    Column("tau_min", "τ", lambda r: f"{r['tau_min']:.3g}–{r['tau_max']:.3g}"),
-    Column("tau_max"),
-    Column("seconds", "time", lambda r: "resumed" if r["resumed"] else f"{r['seconds']:.2f} s"),
-    Column("resumed"),
-    Column("rms_singular_value"),
-)
 
 
 @click.command("decompose")
@@ -108,15 +83,15 @@ def command(
 
     MODEL is a local folder or file, or a Hub id (name, org/name, org/name@revision).
     """
-    out = Output(format_, json_)
     with Reporter(quiet) as report:
+        out = Output(format_, json_, report.note)
         chosen = job.DecomposeOptions.of(**options)
         plan = job.plan_decompose(model, output, chosen, dry_run=dry_run, progress=report)
         _warn(plan, report)
         if dry_run:
             _describe(plan, report)
             document = plan.as_dict() | {"dry_run": True}
-            out.emit(document, document["categories"], _PLAN_COLUMNS)
+            out.emit(document, document["categories"], plan.columns)
             return
         result = job.run_decompose(plan, report)
     document = result.as_dict()
@@ -124,7 +99,7 @@ def command(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)}): {_summary(document)}, "
         f"in {result.seconds:.1f} s on {result.device}"
     )
-    out.emit(document, document["categories"], _RESULT_COLUMNS)
+    out.emit(document, document["categories"], result.columns)
 
 
 def _warn(plan: job.DecomposePlan, report: Reporter) -> None:
@@ -149,10 +124,6 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
         report.note("Left out:")
     for (role, reason), count in left_out.items():
         report.note(f"  {role} ×{count}: {reason}")
-
-
-def _count(number: int | None) -> str:
-    return "by spectrum" if number is None else human_count(number)
 
 
 def _summary(document: dict[str, Json]) -> str:

@@ -8,24 +8,9 @@ import click
 
 from frodctl.checkpoint.inputs import Json
 from frodctl.cli.options import device_option, output_options, run_options, source_options
-from frodctl.cli.output import Column, Output, height_range, human_bytes, human_count
+from frodctl.cli.output import Output, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import merge as job
-
-_COLUMNS = (
-    Column("adapter"),
-    Column("category", "category", left=True),
-    Column("layers", "layers"),
-    Column("n", "n"),
-    Column("m_min"),
-    Column("m_max", "m", height_range),
-    Column("parameters", "parameters", lambda r: human_count(r["parameters"])),
-    Column("nnz", "nnz"),
-    Column("form", "form"),
-    Column("scale", "scale"),
-    Column("basis", "basis"),
-    Column("flops"),
-)
 
 
 @click.command("merge")
@@ -87,8 +72,8 @@ def command(
     BASE and ADAPTER are local folders or files, or Hub ids (name, org/name, org/name@revision). BASE - is the model
     that the adapter names. --revision and --subfolder are BASE's.
     """
-    out = Output(format_, json_)
     with Reporter(quiet) as report:
+        out = Output(format_, json_, report.note)
         chosen = job.MergeOptions.of(**options)
         plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report)
         for warning in plan.warnings:
@@ -96,7 +81,7 @@ def command(
         if dry_run:
             _describe(plan, report)
             document = plan.as_dict() | {"dry_run": True}
-            out.emit(document, document["categories"], _COLUMNS)
+            out.emit(document, document["categories"], plan.columns)
             return
         result = job.run_merge(plan, report)
     document = result.as_dict()
@@ -105,7 +90,7 @@ def command(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)} in {files} {'file' if files == 1 else 'files'}): "
         f"{_summary(document)}, in {result.seconds:.1f} s on {result.device}"
     )
-    out.emit(document, document["categories"], _COLUMNS)
+    out.emit(document, document["categories"], plan.columns)
 
 
 def _describe(plan: job.MergePlan, report: Reporter) -> None:

@@ -10,10 +10,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import FrodctlError, OutOfResources
+from frodctl.jobs.columns import Column
 
 
 class OutputClosed(Exception):
@@ -49,23 +49,22 @@ def silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table; those without a title are for programs only."""
-
-    key: str
-    title: str = ""
-    show: Callable[[Mapping[str, Json]], str] | None = None  #: the cell, from the row; by default its value
-    left: bool = False  #: align to the left
-
-
 class Output:
     """Standard output in one of the formats.
 
-    ``goes_on`` says that the command has more to do than to print, and does it although nobody reads any more.
+    ``note`` is told what a person should know about what is printed. ``goes_on`` says that the command has more to do
+    than to print, and does it although nobody reads any more.
     """
 
-    def __init__(self, format_: str | None, as_json: bool, *, goes_on: bool = False) -> None:
+    def __init__(
+        self,
+        format_: str | None,
+        as_json: bool,
+        note: Callable[[str], None] = lambda text: None,
+        *,
+        goes_on: bool = False,
+    ) -> None:
+        self.note = note
         self.goes_on = goes_on
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.format = "json" if as_json else format_ or ("human" if self.terminal else "tsv")
@@ -104,8 +103,8 @@ class Output:
         """Print a line of text."""
         self._write(printable(text) + "\n")
 
-    def table(self, rows: Sequence[Mapping[str, Json]], columns: Sequence[Column]) -> list[str]:
-        """Print a table that fits the terminal; the titles of the columns there was no room for.
+    def table(self, rows: Sequence[Mapping[str, Json]], columns: Sequence[Column]) -> None:
+        """Print a table that fits the terminal, and note which columns there was no room for.
 
         The first column has the names, which are broken where the terminal is narrow; figures stay whole.
         """
@@ -122,14 +121,20 @@ class Output:
             column = wanted[number]
             cells[number] = [wrapped(cell, width) for cell in cells[number]]
             table.add_column(
-                cells[number][0], justify="left" if column.left else "right", width=width, no_wrap=True, overflow="crop"
+                cells[number][0],
+                justify="left" if column.kind == "text" else "right",
+                width=width,
+                no_wrap=True,
+                overflow="crop",
             )
         for number in range(1, len(rows) + 1):
             table.add_row(*(cells[column][number] for column in widths))
         with console.capture() as capture:
             console.print(table, crop=False)
         self._write(capture.get())
-        return [column.title for number, column in enumerate(wanted) if number not in widths]
+        hidden = [column.title for number, column in enumerate(wanted) if number not in widths]
+        if hidden:
+            self.note(f"No room for: {', '.join(hidden)} (a wider terminal or --format tsv has them)")
 
     def _write(self, text: str) -> None:
         if sys.stdout is None:
@@ -147,7 +152,9 @@ class Output:
 
 
 def _shown(column: Column, row: Mapping[str, Json]) -> str:
-    return printable(column.show(row) if column.show else _cell(row.get(column.key)))
+    """What a person is shown of a row."""
+    found = row.get(column.key)
+    return printable(column.absent if found is None else _SHOWN.get(column.kind, _plainly)(row, column.key))
 
 
 def _layout(needed: Sequence[int], width: int) -> dict[int, int]:
@@ -263,7 +270,47 @@ def human_count(count: float) -> str:
     return f"{count:.3g} T"
 
 
-def height_range(row: Mapping[str, Json]) -> str:
-    """The cell for m: one height, or the range of a category's."""
-    lowest, highest = row["m_min"], row["m_max"]
+def _plainly(row: Mapping[str, Json], key: str) -> str:
+    return _cell(row[key])
+
+
+def _figure(row: Mapping[str, Json], key: str) -> str:
+    error = (row.get("errors") or {}).get(key)
+    return f"{row[key]:.3g}" + (f" ±{error:.1g}" if error is not None else "")
+
+
+def _range(row: Mapping[str, Json], key: str) -> str:
+    """From the value under a key that ends with min to the one under the key with max."""
+    return f"{row[key]:.3g}–{row[key.replace('min', 'max')]:.3g}"
+
+
+def _heights(row: Mapping[str, Json], key: str) -> str:
+    """m: one height, or the range of a category's."""
+    lowest, highest = row[key.replace("max", "min")], row[key]
     return str(highest) if lowest == highest else f"{lowest}–{highest}"
+
+
+def _quantiles(row: Mapping[str, Json], key: str) -> str:
+    low, high = row[key]["p05"], row[key]["p95"]
+    return f"{low:.1f}–{high:.1f}" if low is not None else ""
+
+
+def _profile(row: Mapping[str, Json], key: str) -> str:
+    """The profile of the singular values, the largest first."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in row[key])
+
+
+#: How a value of each kind is written for a person; of the others as in separated values.
+_SHOWN: dict[str, Callable[[Mapping[str, Json], str], str]] = {
+    "count": lambda row, key: human_count(row[key]),
+    "bytes": lambda row, key: human_bytes(row[key]),
+    "figure": _figure,
+    "exact": lambda row, key: f"{row[key]:.9g}",
+    "seconds": lambda row, key: "resumed" if row["resumed"] else f"{row[key]:.2f} s",
+    "list": lambda row, key: ", ".join(row[key]),
+    "shapes": lambda row, key: ", ".join("×".join(map(str, shape)) for shape in row[key][:3]),
+    "profile": _profile,
+    "quantiles": _quantiles,
+    "range": _range,
+    "heights": _heights,
+}

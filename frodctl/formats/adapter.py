@@ -29,7 +29,7 @@ from frodctl.checkpoint import codec, names, sink
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.inputs import Json, read_json
 from frodctl.checkpoint.opening import read_file_header
-from frodctl.checkpoint.records import ADAPTER_FILES, Location, TensorInfo
+from frodctl.checkpoint.records import ADAPTER_FILES, WEIGHT_FILES, Location, TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats.basis_file import check_digest, check_version
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
@@ -42,7 +42,7 @@ VERSION = 1
 CONFIG_FILE = ADAPTER_FILES[0]
 #: What PEFT says as it refuses the adapter: KeyError: 'frodctl: …'.
 PEFT_TYPE = "frodctl: PEFT cannot load this adapter; load it with frodctl.load_adapter or frodctl.training.peft.load"
-_SHARED = {"frod_V": "bases", "frod_s_indices": "indices", "frod_s_size": "sizes", "indices": "indices"}
+_SHARED = {"frod_V": "V", "frod_s_indices": "indices", "frod_s_size": "sizes", "indices": "indices"}
 _MODULE = re.compile(r"(?P<module>.+)\.frod_(?P<what>lambda_l|lambda_s_values|lambda_0)")
 
 
@@ -51,8 +51,8 @@ class Provenance:
     """The ``frodctl`` object of an adapter's config."""
 
     form: str  #: delta or reconstruct
-    basis: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
-    base: Mapping[str, str]  #: by module of the checkpoint, ``sha256:…`` of its weight's bytes
+    V_digests: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
+    base_digests: Mapping[str, str]  #: by module of the checkpoint, ``sha256:…`` of its weight's bytes
     seed: int | None  #: of the pattern; None where the adapter or the basis file holds it
     sparsity: Mapping[str, float]  #: by category
     categories: Mapping[str, str]  #: of the modules whose category is not PEFT's name for it
@@ -68,7 +68,7 @@ class Provenance:
         """Check the object's types; `InvalidInput` names the file."""
         try:
             check_version(value.get("version", 1), VERSION, f"{where}: adapter")
-            maps: dict[str, Json] = {key: dict(value.get(key) or {}) for key in _MAPPINGS}
+            maps: dict[str, Json] = {name: dict(value.get(_key(name)) or {}) for name in _MAPPINGS}
             found = cls(form=value["form"], seed=value.get("seed"), basis_file=value.get("basis_file"), **maps)
         except (TypeError, KeyError, ValueError, AttributeError):
             raise InvalidInput(f"{where}: damaged frodctl object") from None
@@ -81,18 +81,23 @@ class Provenance:
 
     def as_json(self) -> dict[str, object]:
         """For the config, with a digest of all the rest."""
-        value = asdict(self)
+        value = {_key(name): item for name, item in asdict(self).items()}
         return value | {"digest": _own_digest(value)}
 
     def _fields_hold(self) -> Iterator[tuple[str, bool]]:
         yield "form", self.form in ("delta", "reconstruct")
         yield "seed", self.seed is None or is_seed(self.seed)
         yield "basis_file", self.basis_file is None or isinstance(self.basis_file, str)
-        for key in ("basis", "base", "categories", "pattern", "digests"):
-            yield key, is_text_map(getattr(self, key))
+        for name in ("V_digests", "base_digests", "categories", "pattern", "digests"):
+            yield _key(name), is_text_map(getattr(self, name))
         yield "dtype", all(name in FLOAT_DTYPES for name in self.dtype.values())
         yield "sparsity", all(is_rate(rate) for rate in self.sparsity.values())
         yield "head", _is_head(self.head)
+
+
+def _key(field: str) -> str:
+    """What a field of `Provenance` is called in the config."""
+    return {"V_digests": "basis", "base_digests": "base"}.get(field, field)
 
 
 def _own_digest(value: Mapping[str, object]) -> str:
@@ -105,7 +110,7 @@ LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 #: What a config.json, and so `Provenance.head`, says of a head's labels.
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 #: Those fields of `Provenance` that are JSON objects.
-_MAPPINGS = ("basis", "base", "sparsity", "categories", "pattern", "dtype", "head", "digests")
+_MAPPINGS = ("V_digests", "base_digests", "sparsity", "categories", "pattern", "dtype", "head", "digests")
 
 
 def _is_head(head: Mapping[str, Json]) -> bool:
@@ -128,7 +133,7 @@ class TrainedModule:
     scales: TensorInfo  #: λ'
     values: TensorInfo | None  #: of S; None where it has no positions
     base_scales: TensorInfo | None  #: λ, where training began; None where the basis file says it
-    base: str | None  #: its path in the checkpoint; None in PEFT's own adapters, as is the next
+    checkpoint_path: str | None  #: its path in the checkpoint; None in PEFT's own adapters, as is the next
     digest: str | None  #: ``sha256:…`` of its weight's bytes there
 
     @property
@@ -150,7 +155,7 @@ class Adapter:
     config: Mapping[str, object]
     provenance: Provenance | None  #: None for PEFT's own
     modules: tuple[TrainedModule, ...]
-    bases: Mapping[str, TensorInfo]  #: V by category
+    V: Mapping[str, TensorInfo]  #: by category
     indices: Mapping[str, TensorInfo]  #: the pattern by category
     sizes: Mapping[str, TensorInfo]  #: of S by category
     replaced: Mapping[str, TensorInfo] = field(repr=False)  #: trained tensors by their names in the live model
@@ -168,10 +173,10 @@ class Adapter:
     @property
     def lacking(self) -> list[str]:
         """The categories whose V it does not hold."""
-        return sorted(set(self.categories) - set(self.bases))
+        return sorted(set(self.categories) - set(self.V))
 
     @property
-    def base(self) -> str | None:
+    def base_model(self) -> str | None:
         """The base model that the config names."""
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
@@ -206,7 +211,7 @@ class Adapter:
         if self.provenance is None:
             return None
         category = tensor.removeprefix("base_model.frod_V.")
-        return self.provenance.basis[category] if category != tensor else self.provenance.digests.get(tensor)
+        return self.provenance.V_digests[category] if category != tensor else self.provenance.digests.get(tensor)
 
     def positions_count(self, category: str) -> int | None:
         """How many positions S has there, as headers and config say; None where they do not."""
@@ -274,6 +279,23 @@ def open_adapter(location: Location, name: str | None = None, *, headers_only: b
     return _adapter(location.model, folder, read_json(folder / CONFIG_FILE), infos)
 
 
+def is_adapter(location: Location) -> bool:
+    """Whether an adapter is there, rather than a model or anything else; errors are those of `open_adapter`."""
+    path = location.local_path()
+    if path is not None and path.is_file():
+        return path.name in ADAPTER_FILES[1:]
+    if path is None:
+        from frodctl.checkpoint import hub
+
+        files = hub.list_files(location)
+    else:
+        folder = path / location.subfolder
+        files = [str(p.relative_to(folder)) for p in (*folder.glob("*"), *folder.glob(f"*/{CONFIG_FILE}"))]
+    # beside an adapter a trainer may keep its state under a model's usual name
+    is_model = "config.json" in files and any(file in WEIGHT_FILES for file in files)
+    return not is_model and any(PurePosixPath(file).name == CONFIG_FILE for file in files)
+
+
 def _choose(where: str, configs: Sequence[str], name: str | None) -> str:
     """The config of the adapter called ``name`` among the paths of all that are there."""
     by_name = {"default" if path == CONFIG_FILE else str(PurePosixPath(path).parent): path for path in configs}
@@ -310,7 +332,7 @@ def _adapter(name: str, root: Path | None, config: dict[str, object], infos: Seq
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(entry, str) and entry for entry in saved)):
         raise InvalidInput(f"{name}: modules_to_save in its config is {saved!r}, not a list of names")
-    shared: dict[str, dict[str, TensorInfo]] = {kind: {} for kind in ("bases", "indices", "sizes")}
+    shared: dict[str, dict[str, TensorInfo]] = {kind: {} for kind in ("V", "indices", "sizes")}
     trained: dict[str, dict[str, TensorInfo]] = {}
     replaced: dict[str, TensorInfo] = {}
     for info in infos:
@@ -342,7 +364,7 @@ def _modules(
     if not trained:
         raise InvalidInput(f"{name}: no trained scales (frod_lambda_l) in this adapter")
     labels = own.categories if own else {}
-    bases = names.match(trained, own.base) if own else {}
+    paths = names.match(trained, own.base_digests) if own else {}
     taken: set[str | None] = set()
     modules = []
     for module, parts in trained.items():
@@ -352,14 +374,14 @@ def _modules(
             if len(info.shape) != 1 or info.dtype not in FLOAT_DTYPES:
                 raise InvalidInput(f"{name}: tensor {info.name} is {info.dtype} {list(info.shape)}, expected a vector")
         category = labels.get(module) or names.peft_category(module)
-        base = bases.get(module)
-        if own and (base is None or base in taken):
+        path = paths.get(module)
+        if own and (path is None or path in taken):
             raise InvalidInput(f"{name}: its config has no digest of the base's weight of {module}")
-        taken.add(base)
-        digest = own.base[base] if own and base else None
+        taken.add(path)
+        digest = own.base_digests[path] if own and path else None
         scales, values, start = (parts.get(what) for what in ("lambda_l", "lambda_s_values", "lambda_0"))
         assert scales is not None
-        modules.append(TrainedModule(module, category, scales, values, start, base, digest))
+        modules.append(TrainedModule(module, category, scales, values, start, path, digest))
     return tuple(sorted(modules, key=lambda module: names.natural_key(module.module)))
 
 
@@ -367,12 +389,12 @@ def _check_shapes(adapter: Adapter) -> None:
     widths = adapter.categories
     if 0 in widths.values():
         raise InvalidInput(f"{adapter.name}: a module without scales")
-    for shared in (adapter.bases, adapter.indices, adapter.sizes):
+    for shared in (adapter.V, adapter.indices, adapter.sizes):
         for category in set(shared) - set(widths):
             raise InvalidInput(f"{adapter.name}: tensor {shared[category].name} belongs to no trained module")
     expected: list[tuple[TensorInfo, tuple[int, ...], Sequence[str]]] = []
     expected += [(info, (2,), ("I64",)) for info in adapter.sizes.values()]
-    expected += [(info, (widths[c], widths[c]), FLOAT_DTYPES) for c, info in adapter.bases.items()]
+    expected += [(info, (widths[c], widths[c]), FLOAT_DTYPES) for c, info in adapter.V.items()]
     expected += [(info, (2, info.shape[-1] if info.shape else 0), ("I64",)) for info in adapter.indices.values()]
     for module in adapter.modules:
         n = (widths[module.category],)
@@ -410,14 +432,14 @@ def _check_records(adapter: Adapter, own: Provenance) -> None:
         require(value is None or holds(value), f"{key} in its config is {value!r}")
     for category in adapter.categories:
         require(own.seed is None or category in own.sparsity, f"its config gives no sparsity for {category}")
-        require(category not in adapter.bases or category in own.basis, f"its config has no digest of V of {category}")
+        require(category not in adapter.V or category in own.V_digests, f"its config has no digest of V of {category}")
         known = own.seed is not None or category in adapter.indices or category in own.pattern
         require(known, f"its config has no digest of the positions of {category}")
     for module in adapter.modules:
-        began = module.base_scales is not None or module.category not in adapter.bases
+        began = module.base_scales is not None or module.category not in adapter.V
         require(own.form != "delta" or began, f"{module.module} has no frod_lambda_0, where its training began")
     if own.digests or adapter.config["peft_type"] != "FROD":  # the first adapters were of that type and had none
-        others = set(adapter.tensors) - {info.name for info in adapter.bases.values()}
+        others = set(adapter.tensors) - {info.name for info in adapter.V.values()}
         for tensor in sorted(others - set(own.digests)):
             require(False, f"its config has no digest of tensor {tensor}")
         for tensor in sorted(set(own.digests) - others):

@@ -57,7 +57,7 @@ class BasisMetadata:
     seed: int
     sparsity: Mapping[str, float]  #: by category
     precision: str  #: as asked for: auto, float32 or float64
-    basis: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
+    V_digests: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
     modules: Sequence[ModuleRecord]
     digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
     peft_collisions: Sequence[str] = field(default=())  #: PEFT's names that stand for several categories here
@@ -70,14 +70,15 @@ class BasisMetadata:
 
     def to_json(self) -> str:
         value = asdict(self) | {"peft_loadable": self.peft_loadable}
+        value["basis"] = value.pop("V_digests")
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     def _check_types(self) -> None:
         _require(is_seed(self.seed), "seed")
         _require(is_alpha(self.alpha), "alpha")
-        _require(is_text_map(self.basis), "basis")
+        _require(is_text_map(self.V_digests), "basis")
         _require(is_text_map(self.digests), "digests")
-        _require(isinstance(self.sparsity, dict) and self.sparsity.keys() == self.basis.keys(), "sparsity")
+        _require(isinstance(self.sparsity, dict) and self.sparsity.keys() == self.V_digests.keys(), "sparsity")
         _require(all(is_rate(rate) for rate in self.sparsity.values()), "sparsity")
         texts = [text for m in self.modules for text in (m.name, m.category, m.digest)]
         _require(all(isinstance(text, str) for text in [self.model, self.tool, self.precision, *texts]), "modules")
@@ -94,6 +95,7 @@ class BasisMetadata:
             value = decode_json(text.encode())
             check_version(value["version"], VERSION, f"{where}: shared-basis")
             known = {f.name for f in fields(cls)}
+            value["V_digests"] = value.pop("basis")
             kept = {key: item for key, item in value.items() if key in known}
             modules = [_module_record(record) for record in kept.pop("modules")]
             metadata = cls(modules=modules, **kept)
@@ -147,7 +149,7 @@ class BasisFile:
         info = TensorInfo(spec.name, spec.dtype, spec.shape, self.path.name, offset)
         tensor = read_tensor(self.path.parent, info)
         kind, _, category = name.partition(".")
-        recorded = self.metadata.basis.get(category) if kind == "V" else self.metadata.digests.get(name)
+        recorded = self.metadata.V_digests.get(category) if kind == "V" else self.metadata.digests.get(name)
         check_digest(tensor, recorded, f"{self.path}: {spec.name}")
         return tensor
 
@@ -168,7 +170,7 @@ class BasisFile:
         """
         from frodctl.method.pattern import fault, patterns
 
-        widths = {category: self.width(category) for category in self.metadata.basis}
+        widths = {category: self.width(category) for category in self.metadata.V_digests}
         stored = {c: f"indices.{c}" for c in widths if f"indices.{c}" in self}
         drawn = patterns(widths, self.metadata.sparsity, self.metadata.seed) if len(stored) < len(widths) else {}
         found = {c: self.tensor(stored[c]) if c in stored else drawn[c] for c in widths}
@@ -179,7 +181,7 @@ class BasisFile:
 
     def verify(self) -> None:
         """Read every tensor; `InvalidInput` names one whose digest is not the recorded one."""
-        categories = self.metadata.basis
+        categories = self.metadata.V_digests
         for name in [f"V.{category}" for category in categories] + list(self.metadata.digests):
             self.tensor(name)
 
@@ -203,8 +205,11 @@ def open_basis(path: values.PathLike) -> BasisFile:
         Not such a file, of another version, truncated, or with tensors missing or of the wrong shape.
     """
     path = values.path(path, "basis")
-    if kind_of(path) is None:
+    kind = kind_of(path)
+    if kind is None:
         raise UsageError(f"{path}: no such file (`basis`)")
+    if kind == "folder":
+        raise InvalidInput(f"{path}: is a folder, not a shared-basis file (`basis`)")
     header = codec.read_header(path)
     if "frodctl" not in header.metadata:
         raise InvalidInput(f"{path}: not a shared-basis file (made by frodctl decompose)")
@@ -215,7 +220,7 @@ def open_basis(path: values.PathLike) -> BasisFile:
 
 def _check_tensors(path: Path, header: codec.Header, metadata: BasisMetadata) -> None:
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-    for category in metadata.basis:
+    for category in metadata.V_digests:
         spec = header.tensors.get(f"V.{category}")
         n = spec[0].shape[0] if spec and spec[0].shape else 0
         expected[f"V.{category}"] = ((n, n), tuple(MODEL_DTYPES.values()))
@@ -224,7 +229,7 @@ def _check_tensors(path: Path, header: codec.Header, metadata: BasisMetadata) ->
             nnz = indices[0].shape[-1] if indices[0].shape else 0
             expected[f"indices.{category}"] = ((2, nnz), ("I64",))
     for module in metadata.modules:
-        if module.category not in metadata.basis:
+        if module.category not in metadata.V_digests:
             raise InvalidInput(f"{path}: module {module.name} is of category {module.category}, which is not there")
         n = module.shape[0] if module.transposed else module.shape[1]
         if expected[f"V.{module.category}"][0] != (n, n):

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
+from frodctl.arrays import dtype_name
 from frodctl.method.linalg import spectral_norm
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array, DType
+    from frodctl.arrays import Array
+    from frodctl.method.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -20,46 +22,56 @@ class Accuracy:
 
     condition: float  #: cond(V) at most
     width: int = 0  #: n at least
-    dtypes: tuple[DType, ...] = (torch.float32, torch.bfloat16, torch.float16)  #: of V as stored
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")  #: of V as stored
 
 
 #: U is rounded to V's dtype afterwards: about one of its entries in 4,000 is then rounded to the other neighbour, which
 #: only a small matrix would feel.
-ROUNDED_AFTERWARDS = Accuracy(condition=16, width=512, dtypes=(torch.bfloat16,))
+ROUNDED_AFTERWARDS = Accuracy(condition=16, width=512, dtypes=("bfloat16",))
 #: U is to be right to about 1e-6 (and the weight has a share in each of V's directions).
 TO_A_MILLIONTH = Accuracy(condition=64)
 
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """V and V⁻ᵀ (n, n) in float64; where V is singular the pseudo-inverse's transpose."""
+    """V and V⁻¹ (n, n) in float64 on a device; where V is singular the pseudo-inverse."""
 
     V: Array
-    D: Array
-    stored: DType  #: of V
+    inverse: Array
+    stored: str  #: V's dtype as it was given
     regular: bool
+    kernels: Kernels
 
     @classmethod
-    def of(cls, V: Array, device: torch.device | None = None) -> Dual:
+    def of(cls, V: Array, kernels: Kernels) -> Dual:
         """Of V (n, n) as it is stored, computed on the device."""
-        exact = V.detach().to(device or V.device, torch.float64)
-        D = inverse_transpose(exact)
-        regular = D is not None
-        return cls(exact, torch.linalg.pinv(exact, rtol=1e-6).T if D is None else D, V.dtype, regular)
+        exact = kernels.put(V, "float64")
+        inverse = kernels.inverse(kernels.copy(exact, kernels.empty(tuple(V.shape), "float64")))
+        regular = inverse is not None
+        if inverse is None:
+            inverse = kernels.put(np.linalg.pinv(kernels.get(exact), 1e-6))
+        return cls(exact, inverse, dtype_name(V), regular, kernels)
+
+    @property
+    def D(self) -> Array:
+        """V⁻ᵀ (n, n), a view."""
+        return self.inverse.T
 
     @cached_property
     def condition(self) -> float:
         """cond(V), mostly within a few per cent; infinity where V is singular."""
-        return spectral_norm(self.V) * spectral_norm(self.D.T) if self.regular else float("inf")
+        return self._norm(self.V) * self._norm(self.inverse) if self.regular else float("inf")
 
-    def work(self, accuracy: Accuracy) -> DType:
+    def work(self, accuracy: Accuracy) -> str:
         """The dtype in which products W V⁻ᵀ are taken."""
         cheap = self.stored in accuracy.dtypes and len(self.V) >= accuracy.width
-        return torch.float32 if cheap and self.condition <= accuracy.condition else torch.float64
+        return "float32" if cheap and self.condition <= accuracy.condition else "float64"
 
+    def _norm(self, A: Array) -> float:
+        kernels, n = self.kernels, len(A)
 
-def inverse_transpose(V: Array) -> Array | None:
-    """V⁻ᵀ (n, n) for V in float64; None where V is singular."""
-    inverse: Array
-    inverse, failed = torch.linalg.inv_ex(V)
-    return None if failed or not torch.isfinite(inverse).all() else inverse.T
+        def times(X: Array, *, transpose: bool) -> Array:
+            return kernels.gemm(X, A, kernels.empty(tuple(X.shape), "float64"), transpose_b=transpose)
+
+        forward, adjoint = (lambda X: times(X, transpose=False)), (lambda X: times(X, transpose=True))
+        return spectral_norm(forward, adjoint, n, kernels, "float64")

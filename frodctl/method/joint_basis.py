@@ -36,7 +36,7 @@ from frodctl.arrays import NAMED, dtype_name, epsilon
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.method.cost import STACK_ROWS, layer_flops
 from frodctl.method.kernels import Kernels, kernels_of
-from frodctl.method.linalg import Scratch, spectral_norm, spectral_norm_of_triangle
+from frodctl.method.linalg import Scratch, spectral_norm_of_triangle
 
 if TYPE_CHECKING:
     from frodctl.arrays import Array, HostArray
@@ -53,7 +53,7 @@ TIE = 1e-6
 #: λ_ik is written as 0 where W_i d_k is rounding of its own layer: of ‖W_i‖‖d_k‖, and (times v_k) of ‖W_i‖, no more
 #: than this. A small multiple of float32's ε, as V is stored in it at best.
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
-#: λ² = dᵀ G_i d is taken where it is at least this many times ε (dᵀ G_i d + α), else ‖W_i d‖².
+#: λ² = ‖R_i d‖² − α dᵀGd is taken where it is at least this many times ε ‖R_i‖² ‖d‖², else ‖W_i d‖².
 CANCELLATION = 2.0**16
 #: Norms of layers that differ by no more are of one scale: where G is badly conditioned it still has all of them.
 SPREAD = 10.0
@@ -129,7 +129,7 @@ class _Root:
         return replace(self, P=kernels.put(self.P, work))
 
     def directions(self, kernels: Kernels, Zt: Array, work: str) -> tuple[Array, Array | None]:
-        """V = RᵀZ in rows, float64, and, where P is triangular and R and it are of all n, D = PZ in the working dtype."""
+        """V = RᵀZ in rows, float64; where P is triangular, and (n, n), also D = PZ, in the working dtype."""
         Dt = None
         if self.triangular and self.frame is None:
             Dt = kernels.trmm(kernels.copy(Zt, kernels.empty(tuple(Zt.shape), work)), self.P, transpose=True)
@@ -203,7 +203,8 @@ def joint_basis(
     root = root.narrowed(kernels, work)
     T = stack.mean_resolvent(G, root, alpha, work)
     del G
-    tau, Zt = kernels.syevd(kernels.put(T, work))
+    # T is as precise as the products it came from: float32 where there are wide weights only
+    tau, Zt = kernels.syevd(T if stack.any_tall else kernels.put(T, work))
     del T
     Vt, Dt = root.directions(kernels, Zt, work)
     del Zt
@@ -229,9 +230,7 @@ def joint_basis(
 class _Stack:
     """The three passes over the layers."""
 
-    def __init__(
-        self, layers: Layers, kernels: Kernels, cache_bytes: int, advance: Callable[[float], None]
-    ) -> None:
+    def __init__(self, layers: Layers, kernels: Kernels, cache_bytes: int, advance: Callable[[float], None]) -> None:
         self.layers = layers
         self.shapes = layers.shapes
         self.n = self.shapes[0][1]
@@ -242,6 +241,7 @@ class _Stack:
         self.factor = 1.0  #: a power of two, by which all weights are multiplied
         self.grams: dict[int, Array] = {}  #: G_i
         self.roots: dict[int, Array] = {}  #: R_i with R_iᵀR_i = G_i + αG, in G_i's place
+        self.sizes: dict[int, float] = {}  #: the length of R_i's longest column, about ‖R_i‖
         self.gram_room = int(cache_bytes // (8 * self.n**2))
 
     @property
@@ -352,7 +352,8 @@ class _Stack:
         unwhitened = root.triangular and root.frame is None
         for i in self.grams if unwhitened else ():
             self.advance(layer_flops(*self.shapes[i])[1])
-            self.roots[i] = self._in_place_of(i, terms.add_unwhitened(self.grams[i]), work)
+            R, self.sizes[i] = terms.add_unwhitened(self.grams[i])
+            self.roots[i] = self._in_place_of(i, R, work)
         others = [i for i in range(len(self.shapes)) if i not in self.roots]
         for layers, X in self.stacks(1, work, numbers=others, near_square="float64" if unwhitened else None):
             m = self.shapes[layers.start][0]
@@ -434,9 +435,7 @@ class _Stack:
         common = norm * self.factor
         return self.factor if not common or common >= _SAFE_NORM else _inverse_scale(norm)
 
-    def _squares(
-        self, Dt: Array, root: _Root, factors: Sequence[float], work: str, alpha: float
-    ) -> HostArray:
+    def _squares(self, Dt: Array, root: _Root, factors: Sequence[float], work: str, alpha: float) -> HostArray:
         """‖f_i W_i d_k‖² (N, r) float64 for the rows d_k of Dt (r, n), f_i being the factors."""
         squares = np.zeros((len(self.shapes), len(Dt)))
         lost = self._squares_by_roots(squares, Dt, root, factors, work, alpha)
@@ -455,22 +454,25 @@ class _Stack:
         self, squares: HostArray, Dt: Array, root: _Root, factors: Sequence[float], work: str, alpha: float
     ) -> dict[int, list[int]]:
         """Fill in λ² = ‖R_i d‖² − α dᵀGd where R_i is kept; of each such layer the k where that cancels too much."""
-        lost = {}
-        Y = self.scratch.empty("RD", (len(Dt), self.n), work) if self.roots else None
-        kernels = self.kernels
-        shift = None
+        lost: dict[int, list[int]] = {}
+        if not self.roots:
+            return lost
+        lengths = self.kernels.row_dots(Dt, Dt)
+        shift = alpha * self._squares_of(self.kernels.put(root.R, work), Dt)
         for i, R in self.roots.items():
-            if shift is None:
-                kernels.trmm(kernels.copy(Dt, Y), kernels.put(root.R, work), transpose=True)
-                shift = alpha * kernels.row_dots(Y, Y)
             self.advance(layer_flops(*self.shapes[i])[2])
-            kernels.trmm(kernels.copy(Dt, Y), R, transpose=True)
-            squares[i] = kernels.row_dots(Y, Y) - shift
-            floor = CANCELLATION * epsilon(work) * (squares[i] + shift)
-            few = np.flatnonzero(~(squares[i] >= floor)).tolist() if factors[i] == self.factor else range(len(Dt))
-            if few:
-                lost[i] = list(few)
+            squares[i] = self._squares_of(R, Dt) - shift
+            floor = CANCELLATION * epsilon(work) * lengths * self.sizes[i] ** 2
+            few = np.flatnonzero(~(squares[i] >= floor)).tolist()
+            if few or factors[i] != self.factor:
+                lost[i] = few if factors[i] == self.factor else list(range(len(Dt)))
         return lost
+
+    def _squares_of(self, R: Array, Dt: Array) -> Vector:
+        """‖R d‖² (r,) for the rows d of Dt (r, n), R (n, n) triangular."""
+        Y = self.kernels.copy(Dt, self.scratch.empty("RD", tuple(Dt.shape), dtype_name(Dt)))
+        self.kernels.trmm(Y, R, transpose=True)
+        return self.kernels.row_dots(Y, Y)
 
 
 class _Sum:
@@ -532,16 +534,21 @@ class _Resolvents:
         self.wide_count = 0
         self.count = 0
 
-    def add_unwhitened(self, gram: Array) -> Array:
-        """A layer with m ≥ n, by its Gram matrix G_i (n, n); returns R_i with R_iᵀR_i = G_i + αG, valid until the next."""
+    def add_unwhitened(self, gram: Array) -> tuple[Array, float]:
+        """A layer with m ≥ n, by its Gram matrix G_i (n, n).
+
+        Returns R_i with R_iᵀR_i = G_i + αG, valid until the next, and the length of its longest column.
+        """
         shape = tuple(gram.shape)
         self.count += 1
         shifted = self.kernels.axpby(1, gram, 0, self.scratch.empty("shifted", shape, "float64"))
-        R = self._factored(self.kernels.axpby(self.alpha, self.G, 1, shifted))
+        self.kernels.axpby(self.alpha, self.G, 1, shifted)
+        longest = math.sqrt(float(self.kernels.get(shifted.diagonal()).max()))
+        R = self._factored(shifted)
         self.unwhitened = self.unwhitened or _Sum(len(gram), self.kernels)
         inverse = self.kernels.axpby(1, R, 0, self.scratch.empty("inverse", shape, "float64"))
         self.unwhitened.add(self.kernels.potri(inverse))
-        return R
+        return R, longest
 
     def add_whitened(self, W: Array, m: int) -> None:
         """Layers of any one height m, on top of each other in W, by Q_i = W_i P (m, r)."""

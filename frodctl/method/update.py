@@ -11,28 +11,38 @@ the second.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import torch
+import numpy as np
 
+from frodctl.arrays import NAMED, dtype_name, epsilon
 from frodctl.method.dual import ROUNDED_AFTERWARDS, TO_A_MILLIONTH, Dual
-from frodctl.method.linalg import Scratch, full_float32, rough_norm
+from frodctl.method.linalg import Scratch
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array, DType
+    from frodctl.arrays import Array, HostArray
+    from frodctl.method.kernels import Kernels, Vector
 
 #: U is 0 in directions where ‖B[:, k]‖ is no more, as peft 0.21 has it: whatever W's scale.
 _PEFT_NULL = 1e-12
 #: `Factors` multiplies in float32 where no λ is smaller, relative to the largest.
 _FACTORS_SHARE = 1e-2
 
-#: Rows of the result that are computed at a time.
+#: Rows that are computed at a time.
 _BLOCK_ROWS = 1024
 
 #: Consecutive rows of a weight, and their values. Valid until the next.
 Blocks: TypeAlias = "Iterator[tuple[slice, Array]]"
+
+
+class CsrPattern(NamedTuple):
+    """The positions of S and, after them, of the diagonal, in the order of compressed sparse rows; int64."""
+
+    rows: HostArray  #: of each entry, (nnz + n,)
+    starts: HostArray  #: where each row starts, (n + 1,)
+    columns: HostArray  #: of each entry, (nnz + n,)
+    order: HostArray  #: each entry's place before, (nnz + n,)
 
 
 class CategoryUpdate:
@@ -40,37 +50,39 @@ class CategoryUpdate:
 
     Parameters
     ----------
-    V : Array, (n, n), floating point
+    V : HostArray, (n, n), floating point
         The shared basis as stored. Its dtype is the one that PEFT's operator is rounded to.
-    indices : Array, (2, nnz), int64
+    indices : HostArray, (2, nnz), int64
         Rows and columns of S. A position that is given twice counts twice.
-    device : torch.device
+    kernels : Kernels
         Where to compute.
-    held_in : DType, optional
+    held_in : {"float32", "bfloat16", "float16"}, optional
         What V and V⁻ᵀ are rounded to, each once, where a layer was trained with such copies of them: then that is
         the operator which was trained.
     """
 
-    def __init__(self, V: Array, indices: Array, device: torch.device, held_in: DType | None = None) -> None:
+    def __init__(self, V: HostArray, indices: HostArray, kernels: Kernels, held_in: str | None = None) -> None:
         self.n = len(V)
-        self.dtype = V.dtype
-        self.scratch = Scratch(device)
-        self.work = torch.float64 if V.dtype == torch.float64 else torch.float32
-        dual = Dual.of(V, device)
-        exact, D = (dual.V, dual.D) if held_in is None else (dual.V.to(held_in), dual.D.to(held_in))
-        self.Vt = exact.to(self.work).T.contiguous()
-        self.D = D.to(dual.work(ROUNDED_AFTERWARDS))
-        self.rows, self._row_starts, self._columns, self._order = csr_pattern(indices.to(device), self.n)
+        self.dtype = dtype_name(V)
+        self.kernels = kernels
+        self.scratch = Scratch(kernels)
+        self.work = "float64" if self.dtype == "float64" else "float32"
+        dual = Dual.of(V, kernels)
+        self.precision = dual.work(ROUNDED_AFTERWARDS)  #: of the products W V⁻ᵀ
+        self.Vt = kernels.copy(kernels.put(dual.V, held_in).T, kernels.empty((self.n, self.n), self.work))
+        self.inverse = kernels.put(kernels.put(dual.inverse, held_in), self.precision)
+        self.indices = indices
+        self.patterns: dict[bool, CsrPattern] = {}  #: of M, and of Mᵀ
 
-    def reconstruct(self, W: Array, scales: Array, values: Array) -> Blocks:
+    def reconstruct(self, W: HostArray, scales: HostArray, values: HostArray) -> Blocks:
         """W' = U (diag(λ') + S) Vᵀ as PEFT trains it: W, U, λ' and S rounded to V's dtype, W' not yet rounded.
 
         Parameters
         ----------
-        W : Array, (m, n), floating point
-        scales : Array, (n,)
+        W : HostArray, (m, n), floating point
+        scales : HostArray, (n,)
             λ'.
-        values : Array, (nnz,)
+        values : HostArray, (nnz,)
             The values of S at the pattern's positions.
 
         Yields
@@ -78,24 +90,20 @@ class CategoryUpdate:
         rows, block : slice and Array, float32 (float64 for a float64 V)
             Rows of W', from the first to the last.
         """
+        stored = NAMED[self.dtype]
         B, norms = self._project(W, self.dtype)
-        K = self._core(scales.to(self.dtype), values.to(self.dtype), None)
-        columns = _reciprocal(norms, _PEFT_NULL).to(B)
-        for rows in _row_blocks(len(W)):
-            # float32 first and then V's dtype, as PEFT rounds U
-            U = self.scratch.cast("unit", B[rows].mul_(columns), torch.float32)
-            U = self.scratch.cast("rounded", U, self.dtype)
-            yield rows, self._product(U, K)
+        self._round_to_units(B, _reciprocal(norms, _PEFT_NULL), _is_tall(W))
+        return self._times_core(B, scales.astype(stored), values.astype(stored), None, _is_tall(W))
 
-    def delta(self, W: Array, scales: Array, values: Array, base_scales: Array | None = None) -> Blocks:
+    def delta(self, W: HostArray, scales: HostArray, values: HostArray, base_scales: HostArray | None = None) -> Blocks:
         """W' − W = W V⁻ᵀ diag(λ)⁻¹ (diag(λ' − λ) + S) Vᵀ, not rounded to a 16-bit dtype anywhere.
 
         Parameters
         ----------
-        W : Array, (m, n), floating point
-        scales, values : Array, (n,) and (nnz,)
+        W : HostArray, (m, n), floating point
+        scales, values : HostArray, (n,) and (nnz,)
             λ' and S, as in `reconstruct`.
-        base_scales : Array, (n,), optional
+        base_scales : HostArray, (n,), optional
             λ; rows where it is 0 drop out. By default the column norms of W V⁻ᵀ, for λ' − λ those norms rounded to V's
             dtype, where PEFT begins, and rows drop out where they are rounding of W V⁻ᵀ.
 
@@ -104,53 +112,84 @@ class CategoryUpdate:
         rows, block : slice and Array, float32 (float64 for a float64 V)
             Rows of W' − W, from the first to the last.
         """
-        B, norms = self._project(W, W.dtype)
-        start = norms.to(self.dtype) if base_scales is None else base_scales
-        divisors = norms if base_scales is None else base_scales.to(norms)
-        rounding = self._rounding(W) if base_scales is None else norms.new_zeros(())
-        change = scales.to(norms) - start.to(norms)
-        K = self._core(change, values, _reciprocal(divisors, rounding))
-        for rows in _row_blocks(len(W)):
-            yield rows, self._product(B[rows], K)
+        B, norms = self._project(W, dtype_name(W))
+        if base_scales is None:
+            start, inverses = norms.astype(NAMED[self.dtype]), _reciprocal(norms, self._rounding(W))
+        else:
+            start, inverses = base_scales, _reciprocal(base_scales.astype(np.float64), 0)
+        change = scales.astype(np.float64) - start.astype(np.float64)
+        return self._times_core(B, change, values, inverses, _is_tall(W))
 
-    def start(self, W: Array) -> Array:
+    def base_scales(self, W: HostArray) -> HostArray:
         """λ (n,) where PEFT begins: the column norms of W V⁻ᵀ, W and they rounded to V's dtype; float32."""
-        return self._project(W, self.dtype)[1].to(self.dtype).float().cpu()
+        return self._project(W, self.dtype)[1].astype(NAMED[self.dtype]).astype(np.float32)
 
-    def _project(self, W: Array, dtype: DType) -> tuple[Array, Array]:
-        """B = W V⁻ᵀ (m, n) for W rounded to ``dtype``, and B's column norms (n,) in float64."""
-        B = self.scratch.empty("B", (len(W), self.n), self.D.dtype)
-        for rows in _row_blocks(len(W)):
-            X = self.scratch.cast("rows", W[rows].to(dtype), self.D.dtype).to(B.device)
-            with full_float32():
-                torch.mm(X, self.D, out=B[rows])
-        return B, torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)  # float32's squares underflow from 1e-19 on
+    def _project(self, W: HostArray, dtype: str) -> tuple[Array, Vector]:
+        """B = W V⁻ᵀ (m, n) for W rounded to ``dtype``, and the norms (n,) of its columns.
 
-    def _rounding(self, W: Array) -> Array:
-        """What the column norms (n,) of W V⁻ᵀ are at most where they should be 0, float64."""
-        lengths: Array = torch.linalg.vector_norm(self.D.double(), dim=0)
-        return lengths * (torch.finfo(self.D.dtype).eps * rough_norm(W))
+        Where W is not tall it is Bᵀ: M times that costs less than M times Vᵀ.
+        """
+        kernels, (m, n) = self.kernels, W.shape
+        if not _is_tall(W):
+            B = self.scratch.empty("B", (n, m), self.precision)
+            kernels.gemm(self.inverse, self._cast(W, dtype), B, transpose_b=True)
+            return B, kernels.norms(B, axis=1)
+        B = self.scratch.empty("B", (m, n), self.precision)
+        for rows in _row_blocks(m):
+            kernels.gemm(self._cast(W[rows], dtype), self.inverse, B[rows], transpose_b=True)
+        return B, kernels.norms(B, axis=0)
 
-    def _core(self, diagonal: Array, values: Array, row_scales: Array | None) -> Array:
-        """(diag(diagonal) + S) Vᵀ (n, n), its rows scaled."""
+    def _cast(self, W: HostArray, dtype: str) -> Array:
+        """W rounded to ``dtype``, on the device and ready to be multiplied."""
+        kernels, shape = self.kernels, W.shape
+        rounded = W if dtype_name(W) == dtype else kernels.copy(W, self.scratch.empty("rounded", shape, dtype))
+        return kernels.copy(rounded, self.scratch.empty("factor", shape, self.precision))
+
+    def _round_to_units(self, B: Array, inverses: Vector, tall: bool) -> None:
+        """Turn B into U, rounded to V's dtype."""
+        factors = self.kernels.put(inverses if tall else inverses[:, None], self.precision)
+        for rows in _row_blocks(len(B)):
+            unit = B[rows]
+            unit *= factors if tall else factors[rows]
+            for dtype in ("float32", self.dtype, self.precision):  # float32 first and then V's dtype, as PEFT does
+                if dtype_name(unit) != dtype:
+                    out = B[rows] if dtype == self.precision else self.scratch.empty(dtype, tuple(unit.shape), dtype)
+                    unit = self.kernels.copy(unit, out)
+
+    def _rounding(self, W: HostArray) -> Vector:
+        """What the column norms (n,) of W V⁻ᵀ are at most where they should be 0."""
+        return self.kernels.norms(self.inverse, axis=1) * (epsilon(self.precision) * self.kernels.norm(W))
+
+    def _times_core(
+        self, B: Array, diagonal: HostArray, values: HostArray, row_scales: Vector | None, tall: bool
+    ) -> Blocks:
+        """Rows of B diag(row_scales) (diag(diagonal) + S) Vᵀ; B is given as Bᵀ where W is not tall."""
+        kernels, n = self.kernels, self.n
+        rows, starts, columns, order = self._pattern(tall)
         if not len(values):  # nothing off the diagonal was trained
-            values = self.Vt.new_zeros(len(self._order) - self.n)
-        entries = torch.cat([values.to(self.Vt), diagonal.to(self.Vt)])[self._order]
+            values = np.zeros(self.indices.shape[1])
+        entries = np.concatenate([values.astype(np.float64), diagonal.astype(np.float64)])[order]
         if row_scales is not None:
-            entries *= row_scales.to(entries)[self.rows]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            M = torch.sparse_csr_tensor(
-                self._row_starts, self._columns, entries, (self.n, self.n), check_invariants=False
-            )
-        K = self.scratch.empty("K", (self.n, self.n), self.work)
-        return torch.addmm(K, M, self.Vt, beta=0, out=K)
+            entries *= row_scales[rows if tall else columns]
+        if not tall:
+            Y = kernels.csrmm(starts, columns, entries, self._in_work(B))
+            product = self.scratch.empty("product", (B.shape[1], n), self.work)
+            yield slice(0, len(product)), kernels.gemm(Y, self.Vt, product, transpose_a=True)
+            return
+        K = kernels.csrmm(starts, columns, entries, self.Vt)
+        for block in _row_blocks(len(B)):
+            X = self._in_work(B[block])
+            yield block, kernels.gemm(X, K, self.scratch.empty("product", tuple(X.shape), self.work))
 
-    def _product(self, X: Array, K: Array) -> Array:
-        X = self.scratch.cast("factor", X, self.work)
-        out = self.scratch.empty("product", (len(X), self.n), self.work)
-        with full_float32():
-            return torch.mm(X, K, out=out)
+    def _in_work(self, B: Array) -> Array:
+        if dtype_name(B) == self.work:
+            return B
+        return self.kernels.copy(B, self.scratch.empty("factor", tuple(B.shape), self.work))
+
+    def _pattern(self, tall: bool) -> CsrPattern:
+        if tall not in self.patterns:
+            self.patterns[tall] = csr_pattern(self.indices if tall else self.indices[::-1], self.n)
+        return self.patterns[tall]
 
 
 class Factors:
@@ -162,46 +201,59 @@ class Factors:
     Parameters
     ----------
     V : Array, (n, n), floating point
-    device : torch.device
+    kernels : Kernels
         Where to compute.
     """
 
-    def __init__(self, V: Array, device: torch.device) -> None:
-        dual = Dual.of(V, device)
-        self.D = dual.D
-        self._rounded = self.D.float() if dual.work(TO_A_MILLIONTH) == torch.float32 else None
+    def __init__(self, V: Array, kernels: Kernels) -> None:
+        self.kernels = kernels
+        dual = Dual.of(V, kernels)
+        self.inverse = dual.inverse
+        self._rounded = kernels.put(dual.inverse, "float32") if dual.work(TO_A_MILLIONTH) == "float32" else None
 
     def __call__(self, W: Array) -> tuple[Array, Array]:
         """U (m, n) in the dtype of W (m, n), 0 where λ ≤ 1e-12 as in PEFT, and λ (n,) in float32."""
-        W = W.detach().to(self.D.device)
+        U, norms = self._exact(W)
+        return self.kernels.put(U, dtype_name(W)), self.kernels.put(norms, "float32")
+
+    def _exact(self, W: Array) -> tuple[Array, Vector]:
+        """U (m, n) in float32, not rounded yet, and λ (n,)."""
+        kernels = self.kernels
         if self._rounded is not None:
-            with full_float32():
-                B = W.float() @ self._rounded
-            norms = torch.linalg.vector_norm(B, dim=0)
+            B = self._product(W, self._rounded)
+            norms = kernels.norms(B, axis=0)
             if norms.min() > max(_PEFT_NULL, _FACTORS_SHARE * norms.max()):
-                return B.div_(norms).to(W.dtype), norms
-        B = W.double() @ self.D
-        norms = torch.linalg.vector_norm(B, dim=0)
-        return B.mul_(_reciprocal(norms, _PEFT_NULL)).float().to(W.dtype), norms.float()
+                B /= kernels.put(norms, "float32")
+                return B, norms
+        B = self._product(W, self.inverse)
+        norms = kernels.norms(B, axis=0)
+        B *= kernels.put(_reciprocal(norms, _PEFT_NULL))
+        return kernels.put(B, "float32"), norms
+
+    def _product(self, W: Array, inverse: Array) -> Array:
+        kernels, dtype = self.kernels, dtype_name(inverse)
+        X = kernels.copy(W, kernels.empty(tuple(W.shape), dtype))
+        return kernels.gemm(X, inverse, kernels.empty(tuple(W.shape), dtype), transpose_b=True)
+
+
+def csr_pattern(indices: HostArray, n: int) -> CsrPattern:
+    """The positions of S (2, nnz) and, after them, of the diagonal, in the order of compressed sparse rows."""
+    rows, columns = np.concatenate([indices, np.broadcast_to(np.arange(n), (2, n))], axis=1)
+    order = np.argsort(rows * n + columns, kind="stable")
+    rows, columns = rows[order], columns[order]
+    starts = np.zeros(n + 1, np.int64)
+    np.cumsum(np.bincount(rows, minlength=n), out=starts[1:])
+    return CsrPattern(rows, starts, columns, order)
+
+
+def _is_tall(W: HostArray) -> bool:
+    m, n = W.shape
+    return bool(m > n)
 
 
 def _row_blocks(m: int) -> list[slice]:
     return [slice(begin, min(begin + _BLOCK_ROWS, m)) for begin in range(0, m, _BLOCK_ROWS)]
 
 
-def csr_pattern(indices: Array, n: int) -> tuple[Array, Array, Array, Array]:
-    """The positions of S and, after them, of the diagonal, in the order of compressed sparse rows.
-
-    Returns the row of each entry, where each row starts, the column of each entry, and the order itself.
-    """
-    diagonal = torch.arange(n, device=indices.device)
-    rows, columns = torch.cat([indices, diagonal.expand(2, n)], dim=1)
-    order = torch.argsort(rows * n + columns, stable=True)
-    rows, columns = rows[order], columns[order]
-    starts = torch.zeros(n + 1, dtype=torch.int64, device=indices.device)
-    starts[1:] = torch.cumsum(torch.bincount(rows, minlength=n), 0)
-    return rows, starts, columns, order
-
-
-def _reciprocal(x: Array, threshold: float | Array) -> Array:
-    return torch.where(x > threshold, 1 / x, 0)
+def _reciprocal(x: Vector, threshold: float | Vector) -> Vector:
+    return np.divide(1, x, out=np.zeros_like(x), where=x > threshold)

@@ -33,9 +33,9 @@ class Attached:
         object.__setattr__(self, "basis", replace(self.basis, path=self.basis.path.resolve()))
 
     @property
-    def digests(self) -> dict[str, str]:
+    def V_digests(self) -> dict[str, str]:
         """``sha256:…`` of V's bytes by category."""
-        return {category: self.basis.metadata.basis[category] for category in sorted(self.sparsity)}
+        return {category: self.basis.metadata.V_digests[category] for category in sorted(self.sparsity)}
 
 
 @dataclass

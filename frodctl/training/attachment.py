@@ -16,7 +16,7 @@ from frodctl import values
 from frodctl.adapted import opening
 from frodctl.adapted.positions import drawn
 from frodctl.arrays import to_torch
-from frodctl.checkpoint.requests import module_matcher
+from frodctl.checkpoint.requests import comma_hint, module_matcher
 from frodctl.checkpoint.targets import DEFAULT_TARGETS
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
@@ -299,7 +299,8 @@ def choose(
         found: set[str] = set()
         for part, matches in _tests(given, parameter, model):
             fits = {n for n in records if matches(re.sub(r"\[\d+\]$", "", n)) or matches(live.get(n, n))}
-            values.require(bool(fits), parameter, part, f"matches no module of {opened.path}")
+            said = filter(None, (f"matches no module of {opened.path}", comma_hint(part)))
+            values.require(bool(fits), parameter, part, "; ".join(said))
             found |= fits
         return found
 
@@ -418,7 +419,7 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, HostArra
         dtype, device = _placement(model, base, path)
         key = category, dtype, device
         if key not in shared:
-            recorded = attached.digests[category]
+            recorded = attached.V_digests[category]
             basis = held.get((recorded, dtype, device))
             if basis is None:
                 V = opened.tensor(f"V.{category}")

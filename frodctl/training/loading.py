@@ -77,8 +77,8 @@ def load_adapter(
     provenance = adapter.provenance
     if provenance is None or provenance.form != "delta":
         raise InvalidInput(f"{adapter.name}: not trained by frodctl; merge it into its base instead (frodctl merge)")
-    beside = opening.basis_of(adapter, basis)
-    opened = beside or opening.basis_in(adapter)
+    beside = opening.find_basis(adapter, basis)
+    opened = beside or opening.own_basis(adapter)
     if opened is None:
         raise opening.no_basis(adapter)
     if beside is not None and basis is None:
@@ -95,7 +95,7 @@ def load_adapter(
         dropout=dropout,
         selected=provenance.seed is None and bool(adapter.indices),
     )
-    for info in adapter.bases.values():  # compared with its digest, though the basis file's may be used
+    for info in adapter.V.values():  # compared with its digest, though the basis file's may be used
         adapter.tensor(info)
     indices = positions_of(adapter, opened)
     numbers = _numbers(adapter, opened, modules)

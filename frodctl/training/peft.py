@@ -133,7 +133,7 @@ def load(
     known = peft.FrodConfig.__dataclass_fields__
     settings = {key: value for key, value in adapter.config.items() if key in known and key != "peft_type"}
     ours = {base_scales_key(module.module) for module in adapter.modules}
-    ours |= {info.name for shared in (adapter.bases, adapter.indices, adapter.sizes) for info in shared.values()}
+    ours |= {info.name for shared in (adapter.V, adapter.indices, adapter.sizes) for info in shared.values()}
     state = {key: to_torch(adapter.tensor(info)) for key, info in adapter.tensors.items() if key not in ours}
     for category, (V, positions) in projections.items():
         state |= dict(zip(shared_keys(category), (V, positions, torch.tensor([len(V)] * 2)), strict=True))

@@ -125,8 +125,8 @@ def save_adapter(
         tensors |= {adapter_format.indices_key(c): pattern.indices() for c, pattern in patterns.items()}
     provenance = Provenance(
         form="delta",
-        basis=attached.digests,
-        base={record.name: record.digest for record in attached.modules.values()},
+        V_digests=attached.V_digests,
+        base_digests={record.name: record.digest for record in attached.modules.values()},
         seed=attached.seed,
         sparsity=dict(attached.sparsity),
         categories={p: r.category for p, r in attached.modules.items() if r.category != names.peft_category(p)},

@@ -130,7 +130,7 @@ def _squares(
     try:
         with _recording(model, updates, scores), torch.enable_grad():
             for batch in batches:
-                _scalar(loss(model, batch)).backward(inputs=leaves)  # type: ignore[no-untyped-call]
+                _scalar(loss(model, batch)).backward(inputs=leaves)
                 count += 1
     finally:
         for leaf in leaves:

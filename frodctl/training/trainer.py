@@ -29,7 +29,7 @@ def prepare(model: nn.Module) -> None:
         model.__dict__["save_pretrained"] = SavePretrained(model)
     if getattr(model, "is_quantized", False):
         setattr(model, _QUANTIZED_WITH_ADAPTER, True)
-    hook = model.register_load_state_dict_post_hook(_expect_no_base)  # type: ignore[no-untyped-call]
+    hook = model.register_load_state_dict_post_hook(_expect_no_base)
     setattr(model, _LOADING, hook)
     _FIRST_STEPS.watch(model)
 

@@ -60,9 +60,7 @@ class TestWhatWasTrainedAsAWhole:
     def test_a_head_may_be_new_in_a_checkpoint_alone(self) -> None:
         shapes = {"norm.weight": (4,)}
         assert set(whole_tensors(self.HEAD, shapes, "there", new_head=True)) == {"norm.weight", "score.weight"}
-        with pytest.raises(
-            InvalidInput, match=r"a: tensor .*\.score\.weight matches nothing, .* in there"
-        ):
+        with pytest.raises(InvalidInput, match=r"a: tensor .*\.score\.weight matches nothing, .* in there"):
             whole_tensors(self.HEAD, shapes, "there")
         with pytest.raises(InvalidInput, match=r"norm\.weight matches nothing"):
             whole_tensors(self.HEAD, {"score.weight": (2, 4)}, "there", new_head=True)

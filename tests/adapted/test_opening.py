@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from frodctl.adapted.opening import base_of, open_source
+from frodctl.adapted.opening import find_base, open_source
 from frodctl.checkpoint.records import Location, TensorInfo
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule
@@ -27,7 +27,7 @@ class TestBase:
     @pytest.mark.parametrize("asked", [None, "v2"])
     @pytest.mark.parametrize("own", [None, "v1", 7])
     def test_the_one_that_the_adapter_names(self, own: Any, asked: str | None) -> None:
-        found, warnings = base_of(
+        found, warnings = find_base(
             replace(self.GIVEN, revision=asked), adapter(base_model_name_or_path="org/base", revision=own)
         )
         expected = asked or (own if isinstance(own, str) else None)
@@ -36,14 +36,14 @@ class TestBase:
 
     def test_it_names_none(self) -> None:
         with pytest.raises(InvalidInput, match="does not name its base"):
-            base_of(self.GIVEN, adapter())
+            find_base(self.GIVEN, adapter())
 
     @pytest.mark.parametrize(
         ("given", "warned"), [("org/base", False), ("other/base@main", False), ("org/another", True)]
     )
     def test_another_than_it_names(self, given: str, warned: bool) -> None:
         location = replace(self.GIVEN, model=given)
-        found, warnings = base_of(location, adapter(base_model_name_or_path="org/base@v1"))
+        found, warnings = find_base(location, adapter(base_model_name_or_path="org/base@v1"))
         assert found == location
         assert warnings == (["the adapter was trained on org/base@v1, not on org/another"] if warned else [])
 

@@ -68,8 +68,8 @@ def main() -> None:
 def row(work: Path, basis: Path, rho: float, tokens: int) -> list[str]:
     """Train, merge and compare at one learning rate."""
     adapter = work / "adapter"
-    command = [sys.executable, EXAMPLES / "train.py", BASE, basis, adapter, "--rho", str(rho)]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [sys.executable, EXAMPLES / "train.py", BASE, basis, adapter, "--rho", rho]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
     frodctl.merge(str(BASE), str(adapter), work / "merged", basis=str(basis))
     ids = held_out(tokens)
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype="auto")

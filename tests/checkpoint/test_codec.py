@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save, save_file
@@ -264,6 +264,7 @@ def test_a_header_that_is_elsewhere_is_read_as_one_that_is_here(scratch: Path, e
     except InvalidInput:
         tensors = None
     size = sum(spec.nbytes for spec, _ in tensors.values()) if tensors is not None else 16
+    assume(size < 2**20)  # no file has 2⁶⁴ bytes
     scratch.write_bytes(file_of(entries, bytes(size)))
     start = scratch.stat().st_size - size
     if tensors is None:

@@ -183,6 +183,7 @@ def test_what_goes_wrong_is_one_clear_line(decompose: Decompose, flags: tuple[st
     assert "token is not valid" in error_of(decompose("org/plain", *flags, "--token", "hf_wrong"))
     message = error_of(decompose("org/plain", *flags, "--offline"))
     assert "no such local file or folder, not in the local cache, and the Hub is off limits (--offline" in message
+    assert "plain: no such local file or folder, not in" in error_of(decompose("plain", *flags, "--offline"))
     assert "not a Hub id" in error_of(decompose("no such thing", *flags))
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
 
@@ -209,7 +210,9 @@ def test_a_half_fetched_checkpoint_is_not_in_the_cache(decompose: Decompose, tmp
 def test_no_server_is_one_clear_line(decompose: Decompose) -> None:
     """Nothing listens on port 1."""
     for flags in ((), ("--dry-run",)):
-        error_of(decompose("org/plain", *flags, env={"HF_ENDPOINT": "http://127.0.0.1:1"}))
+        for model in ("org/plain", "plain", "plain@v1"):
+            message = error_of(decompose(model, *flags, env={"HF_ENDPOINT": "http://127.0.0.1:1"}))
+            assert f"{model.partition('@')[0]}: no such local file or folder, and the Hub is out of reach" in message
 
 
 @pytest.mark.parametrize("how", ["flag", "environment"])

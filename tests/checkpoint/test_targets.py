@@ -445,6 +445,9 @@ def test_what_matches_nothing_lists_the_names_there_are(request_: str) -> None:
         ("[qv]_pro", "must match the whole path, as '.*([qv]_pro).*' does"),
         ("(?i)Q_PROJ", "must match the whole path; linear layers here"),
         ("nothing|at_all", "must match the whole path; linear layers here"),
+        ("q_proj v_proj", "matches nothing; names are separated by commas: q_proj,v_proj; linear layers here"),
+        ("q_proj, k_proj  self_attn.v_proj", "separated by commas: q_proj,k_proj,self_attn.v_proj; linear"),
+        ("q_proj v.*", "must match the whole path; linear layers here"),
     ],
 )
 def test_what_is_nearly_right_is_put_right(parameter: str, request_: str, said: str) -> None:
@@ -453,7 +456,7 @@ def test_what_is_nearly_right_is_put_right(parameter: str, request_: str, said: 
         select(LLAMA, **chosen)
     assert str(caught.value).startswith(f"`{parameter}` {request_}: ")
     assert said in str(caught.value)
-    for suggested in re.findall(r"did you mean (.*)\?\)|as '(.*)' does", str(caught.value)):
+    for suggested in re.findall(r"did you mean (.*)\?\)|as '(.*)' does|by commas: (\S*);", str(caught.value)):
         assert select(LLAMA, "".join(suggested)).targets
 
 

@@ -218,6 +218,16 @@ def test_not_an_adapter(llama: dict[str, Path], refused: Any, tmp_path: Path) ->
     assert "holds an adapter" in refused(3, "lora", llama["adapter"], "out")
 
 
+def test_base_and_adapter_in_each_other_s_place(llama: dict[str, Path], refused: Any) -> None:
+    for base in (llama["base"], llama["base"] / "model.safetensors"):
+        for adapter in (llama["adapter"], llama["adapter"] / "adapter_model.safetensors"):
+            for flags in ((), ("--dry-run",)):
+                message = refused(3, adapter, base, "out", *flags)
+                assert f"BASE {adapter} is an adapter, and ADAPTER {base} is not: exchange them" in message
+    assert "exchange" not in refused(3, llama["adapter"], llama["adapter"], "out")
+    assert "exchange" not in refused(3, "-", llama["base"], "out")
+
+
 def test_another_job_does_not_take_up_the_pieces(
     llama: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 import frodctl
 from frodctl.cli.main import main
-from frodctl.cli.output import Column, Output, human_bytes, human_count, printable
+from frodctl.cli.output import Output, human_bytes, human_count, printable
 from frodctl.cli.progress import Reporter
+from frodctl.jobs.columns import Column
 from frodctl.jobs.progress import Progress
 from tests.conftest import on_a_terminal
 from tests.jobs.test_merge import write_adapter
@@ -211,13 +212,15 @@ NAMED = st.builds(lambda parts, separator: separator.join(parts), PARTS, st.samp
     st.lists(st.tuples(NAMED, st.lists(FIGURES, min_size=8, max_size=8)), min_size=1, max_size=5), st.integers(40, 130)
 )
 def test_tables_fit_numbers_stay_whole_and_names_are_told_apart(table: list[tuple[str, list[str]]], width: int) -> None:
-    columns = (Column("0", "name", left=True), *(Column(str(i), "abcdefghij"[:i]) for i in range(1, 9)))
+    columns = (Column("0", "name", "text"), *(Column(str(i), "abcdefghij"[:i]) for i in range(1, 9)))
     rows = [{str(i): value for i, value in enumerate([name, *figures])} for name, figures in table]
     os.environ["COLUMNS"] = str(width)
     with captured(False) as (out, _):
-        hidden = Output("human", False).table(rows, columns)
+        notes: list[str] = []
+        Output("human", False, notes.append).table(rows, columns)
     lines = out.getvalue().splitlines()
     assert max(map(cell_len, lines)) <= width
+    hidden = notes[0].removeprefix("No room for: ").partition(" (")[0].split(", ") if notes else []
     shown = [column for column in columns[1:] if column.title not in hidden]
     assert len(shown) >= 2
     figures_width = sum(2 + max(len(column.title), *(len(row[column.key]) for row in rows)) for column in shown)
@@ -256,6 +259,6 @@ def test_where_names_are_broken(width: int, shown: list[str]) -> None:
     os.environ["COLUMNS"] = str(width)
     with captured(False) as (out, _):
         Output("human", False).table(
-            [{"a": "model.layers.0.post_attention_layernorm.weight"}], [Column("a", "a", left=True)]
+            [{"a": "model.layers.0.post_attention_layernorm.weight"}], [Column("a", "a", "text")]
         )
     assert [line.rstrip() for line in out.getvalue().splitlines()[2:]] == shown

@@ -84,6 +84,19 @@ def test_every_table_fits_and_keeps_figures(command: str, files: dict[str, str],
                     assert is_part(row, complete), (command, width)
 
 
+@pytest.mark.parametrize("command", ["decompose", "merge", "adapter and base"])
+def test_what_a_terminal_has_no_room_for_is_said(command: str, files: dict[str, str], tmp_path: Path) -> None:
+    places = files | {"OUT": str(tmp_path / "out"), "OUT.safetensors": str(tmp_path / "out.safetensors")}
+    arguments = [places.get(word, word) for word in COMMANDS[command].split()]
+    notes = {}
+    for width in (60, 300):
+        os.environ["COLUMNS"] = str(width)
+        with captured(False) as (_, err):
+            assert main([*arguments, "--format", "human", *(["--force"] if "OUT" in COMMANDS[command] else [])]) == 0
+        notes[width] = [line for line in err.getvalue().splitlines() if line.startswith("No room for: ")]
+    assert [len(found) for found in notes.values()] == [1, 0]
+
+
 def is_part(row: list[str], complete: list[str]) -> bool:
     """Whether the words of one stand in the other, whole and in order."""
     rest = iter(complete)

@@ -45,7 +45,7 @@ METADATA = BasisMetadata(
     seed=7,
     sparsity={"q_proj": 0.1},
     precision="auto",
-    basis={"q_proj": stream.digest(from_torch(TENSORS["V.q_proj"]))},
+    V_digests={"q_proj": stream.digest(from_torch(TENSORS["V.q_proj"]))},
     digests={name: stream.digest(from_torch(tensor)) for name, tensor in TENSORS.items() if name != "V.q_proj"},
     modules=[ModuleRecord(name, "q_proj", i, (4, N), False, "sha256:0") for i, name in enumerate(MODULES)],
 )

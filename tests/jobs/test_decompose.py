@@ -236,7 +236,7 @@ def test_collisions_are_said_in_the_file(tmp_path: Path) -> None:
     basis = frodctl.open_basis(
         frodctl.decompose(str(folder), tmp_path / "b.safetensors", target_modules="q_proj").output
     )
-    assert set(basis.metadata.basis) == {"encoder_self_attn_q_proj", "decoder_self_attn_q_proj"}
+    assert set(basis.metadata.V_digests) == {"encoder_self_attn_q_proj", "decoder_self_attn_q_proj"}
     assert not basis.metadata.peft_loadable
 
 

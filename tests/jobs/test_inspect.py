@@ -446,7 +446,18 @@ def test_what_is_included_must_be_somewhere(example: Path, tmp_path: Path) -> No
     assert [row.values["status"] for row in compared.rows] == ["only there"]
     with pytest.raises(UsageError, match="matches no name"):
         frodctl.inspect(other, against=example, include="*prj*")
-    assert frodctl.inspect(other, exclude="*").targets[0].rows == ()
+
+
+@pytest.mark.parametrize("spectrum", [True, False])
+def test_what_is_excluded_must_be_somewhere(spectrum: bool, example: Path, tmp_path: Path) -> None:
+    save_file({"experts.up": torch.ones(2, 4, 4), "norm": torch.ones(4)}, tmp_path / "other.safetensors")
+    other = tmp_path / "other.safetensors"
+    assert frodctl.inspect(other, exclude="*", spectrum=spectrum).targets[0].rows == ()
+    found = frodctl.inspect(other, example, exclude=["norm", "*q_proj*"], spectrum=spectrum)
+    assert not [row for target in found.targets for row in target.rows if row.values["name"] == "norm"]
+    frodctl.inspect(other, include="norm", exclude="*up*", spectrum=spectrum)  # there, though not included
+    with pytest.raises(UsageError, match=r"`exclude` \*prj\*: matches no name in .*; names there are experts"):
+        frodctl.inspect(other, exclude=["norm", "*prj*"], spectrum=spectrum)
 
 
 def test_targets_are_taken_one_by_one_or_as_a_list(example: Path) -> None:

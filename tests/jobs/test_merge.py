@@ -245,14 +245,14 @@ def write_adapter(
         state[f"{key}.frod_lambda_s_values"] = change * float(start.mean()) * torch.randn(nnz, generator=generator)
         if holding_basis:
             state[f"{key}.frod_lambda_0"] = start
-    for category in metadata.basis if holding_basis else ():
+    for category in metadata.V_digests if holding_basis else ():
         state[f"base_model.frod_V.{category}"] = opened.tensor(f"V.{category}")
         state[f"base_model.frod_s_indices.{category}"] = opened.indices()[category].contiguous()
     folder.mkdir()
     save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
     own = {
         "form": "delta",
-        "basis": dict(metadata.basis),
+        "basis": dict(metadata.V_digests),
         "base": {record.name: record.digest for record in metadata.modules},
         "seed": metadata.seed,
         "sparsity": dict(metadata.sparsity),

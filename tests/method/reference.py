@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from frodctl.arrays import HostArray, dtype_name, from_torch, to_torch
+from frodctl.method import joint_basis as method
+from frodctl.method.kernels import Kernels, kernels_of
 
 Array = npt.NDArray[np.float64]
 
@@ -15,11 +21,36 @@ class Layers:
     """Weights in memory, as the method takes them."""
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        self.weights = weights
+        self.weights = [from_torch(w) for w in weights]
         self.shapes = [(len(w), w.shape[1]) for w in weights]
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(self.weights)
+    def read(self, numbers: Sequence[int]) -> Iterator[HostArray]:
+        return (self.weights[number] for number in numbers)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A `JointBasis` in torch's tensors, with which the tests reckon."""
+
+    V: torch.Tensor
+    tau: torch.Tensor
+    scales: list[torch.Tensor]
+    rank: int
+    condition: float
+    precision: str
+    rms_singular_value: float
+
+
+def joint_basis(
+    layers: Layers, *, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None, **options: Any
+) -> Basis:
+    """`frodctl.method.joint_basis` of weights in torch's tensors, on the CPU's kernels unless others are given."""
+    name = dtype_name(torch.empty(0, dtype=dtype))
+    found = method.joint_basis(layers, dtype=name, kernels=kernels or kernels_of("cpu"), **options)
+    return Basis(
+        **vars(found)
+        | {"V": to_torch(found.V), "tau": to_torch(found.tau), "scales": [to_torch(scale) for scale in found.scales]}
+    )
 
 
 def resolvent(weights: Sequence[torch.Tensor], alpha: float) -> tuple[Array, Array]:

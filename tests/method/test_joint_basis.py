@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from frodctl.method.joint_basis import JointBasis, NonFiniteWeights, Unrepresentable, joint_basis
+from frodctl.method.joint_basis import NonFiniteWeights, Unrepresentable
+from frodctl.method.kernels import Kernels, kernels_of
+from frodctl.method.kernels.device import Device
 from tests.method import reference
-from tests.method.reference import Layers
+from tests.method.reference import Basis, Layers
 
 ALPHA = 1e-3
+KERNELS: dict[str, Kernels] = {"numpy and scipy": kernels_of("cpu"), "torch": Device("cpu")}
+_current: list[Kernels] = []
+
+
+@pytest.fixture(scope="module", autouse=True, params=KERNELS)
+def _kernels(request: pytest.FixtureRequest) -> None:
+    """All that is here holds for the CPU's kernels and for a device's."""
+    _current[:] = [KERNELS[request.param]]
+
+
+def joint_basis(layers: Layers, **options: Any) -> Basis:
+    return reference.joint_basis(layers, kernels=_current[0], **options)
 
 
 def random_weights(*shapes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
@@ -28,9 +44,7 @@ def conditioned_weights(count: int, m: int, n: int, condition: float, seed: int 
     return [(torch.randn(m, n, generator=generator, dtype=torch.float64) @ right).float() for _ in range(count)]
 
 
-def check_full_rank(
-    weights: list[torch.Tensor], basis: JointBasis, alpha: float = ALPHA, tolerance: float = 1e-5
-) -> None:
+def check_full_rank(weights: list[torch.Tensor], basis: Basis, alpha: float = ALPHA, tolerance: float = 1e-5) -> None:
     """Every identity that holds where the stacked weights have full column rank."""
     n, count = weights[0].shape[1], len(weights)
     assert basis.rank == n
@@ -48,7 +62,7 @@ def check_full_rank(
     check_any(weights, basis)
 
 
-def check_any(weights: list[torch.Tensor], basis: JointBasis) -> None:
+def check_any(weights: list[torch.Tensor], basis: Basis) -> None:
     """What holds always: the weights come back, shapes and signs are canonical."""
     assert max(reference.reconstruction_errors(weights, basis.V, basis.scales)) <= 1e-5
     n = weights[0].shape[1]
@@ -322,7 +336,7 @@ def test_weights_that_are_not_finite(bad: float) -> None:
 # Null space
 
 
-def check_null(weights: list[torch.Tensor], basis: JointBasis, rank: int) -> None:
+def check_null(weights: list[torch.Tensor], basis: Basis, rank: int) -> None:
     assert basis.rank == rank
     null = basis.V[:, rank:].double()
     lengths = basis.V[:, :rank].double().norm(dim=0)
@@ -382,7 +396,7 @@ def test_a_zero_layer() -> None:
 # Ties: T is a multiple of I, and the rotation is that of the plain SVD
 
 
-def check_is_svd(weights: list[torch.Tensor], basis: JointBasis) -> None:
+def check_is_svd(weights: list[torch.Tensor], basis: Basis) -> None:
     values = np.linalg.svd(torch.cat(weights).double().numpy(), compute_uv=False)[: basis.rank]
     lengths = basis.V[:, : basis.rank].double().norm(dim=0).numpy()
     np.testing.assert_allclose(lengths, values, rtol=1e-5)

@@ -41,7 +41,7 @@ def main() -> None:
     assert all(parameter.to_local().numel() < parameter.numel() for parameter in trained if len(parameter) > 1)
     losses = train(model)
     frodctl.save_adapter(model, folder / "gathered")
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     model.save_pretrained(folder / "pretrained", is_main_process=rank == 0)
     if rank == 0:
         frodctl.save_adapter(model, folder / "given", state_dict=state)

@@ -237,7 +237,7 @@ class TestTheModule:
     def test_v_is_held_once_and_is_not_in_the_state(self, cases: Cases) -> None:
         model = cases("llama").attached()
         bases = [module for module in model.modules() if isinstance(module, Basis)]
-        assert sorted(b.category for b in bases) == sorted(frodctl.open_basis(cases("llama").basis).metadata.basis)
+        assert sorted(b.category for b in bases) == sorted(frodctl.open_basis(cases("llama").basis).metadata.V_digests)
         state = model.state_dict()
         added = {name for name in state if ".adapters." in name}
         assert {name.rsplit(".", 1)[1] for name in added} == {"delta", "values"}
@@ -604,6 +604,8 @@ class TestOptions:
             ({"target_modules": "q_proj, nothing"}, "`target_modules` nothing: matches no module"),
             ({"target_modules": []}, "`target_modules`.*names no module"),
             ({"exclude_modules": "nothing"}, "`exclude_modules` nothing: matches no module"),
+            ({"target_modules": "q_proj v_proj"}, r"`target_modules` q_proj v_proj: .* by commas: q_proj,v_proj$"),
+            ({"exclude_modules": ["q_proj v_proj"]}, r"`exclude_modules` q_proj v_proj: .* by commas: q_proj,v_proj$"),
             ({"target_modules": "q_proj", "exclude_modules": ["q_proj"]}, "no module is left"),
             ({"sparsity": 2.0}, "`sparsity` 2.0: must "),
             ({"sparsity": {"elsewhere": 0.1}}, "`sparsity` elsewhere: the categories are mlp_down_proj, "),

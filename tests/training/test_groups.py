@@ -20,7 +20,7 @@ def test_rates_by_category(cases: Cases) -> None:
         for group in frodctl.parameter_groups(model, rho_lambda=2e-3, rho_sparse=5e-4, lr=1e-5, weight_decay=0.1)
     }
     opened = frodctl.open_basis(cases("bert").basis)
-    categories = set(opened.metadata.basis)
+    categories = set(opened.metadata.V_digests)
     assert set(groups) == {f"lambda.{c}" for c in categories} | {f"sparse.{c}" for c in categories - {"self_query"}} | {
         "rest"
     }

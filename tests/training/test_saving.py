@@ -163,7 +163,7 @@ class TestTheFiles:
         assert (found["projection_prng_key"], found["sparse_rate"]) == (3, 0.05)
         own = found["frodctl"]
         assert own["form"] == "delta"
-        assert own["basis"] == opened.metadata.basis
+        assert own["basis"] == opened.metadata.V_digests
         assert own["base"] == {record.name: record.digest for record in opened.metadata.modules}
         assert (own["seed"], own["sparsity"]) == (3, dict(opened.metadata.sparsity))
         card = (tmp_path / "adapter" / "README.md").read_text()

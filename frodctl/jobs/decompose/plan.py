@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import frodctl
 from frodctl import values
@@ -16,6 +17,7 @@ from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
 from frodctl.errors import UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs import SCHEMA_VERSION
+from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device
@@ -65,9 +67,25 @@ class CategoryPlan:
         }
 
 
+#: Of a plan's categories and, with more, of a result's.
+SHAPE_COLUMNS = (
+    Column("category", "category", "text"),
+    Column("layers", "layers"),
+    Column("n", "n"),
+    Column("m_min"),
+    Column("m_max", "m", "heights"),
+    Column("parameters"),
+    Column("sparsity"),
+    Column("nnz"),
+    Column("trainable_parameters", "trainable", "count", absent="by spectrum"),
+)
+
+
 @dataclass(frozen=True)
 class DecomposePlan:
     """Everything that will be done, known from headers alone."""
+
+    columns: ClassVar[tuple[Column, ...]] = (*SHAPE_COLUMNS, Column("flops", "flop", "count"))
 
     checkpoint: Checkpoint = field(repr=False)
     output: Path
@@ -126,7 +144,7 @@ class DecomposePlan:
 
     def metadata(self, digests: Mapping[str, str], modules: Mapping[str, str]) -> basis_file.BasisMetadata:
         """The file's metadata, given the digests of each of its tensors and of each module's weight."""
-        bases = {category.name: digests[f"V.{category.name}"] for category in self.categories}
+        V_digests = {category.name: digests[f"V.{category.name}"] for category in self.categories}
         others = {name: digest for name, digest in digests.items() if not name.startswith("V.")}
         return basis_file.BasisMetadata(
             tool=f"frodctl {frodctl.__version__}",
@@ -136,7 +154,7 @@ class DecomposePlan:
             seed=self.options.seed,
             sparsity={category.name: category.sparsity or 0.0 for category in self.categories},
             precision=self.options.precision,
-            basis=bases,
+            V_digests=V_digests,
             modules=[
                 basis_file.ModuleRecord(
                     t.module, c.name, t.layer, t.shape, t.transposed, modules[t.module], t.tensor.dtype

@@ -10,25 +10,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, ClassVar
 
 import frodctl
 from frodctl.checkpoint import codec, sink
 from frodctl.checkpoint.inputs import Json
-from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
+from frodctl.checkpoint.records import Checkpoint
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
-from frodctl.jobs.decompose.plan import CategoryPlan, DecomposePlan
+from frodctl.jobs.columns import Column
+from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
 
 if TYPE_CHECKING:
-    import torch
-
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
     from frodctl.method.joint_basis import JointBasis
+    from frodctl.method.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,19 @@ class CategoryResult:
 @dataclass(frozen=True)
 class DecomposeResult:
     """A finished decomposition."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        *SHAPE_COLUMNS,
+        Column("flops"),
+        Column("precision"),
+        Column("rank", "rank"),
+        Column("condition_number", "cond", "figure"),
+        Column("tau_min", "τ", "range"),
+        Column("tau_max"),
+        Column("seconds", "time", "seconds"),
+        Column("resumed"),
+        Column("rms_singular_value"),
+    )
 
     plan: DecomposePlan
     categories: tuple[CategoryResult, ...]

@@ -3,11 +3,10 @@
 from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.inspect.api import inspect
 from frodctl.jobs.inspect.options import InspectOptions
-from frodctl.jobs.inspect.report import FIGURES, Report, Row
+from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.inspect.run import InspectResult, TargetResult, reports
 
 __all__ = [
-    "FIGURES",
     "SCHEMA_VERSION",
     "InspectOptions",
     "InspectResult",

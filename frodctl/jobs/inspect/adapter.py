@@ -14,7 +14,7 @@ from frodctl.adapted.updates import WeightUpdates
 from frodctl.checkpoint.inputs import Json
 from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile
-from frodctl.jobs.inspect import headers
+from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.matrices import Spectra, quantiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
@@ -29,7 +29,7 @@ _QUANTILES = (0.5, 0.95)
 
 def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progress: Callback) -> Report:
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
-    basis = opening.basis_of(adapter, options.basis, trust=options.trust_basis)
+    basis = opening.find_basis(adapter, options.basis, trust=options.trust_basis)
     if basis is not None and options.basis is None:
         progress(Progress(opening.found_near(adapter, basis)))
     if note := opening.without_digests(adapter, basis):
@@ -43,7 +43,8 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
         rows = _alone(adapter, basis, options)
     there = [module.module for module in adapter.modules]
     count = sum(map(options.selects, there))
-    return Report(name, "adapter", rows, lambda: headers.adapter_summary(adapter), count, there)
+    shown = columns.of_adapter(options)
+    return Report(name, "adapter", shown, rows, lambda: headers.adapter_summary(adapter), count, there)
 
 
 def _alone(adapter: Adapter, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:
@@ -69,14 +70,14 @@ class _Trained:
         return opening.trained_of(self.adapter, module, self.basis, self.records)
 
 
-def changes(scales: Array, values: Array, start: Array | None) -> dict[str, Json]:
+def changes(scales: Array, values: Array, base_scales: Array | None) -> dict[str, Json]:
     """Figures of λ' − λ and S.
 
     Parameters
     ----------
     scales, values : Array
         λ' (n,) and the values of S (nnz,).
-    start : Array, (n,), optional
+    base_scales : Array, (n,), optional
         λ; without it the figures of λ' − λ are None.
 
     Returns
@@ -86,11 +87,14 @@ def changes(scales: Array, values: Array, start: Array | None) -> dict[str, Json
         ‖S + diag(λ' − λ)‖_F² that is off the diagonal.
     """
     S = values.double().abs()
-    moved = (scales.double() - start.double()).abs() if start is not None else None
+    began = base_scales.double() if base_scales is not None else None
+    moved = (scales.double() - began).abs() if began is not None else None
     whole = float(S.square().sum() + moved.square().sum()) if moved is not None else 0.0
     median, high = quantiles(S, _QUANTILES)
     moved_median, moved_high = quantiles(moved, _QUANTILES) if moved is not None else (None, None)
-    relative = _ratio(moved.norm(), start.double().norm()) if moved is not None and start is not None else None
+    relative = (
+        _ratio(moved.norm(), base_scales.double().norm()) if moved is not None and base_scales is not None else None
+    )
     return {
         "scales_norm": float(scales.double().norm()),
         "scales_change_norm": float(moved.norm()) if moved is not None else None,
@@ -116,12 +120,12 @@ def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions) -
     trained = _Trained(adapter, basis if adapter.provenance else None)
     for weight in weights:
         module = weight.parts[0].trained.module
-        delta, start, norm = _delta(weight, updates)
+        delta, base_scales, norm = _delta(weight, updates)
         scales, sparse, known = trained.of(weight.parts[0].trained)
         figures = spectra.of(delta, module)
         yield Row(
             values[module]
-            | changes(scales, sparse, known if known is not None else start)
+            | changes(scales, sparse, known if known is not None else base_scales)
             | {"relative_change": _ratio(delta.double().norm(), norm)}
             | {f"delta_{key}": value for key, value in figures.values.items() if key != "profile"}
             | {"profile": figures.values["profile"]},
@@ -137,7 +141,7 @@ def _delta(weight: Weight, updates: WeightUpdates) -> tuple[Array, Array, Array]
     delta = torch.zeros(W.shape, dtype=torch.float64)
     for rows, block in updates.changes(W, task) if task.trained else ():
         delta[rows] = block
-    return delta, updates.start(weight, W), W.double().norm()
+    return delta, updates.base_scales(weight, W), W.double().norm()
 
 
 def _ratio(part: Array, whole: Array) -> float | None:

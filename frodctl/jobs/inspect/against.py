@@ -15,7 +15,7 @@ from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.checkpoint.ties import same_bytes
-from frodctl.jobs.inspect import headers
+from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.matrices import Spectra
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
@@ -55,7 +55,7 @@ def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progr
         different = sum(count for status, count in counts.items() if status != "equal")
         return {"against": other.model, "equal": counts["equal"], "different": different, "statuses": dict(counts)}
 
-    return Report(name, "comparison", rows(), summary, len(pairs), there)
+    return Report(name, "comparison", columns.of_comparison(options), rows(), summary, len(pairs), there)
 
 
 def _either(pair: tuple[TensorInfo | None, TensorInfo | None]) -> TensorInfo:

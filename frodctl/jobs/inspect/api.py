@@ -81,8 +81,8 @@ def inspect(
     Raises
     ------
     UsageError
-        No target, options that do not go together, a sort key that no row has, or a pattern to include that matches
-        no name.
+        No target, options that do not go together, a sort key that no row has, or a pattern to include or exclude that
+        matches no name.
     InvalidInput
         A target is damaged, or a matrix holds NaN or Inf.
     FrodctlError

@@ -14,7 +14,7 @@ from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
-from frodctl.jobs.inspect import headers
+from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.matrices import Spectra, quantiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
@@ -46,7 +46,8 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
             category.update(figures.of_category(category["category"]))
         return result
 
-    return Report(name, "basis", figures.rows(rows), summary, len(rows), [row["name"] for row in there])
+    names = [row["name"] for row in there]
+    return Report(name, "basis", columns.of_basis(options), figures.rows(rows), summary, len(rows), names)
 
 
 class _BasisFigures:

@@ -113,7 +113,7 @@ def basis_summary(basis: BasisFile, parameters: int | None) -> dict[str, Json]:
     """What a basis is of; ``parameters`` are the base's, if it is at hand."""
     metadata = basis.metadata
     categories: list[dict[str, Json]] = []
-    for category in sorted(metadata.basis):
+    for category in sorted(metadata.V_digests):
         n, rate = basis.width(category), metadata.sparsity[category]
         layers = [module for module in metadata.modules if module.category == category]
         categories.append(
@@ -168,7 +168,7 @@ def adapter_summary(adapter: Adapter) -> dict[str, Json]:
     counts = Counter(module.category for module in adapter.modules)
     nnz = {module.category: module.nnz for module in adapter.modules}
     return {
-        "base": adapter.base,
+        "base": adapter.base_model,
         "written_by": "frodctl" if own else f"PEFT {config.get('peft_version') or '(version unknown)'}",
         "form": own.form if own else "reconstruct",
         "task_type": adapter.task,

@@ -42,6 +42,11 @@ class InspectOptions(HubOptions):
         """Whether no tensor's bytes are needed."""
         return not (self.spectrum or self.estimate or self.against or self.base)
 
+    @property
+    def narrowed(self) -> bool:
+        """Whether certain rows are asked for."""
+        return bool(self.include or self.exclude or self.sort or self.top)
+
     def selects(self, name: str) -> bool:
         """Whether a tensor of this name is wanted."""
         included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)

@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING
 
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import UsageError
+from frodctl.jobs.inspect.columns import FIGURES, Columns
 
 if TYPE_CHECKING:
     from frodctl.arrays import Array
-
-#: The figures of a spectrum, in the order of the columns.
-FIGURES = (
-    "spectral_norm", "frobenius_norm", "nuclear_norm", "stable_rank", "effective_rank", "numerical_rank",
-    "condition_number", "energy_rank_90", "energy_rank_95", "energy_rank_99", "marchenko_pastur_edge", "above_edge",
-    "power_law_alpha", "power_law_distance", "power_law_xmin",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +28,7 @@ class Report:
 
     target: str
     kind: str  #: checkpoint, basis, adapter or comparison
+    columns: Columns
     rows: Iterator[Row]
     summary: Callable[[], dict[str, Json]]
     count: int  #: of rows

@@ -15,7 +15,7 @@ from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.errors import UsageError
 from frodctl.jobs import SCHEMA_VERSION
-from frodctl.jobs.inspect import headers
+from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row, arranged
 from frodctl.jobs.inspect.target import Target, open_target
@@ -67,7 +67,7 @@ def run_inspect(targets: Sequence[str], options: InspectOptions, progress: Callb
 def reports(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> Iterator[Report]:
     """The targets' reports, whose rows come as they are computed. Errors are those of `inspect`.
 
-    Only after the last report is it known whether every pattern to include matches something.
+    Only after the last report is it known whether every pattern to include or exclude matches something.
     """
     device = choose_device(options.device) if not options.headers_only else None
     there: list[str] = []
@@ -76,13 +76,14 @@ def reports(targets: Sequence[str], options: InspectOptions, progress: Callback 
         there += report.names
         rows = _counted(report, device, progress) if device is not None else report.rows
         yield replace(report, rows=arranged(rows, options.sort, options.top))
-    unmatched = [glob for glob in options.include if not any(fnmatchcase(name, glob) for name in there)]
-    if unmatched:
-        few = [*there[:_FEW], "…"] if len(there) > _FEW else there
-        raise UsageError(
-            f"`include` {', '.join(unmatched)}: matches no name in {', '.join(targets)}; names there are "
-            f"{', '.join(few)}"
-        )
+    for parameter, globs in (("include", options.include), ("exclude", options.exclude)):
+        unmatched = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in there)]
+        if unmatched:
+            few = [*there[:_FEW], "…"] if len(there) > _FEW else there
+            raise UsageError(
+                f"`{parameter}` {', '.join(unmatched)}: matches no name in {', '.join(targets)}; names there are "
+                f"{', '.join(few)}"
+            )
 
 
 def _counted(report: Report, device: torch.device, progress: Callback) -> Iterator[Row]:
@@ -136,23 +137,25 @@ def _of_headers(
     options: InspectOptions,
 ) -> Report:
     rows = [row for row in found if options.selects(row["name"])]
-    return Report(target.name, kind, map(Row, rows), summary, len(rows), [row["name"] for row in found])
+    shown = columns.of_basis(options) if kind == "basis" else columns.of_adapter(options)
+    return Report(target.name, kind, shown, map(Row, rows), summary, len(rows), [row["name"] for row in found])
 
 
 def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOptions) -> Report:
     def summary() -> dict[str, Json]:
         return headers.checkpoint_summary(checkpoint)
 
+    shown = columns.of_checkpoint(options)
     infos = sorted(checkpoint.tensors.values(), key=lambda info: names.natural_key(info.name))
     there = [info.name for info in infos]
     if options.headers_only:
         infos = [info for info in infos if options.selects(info.name)]
         rows = (Row(headers.tensor_values(info) | headers.place_values(info)) for info in infos)
-        return Report(name, "checkpoint", rows, summary, len(infos), there)
+        return Report(name, "checkpoint", shown, rows, summary, len(infos), there)
     parts = {headers.tensor_values(*part)["name"]: part for info in infos for part in matrices(info)}
     there += [part for part in parts if part not in checkpoint.tensors]  # experts in one tensor
     wanted = [part for part_name, part in parts.items() if options.selects(part_name)]
-    return Report(name, "checkpoint", _spectra(checkpoint, wanted, options), summary, len(wanted), there)
+    return Report(name, "checkpoint", shown, _spectra(checkpoint, wanted, options), summary, len(wanted), there)
 
 
 def matrices(info: TensorInfo) -> list[tuple[TensorInfo, int | None]]:

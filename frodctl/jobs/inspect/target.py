@@ -7,8 +7,8 @@ from pathlib import Path
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.opening import open_checkpoint
-from frodctl.checkpoint.records import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, Location
-from frodctl.formats.adapter import Adapter, open_adapter
+from frodctl.checkpoint.records import Checkpoint
+from frodctl.formats.adapter import Adapter, is_adapter, open_adapter
 from frodctl.formats.basis_file import BasisFile, open_basis
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.progress import Callback, Progress
@@ -33,7 +33,7 @@ def open_target(name: str, options: InspectOptions, progress: Callback) -> Targe
     path = location.local_path()
     if path is not None and path.is_file() and _is_basis(path):
         return Target(name, basis=open_basis(path))
-    if _is_adapter(location, path):
+    if is_adapter(location):
         headers_only = not (options.spectrum or options.base)
         return Target(name, adapter=open_adapter(location, options.adapter_name, headers_only=headers_only))
     checkpoint = open_checkpoint(
@@ -44,19 +44,3 @@ def open_target(name: str, options: InspectOptions, progress: Callback) -> Targe
 
 def _is_basis(path: Path) -> bool:
     return path.suffix == ".safetensors" and "frodctl" in codec.read_header(path).metadata
-
-
-def _is_adapter(location: Location, path: Path | None) -> bool:
-    config, *weights = ADAPTER_FILES
-    if path is not None and path.is_file():
-        return path.name in weights
-    if path is None:
-        from frodctl.checkpoint import hub
-
-        files = hub.list_files(location)
-    else:
-        folder = path / location.subfolder
-        files = [str(p.relative_to(folder)) for p in (*folder.glob("*"), *folder.glob(f"*/{config}"))]
-    # beside an adapter a trainer may keep its state under a model's usual name
-    is_model = "config.json" in files and any(file in WEIGHT_FILES for file in files)
-    return not is_model and any(Path(file).name == config for file in files)

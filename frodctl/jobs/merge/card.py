@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def model_card(plan: MergePlan) -> str:
     """README.md of the result: base, revision, adapters, form and tool, without any path of this machine."""
-    base = plan.checkpoint.model if plan.checkpoint.revision else plan.sources[0].adapter.base
+    base = plan.checkpoint.model if plan.checkpoint.revision else plan.sources[0].adapter.base_model
     base = base if base and _is_hub_id(base) else None
     kept = kept_fields(plan.checkpoint.root / "README.md") if plan.checkpoint.root else {}
     adapter = model_config.headed(plan.sources[0].adapter, plan.added, plan.replaced)

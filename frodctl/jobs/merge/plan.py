@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from frodctl import values
 from frodctl.adapted import opening
@@ -14,10 +15,12 @@ from frodctl.adapted.opening import Source
 from frodctl.checkpoint import codec, shards, sink
 from frodctl.checkpoint.companions import copied_files
 from frodctl.checkpoint.inputs import Json
-from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, TensorInfo
+from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, Location, TensorInfo
 from frodctl.checkpoint.targets import Target
-from frodctl.formats.adapter import open_adapter
+from frodctl.errors import FrodctlError, InvalidInput
+from frodctl.formats.adapter import is_adapter, open_adapter
 from frodctl.jobs import SCHEMA_VERSION
+from frodctl.jobs.columns import Column
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
@@ -29,6 +32,21 @@ from frodctl.values import PathLike
 @dataclass(frozen=True)
 class MergePlan:
     """Everything that will be done, known from headers alone."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("adapter"),
+        Column("category", "category", "text"),
+        Column("layers", "layers"),
+        Column("n", "n"),
+        Column("m_min"),
+        Column("m_max", "m", "heights"),
+        Column("parameters", "parameters", "count"),
+        Column("nnz", "nnz"),
+        Column("form", "form"),
+        Column("scale", "scale"),
+        Column("basis", "basis"),
+        Column("flops"),
+    )
 
     checkpoint: Checkpoint = field(repr=False)
     output: Path
@@ -122,7 +140,7 @@ class MergePlan:
             "base": self.checkpoint.model,
             "revision": self.checkpoint.revision,
             "adapters": [
-                {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base}
+                {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base_model}
                 for s in self.sources
             ],
             "output": str(self.output),
@@ -165,8 +183,13 @@ def plan_merge(
     if not dry_run:
         _check_output(output, base, adapter, chosen)
         choose_device(chosen.device)  # before a download, not after it
-    sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
     location = chosen.location(base)
+    try:
+        sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
+    except InvalidInput as error:
+        if _exchanged(location, chosen.location_of_other(adapter)):
+            raise InvalidInput(f"`base` {base} is an adapter, and `adapter` {adapter} is not: exchange them") from error
+        raise
     found = match(location, sources, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
     checkpoint = found.checkpoint
     replaced = found.replaced()
@@ -215,6 +238,14 @@ def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool, pr
         if source.basis is not None and given is None:
             progress(Progress(opening.found_near(source.adapter, source.basis)))
     return sources
+
+
+def _exchanged(base: Location, adapter: Location) -> bool:
+    """Whether base and adapter are given in each other's place, as far as can be seen."""
+    try:
+        return base.model != "-" and is_adapter(base) and not is_adapter(adapter)
+    except (FrodctlError, OSError):
+        return False
 
 
 def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) -> None:

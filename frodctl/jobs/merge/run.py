@@ -24,7 +24,7 @@ from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
 if TYPE_CHECKING:
-    import torch
+    from frodctl.method.kernels import Kernels
 
 _TREE = "tree"
 _JOURNAL = "journal.jsonl"
@@ -62,9 +62,9 @@ def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
     started = time.perf_counter()
     if plan.checkpoint.root is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
-    device = choose_device(plan.options.device)
-    require_memory(plan.peak_memory_bytes, device)
-    with sink.Staging(plan.output, _job_key(plan, device), plan.check_output, resume=plan.options.resume) as staging:
+    kernels = choose_device(plan.options.device)
+    require_memory(plan.peak_memory_bytes, kernels.name)
+    with sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging:
         card = model_card(plan)
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
         tree = staging.path(_TREE)
@@ -73,8 +73,8 @@ def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
         try:
             with shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL), partial(origin, plan)) as writer:
                 resumed = len(writer.digests)
-                with memory_errors(device):
-                    merger = TensorMerger(plan, writer, device, progress)
+                with memory_errors(kernels.name):
+                    merger = TensorMerger(plan, writer, kernels, progress)
                     merger.run()
                 digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
@@ -92,7 +92,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
         unchanged=tuple(merger.unchanged),
         resumed_tensors=resumed,
         verified=plan.options.verify,
-        device=str(device),
+        device=kernels.name,
         seconds=time.perf_counter() - started,
     )
 
@@ -127,18 +127,14 @@ def _write_json(path: Path, value: Mapping[str, Json]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _job_key(plan: MergePlan, device: torch.device) -> str:
+def _job_key(plan: MergePlan, kernels: Kernels) -> str:
     """A digest of everything that the output's bytes depend on but the values of the base's tensors."""
-    import torch
-
     from frodctl.jobs.merge.tensors import origin
 
     assert plan.checkpoint.root is not None
     job = {
         "frodctl": frodctl.__version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+        "arithmetic": kernels.identity(),
         "base": [
             _state(plan.checkpoint.root / file) for file in sorted({i.file for i in plan.checkpoint.tensors.values()})
         ],

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from frodctl.adapted.matching import Weight
 from frodctl.adapted.opening import Source
 from frodctl.adapted.updates import Task, WeightUpdates
+from frodctl.arrays import DTYPES
 from frodctl.checkpoint import codec, stream
 from frodctl.checkpoint.records import TensorInfo
 from frodctl.checkpoint.shards import ShardWriter
@@ -23,26 +24,28 @@ from frodctl.jobs.progress import Callback, Progress
 from frodctl.pipeline import AHEAD, Workers, in_order
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
+    from frodctl.method.kernels import Kernels
 
 
 class TensorMerger:
     """Makes every tensor of the output and gives it to the writer."""
 
-    def __init__(self, plan: MergePlan, writer: ShardWriter, device: torch.device, progress: Callback) -> None:
+    def __init__(self, plan: MergePlan, writer: ShardWriter, kernels: Kernels, progress: Callback) -> None:
         assert plan.checkpoint.root is not None, "the plan of a dry run cannot be run"
         self.plan = plan
         self.root = plan.checkpoint.root
         self.writer = writer
         self.progress = progress
-        self.updates = WeightUpdates(plan.checkpoint, plan.weights, device)
+        self.kernels = kernels
+        self.updates = WeightUpdates(plan.checkpoint, plan.weights, kernels)
         self.unchanged: list[str] = []
         self.done = 0.0
         self.total = plan.flops
         largest = max((weight.target.nbytes for weight in plan.weights), default=0)
         self._read_buffers = _ring(AHEAD + 1, largest)
         widest = max((self._output_bytes(weight) for weight in plan.weights), default=0)
-        self._write_buffer = torch.empty(widest, dtype=torch.uint8)
+        self._write_buffer = np.empty(widest, np.uint8)
 
     def run(self) -> None:
         """Write all tensors that are not finished."""
@@ -78,7 +81,7 @@ class TensorMerger:
         bits = codec.DTYPE_BITS[self.plan.dtypes[self._name(weight)]]
         return weight.target.m * weight.target.n * bits // 8
 
-    def _read(self, weight: Weight, buffer: Array) -> tuple[Task, str]:
+    def _read(self, weight: Weight, buffer: HostArray) -> tuple[Task, str]:
         """One weight and the digest of its bytes."""
         task = self.updates.read(weight, buffer)
         return task, "" if task.stored is None else self.updates.digest(task)
@@ -91,26 +94,26 @@ class TensorMerger:
             self.unchanged.append(name)
             writes.add(partial(self._copy, name, info))
             return
-        dtype = stream.TORCH_DTYPES[self.plan.dtypes[name]]
+        dtype = DTYPES[self.plan.dtypes[name]]
         transposed = task.weight.target.transposed
         W = task.stored.T if transposed else task.stored
-        out = self._write_buffer[: self._output_bytes(task.weight)].view(dtype).view(info.shape)
+        out = self._write_buffer[: self._output_bytes(task.weight)].view(dtype).reshape(info.shape)
         rows_first = out.T if transposed else out
         for rows, block in self.updates.rows(W, task):
             writes.finish()  # of what was in the buffer before
-            rows_first[rows].copy_(block)
+            self.kernels.get(block, rows_first[rows])
         if not _all_finite(out):
             stream.check_finite(task.stored, info.name, str(self.root / info.file))
             cause = "the adapter's values are too large, or it belongs to another base"
-            raise InvalidInput(f"{name}: the merged weight holds NaN or Inf in {str(dtype)[6:]}; {cause}")
+            raise InvalidInput(f"{name}: the merged weight holds NaN or Inf in {dtype.name}; {cause}")
         writes.add(partial(self.writer.write, name, [stream.tensor_bytes(out)], lambda: digest))
 
     def _replace(self, name: str, source: Source, info: TensorInfo) -> None:
         tensor = source.adapter.tensor(info)
-        converted = tensor.to(stream.TORCH_DTYPES[self.plan.dtypes[name]])
+        converted = _cast(tensor, self.plan.dtypes[name])
         if not _all_finite(converted):
             raise InvalidInput(f"{source.adapter.name}: tensor {info.name} holds NaN or Inf, or has them as {name}")
-        self.writer.write(name, [stream.tensor_bytes(converted.contiguous())])
+        self.writer.write(name, [stream.tensor_bytes(np.ascontiguousarray(converted))])
 
     def _copy(self, name: str, info: TensorInfo) -> None:
         sha256 = hashlib.sha256()
@@ -124,9 +127,9 @@ class TensorMerger:
             if dtype == info.dtype:
                 yield piece
                 continue
-            before = torch.frombuffer(piece, dtype=stream.TORCH_DTYPES[info.dtype])
-            after = before.to(stream.TORCH_DTYPES[dtype])
-            if not torch.isfinite(after).equal(torch.isfinite(before)):
+            before = np.frombuffer(piece, DTYPES[info.dtype])
+            after = _cast(before, dtype)
+            if not np.array_equal(np.isfinite(after), np.isfinite(before)):
                 raise InvalidInput(f"{self.root / info.file}: tensor {info.name} is too large for {dtype}")
             yield stream.tensor_bytes(after)
 
@@ -148,14 +151,18 @@ def _pieces(root: Path, info: TensorInfo) -> Iterator[memoryview]:
     if info.data is None and info.stride is None:
         yield from codec.read_chunks(root / info.file, info.offset, info.nbytes)
     else:
-        yield stream.tensor_bytes(stream.read_tensor(root, info).contiguous())
+        yield stream.tensor_bytes(np.ascontiguousarray(stream.read_tensor(root, info)))
 
 
-def _all_finite(tensor: Array) -> bool:
-    """Whether there is no NaN or Inf, without a mask of the tensor's size."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(tuple(torch.aminmax(tensor)))).all())
+@np.errstate(over="ignore", invalid="ignore")  # what does not fit becomes infinity, which is looked for
+def _cast(tensor: HostArray, dtype: str) -> HostArray:
+    return tensor.astype(DTYPES[dtype])
 
 
-def _ring(count: int, nbytes: int) -> Iterator[Array]:
+def _all_finite(tensor: HostArray) -> bool:
+    return bool(np.isfinite(tensor).all())
+
+
+def _ring(count: int, nbytes: int) -> Iterator[HostArray]:
     """Buffers that are used in turn: fresh memory would cost page faults."""
-    return itertools.cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(count)])
+    return itertools.cycle([np.empty(nbytes, np.uint8) for _ in range(count)])

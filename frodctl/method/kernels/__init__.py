@@ -48,16 +48,29 @@ class Kernels(Protocol):
         """X on the device, in another dtype if one is given; X itself where nothing is to be done."""
         ...
 
-    def get(self, X: Array) -> HostArray:
-        """X on the host."""
+    def get(self, X: Array, out: HostArray | None = None) -> HostArray:
+        """X on the host; in ``out``, converted to its dtype, if one is given."""
         ...
 
     def copy(self, X: Array, out: Array) -> Array:
         """``out``, filled with X converted to its dtype."""
         ...
 
-    def gemm(self, A: Array, B: Array, out: Array, *, transpose_b: bool = False, beta: float = 0) -> Array:
-        """``out`` (m, n) = AB + beta ``out`` for A (m, k) and B (k, n), or B (n, k) with ``transpose_b``."""
+    def gemm(
+        self,
+        A: Array,
+        B: Array,
+        out: Array,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        beta: float = 0,
+    ) -> Array:
+        """``out`` (m, n) = AB + beta ``out`` for A (m, k) and B (k, n); with ``transpose_a`` Aᵀ, ``transpose_b`` Bᵀ."""
+        ...
+
+    def csrmm(self, starts: HostArray, columns: HostArray, entries: HostArray, X: Array) -> Array:
+        """MX (n, k) for X (m, k) and M (n, m) in compressed sparse rows, its entries converted to X's dtype."""
         ...
 
     def syrk(self, X: Array, out: Array, *, beta: float = 0, rows: bool = False) -> Array:
@@ -110,6 +123,10 @@ class Kernels(Protocol):
 
     def row_dots(self, X: Array, Y: Array) -> Vector:
         """The dot products of the rows of X and of Y (m, n)."""
+        ...
+
+    def norms(self, X: Array, axis: int) -> Vector:
+        """The norms of the columns of X (m, n) for axis 0, of its rows for axis 1; squares do not underflow."""
         ...
 
     def norm(self, X: Array) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +16,26 @@ if TYPE_CHECKING:
     from frodctl.method.kernels import Vector
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep float32 products float32, whatever the caller allows for speed elsewhere (TF32, bfloat16)."""
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    settings = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # torch 2.9 and newer
+    if not settings:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    earlier = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, earlier, strict=True):
+            setting.fp32_precision = value
+        if not settings:
+            torch.set_float32_matmul_precision(before)
 
 
 class Device:
@@ -36,23 +59,49 @@ class Device:
         tensor = X if isinstance(X, torch.Tensor) else to_torch(X)
         return tensor.to(self.device).to(_DTYPES[dtype] if dtype else tensor.dtype).contiguous()
 
-    def get(self, X: torch.Tensor) -> Any:
-        return from_torch(X.cpu())
+    def get(self, X: torch.Tensor, out: Any = None) -> Any:
+        if out is None:
+            return from_torch(X.cpu())
+        out[...] = from_torch(X.to(_DTYPES[out.dtype.name]).cpu())
+        return out
 
     def copy(self, X: Any, out: torch.Tensor) -> torch.Tensor:
         return out.copy_(X if isinstance(X, torch.Tensor) else to_torch(X).to(self.device))
 
+    @full_float32()
     def gemm(
-        self, A: torch.Tensor, B: torch.Tensor, out: torch.Tensor, *, transpose_b: bool = False, beta: float = 0
+        self,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        beta: float = 0,
     ) -> torch.Tensor:
-        return out.addmm_(A, B.T if transpose_b else B, beta=beta)
+        return out.addmm_(A.T if transpose_a else A, B.T if transpose_b else B, beta=beta)
 
+    @full_float32()
+    def csrmm(self, starts: Any, columns: Any, entries: Any, X: torch.Tensor) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            M = torch.sparse_csr_tensor(
+                self.put(starts),
+                self.put(columns),
+                self.put(entries).to(X.dtype),
+                (len(starts) - 1, len(X)),
+                check_invariants=False,
+            )
+        return M @ X
+
+    @full_float32()
     def syrk(self, X: torch.Tensor, out: torch.Tensor, *, beta: float = 0, rows: bool = False) -> torch.Tensor:
         return out.addmm_(X, X.T, beta=beta) if rows else out.addmm_(X.T, X, beta=beta)
 
     def axpby(self, a: float, X: torch.Tensor, b: float, out: torch.Tensor) -> torch.Tensor:
         return torch.add(out.mul_(b), X, alpha=a, out=out) if b else out.copy_(X).mul_(a)
 
+    @full_float32()
     def trmm(self, X: torch.Tensor, R: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
         R = R.triu()
         return X.copy_(X @ (R.T if transpose else R))
@@ -72,6 +121,7 @@ class Device:
         eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
         return R.copy_(torch.linalg.solve_triangular(R, eye, upper=True))
 
+    @full_float32()
     def sygst(self, A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         R = R.triu()
         return torch.mm(R @ self.mirror(A), R.T, out=A)
@@ -93,6 +143,9 @@ class Device:
 
     def row_dots(self, X: torch.Tensor, Y: torch.Tensor) -> Vector:
         return _vector(torch.linalg.vecdot(X, Y))
+
+    def norms(self, X: torch.Tensor, axis: int) -> Vector:
+        return _vector(torch.linalg.vector_norm(X, dim=axis, dtype=torch.float64))
 
     def norm(self, X: torch.Tensor) -> float:
         norm = float(torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, torch.float32)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy
+from scipy import sparse
 from scipy.linalg import blas, lapack
 from threadpoolctl import threadpool_info
 
@@ -45,8 +46,8 @@ class Host:
     def put(self, X: Array, dtype: str | None = None) -> Array:
         return X if dtype is None else np.ascontiguousarray(X, dtype)
 
-    def get(self, X: Array) -> Any:
-        return X
+    def get(self, X: Array, out: Matrix | None = None) -> Any:
+        return X if out is None else self.copy(X, out)
 
     @np.errstate(all="ignore")  # what is undefined may be NaN
     def copy(self, X: Matrix, out: Matrix) -> Matrix:
@@ -58,13 +59,33 @@ class Host:
                 out[i : i + _TILE, j : j + _TILE] = X[i : i + _TILE, j : j + _TILE]
         return out
 
-    def gemm(self, A: Matrix, B: Matrix, out: Matrix, *, transpose_b: bool = False, beta: float = 0) -> Matrix:
+    def gemm(
+        self,
+        A: Matrix,
+        B: Matrix,
+        out: Matrix,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        beta: float = 0,
+    ) -> Matrix:
         if not A.size or not B.size:
             out *= out.dtype.type(beta)
             return out
-        return _into(out, _of(blas, "gemm", out)(1.0, B.T, A.T, beta=beta, c=out.T, trans_a=transpose_b, overwrite_c=1))
+        gemm = _of(blas, "gemm", out)
+        return _into(
+            out, gemm(1.0, B.T, A.T, beta=beta, c=out.T, trans_a=transpose_b, trans_b=transpose_a, overwrite_c=1)
+        )
+
+    @np.errstate(over="ignore")
+    def csrmm(self, starts: Matrix, columns: Matrix, entries: Matrix, X: Matrix) -> Matrix:
+        shape = len(starts) - 1, len(X)
+        return np.asarray(sparse.csr_array((entries.astype(X.dtype), columns, starts), shape=shape) @ X)
 
     def syrk(self, X: Matrix, out: Matrix, *, beta: float = 0, rows: bool = False) -> Matrix:
+        if not X.size:
+            out *= out.dtype.type(beta)
+            return out
         return _into(out, _of(blas, "syrk", out)(1.0, X.T, beta=beta, c=out.T, trans=rows, lower=1, overwrite_c=1))
 
     @np.errstate(all="ignore")  # what is undefined may be NaN
@@ -86,17 +107,25 @@ class Host:
         return _into(X, _of(blas, "trmm", X)(1.0, R.T, X.T, lower=1, trans_a=transpose, overwrite_b=1))
 
     def trsm(self, R: Matrix, X: Matrix) -> Matrix:
+        if not X.size:
+            return X
         return _into(X, _of(blas, "trsm", X)(1.0, R.T, X.T, side=1, lower=1, trans_a=1, overwrite_b=1))
 
     def potrf(self, A: Matrix) -> bool:
+        if not len(A):
+            return True
         found, info = _of(lapack, "potrf", A)(A.T, lower=1, clean=0, overwrite_a=1)
         _into(A, found)
         return bool(info == 0 and np.isfinite(A.diagonal()).all())
 
     def potri(self, R: Matrix) -> Matrix:
+        if not len(R):
+            return R
         return _into(R, _of(lapack, "potri", R)(R.T, lower=1, overwrite_c=1)[0])
 
     def trtri(self, R: Matrix) -> Matrix:
+        if not len(R):
+            return R
         return _into(R, _of(lapack, "trtri", R)(R.T, lower=1, overwrite_c=1)[0])
 
     def sygst(self, A: Matrix, R: Matrix) -> Matrix:
@@ -132,6 +161,9 @@ class Host:
 
     def row_dots(self, X: Matrix, Y: Matrix) -> Vector:
         return np.einsum("ij,ij->i", X, Y).astype(np.float64)
+
+    def norms(self, X: Matrix, axis: int) -> Vector:
+        return np.sqrt(np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", X, X, dtype=np.float64))
 
     def norm(self, X: Matrix) -> float:
         squares = 0.0

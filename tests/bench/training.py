@@ -1,6 +1,6 @@
 """A training step with frodctl, with PEFT's FRoD and with PEFT's LoRA: tokens per second and peak memory.
 
-    python tests/bench/train.py [--repeats 3] [--tokens 768 3072]
+    python tests/bench/training.py [--repeats 3] [--tokens 768 3072]
 
 A Llama of 4 layers, hidden size n = 768, in float32 with random weights; every linear layer is trained, FRoD at
 sparsity 0.01, LoRA at rank 16. Each measurement is a process of its own, in turns: it makes the model, takes one step
