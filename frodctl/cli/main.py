@@ -21,6 +21,7 @@ import frodctl
 from frodctl.cli.options import as_flags
 from frodctl.cli.output import OutputClosed, printable, silence_stdout
 from frodctl.errors import FrodctlError, OutOfResources
+from frodctl.jobs.resources import is_out_of_memory, require_address_space
 
 _COMMANDS = {
     "decompose": "Joint decomposition of a checkpoint into one shared-basis file.",
@@ -101,6 +102,8 @@ def _run(arguments: list[str]) -> int:
     if completion:
         return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
     with cli.make_context("frodctl", arguments) as context:
+        if not {"-h", "--help"} & set(arguments):
+            require_address_space()
         try:
             code = cli.invoke(context)
         except FrodctlError as error:
@@ -137,8 +140,6 @@ def _show_traceback() -> None:
 
 def _explain(error: BaseException) -> tuple[str, int]:
     """The text and the exit code for an exception."""
-    from frodctl.jobs.resources import is_out_of_memory
-
     if isinstance(error, FrodctlError):
         return str(error), error.exit_code
     if is_out_of_memory(error):

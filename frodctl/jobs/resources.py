@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,21 @@ def require_memory(nbytes: int, device: str) -> None:
         )
 
 
+def require_address_space() -> None:
+    """Raise `OutOfResources` where a limit of virtual memory leaves no room for the libraries of arithmetic.
+
+    OpenBLAS, which numpy and scipy each bring, reserves memory for every core as it is loaded, and where it gets none
+    it waits or ends the process.
+    """
+    room = _address_space_left()
+    needed = 130_000_000 + 2 * 41_000_000 * (os.cpu_count() or 1)
+    if room is not None and room < needed:
+        raise OutOfResources(
+            f"out of memory: the limit of virtual memory (ulimit -v) leaves {room / 1e6:.0f} MB, and the libraries of "
+            f"arithmetic reserve about {needed / 1e6:.0f} MB"
+        )
+
+
 @contextmanager
 def memory_errors(device: str) -> Iterator[None]:
     """Turn an allocation that failed into `OutOfResources`."""
@@ -111,11 +127,18 @@ def _cgroup(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 def _address_space(status: Path = Path("/proc/self/status")) -> int | None:
     """What the process may have resident below its limit of virtual memory (``ulimit -v``), with what it has."""
+    room = _address_space_left(status)
+    return None if room is None else max(0, room + _memory_of_process("VmRSS", status))
+
+
+def _address_space_left(status: Path = Path("/proc/self/status")) -> int | None:
+    """What the process may still reserve of virtual memory; None where there is no limit."""
     if resource is None or not status.is_file():
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
-        return None
+    return None if limit == resource.RLIM_INFINITY else limit - _memory_of_process("VmSize", status)
+
+
+def _memory_of_process(key: str, status: Path) -> int:
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    virtual, resident = (int(lines[key].split()[0]) * 1024 for key in ("VmSize", "VmRSS"))
-    return max(0, limit - virtual + resident)
+    return int(lines[key].split()[0]) * 1024

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import frodctl
+from frodctl.arrays import to_torch
 from frodctl.checkpoint import codec
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.jobs.decompose import DecomposeOptions, DecomposePlan, plan_decompose, run_decompose
@@ -53,8 +54,8 @@ def check_identities(folder: Path, path: Path) -> None:
     basis = frodctl.open_basis(path)
     basis.verify()
     for category, members in weights_of(folder, basis).items():
-        V, tau = basis.tensor(f"V.{category}"), basis.tensor(f"tau.{category}")
-        scales = [basis.tensor(f"lambda.{name}") for name, _ in members]
+        V, tau = to_torch(basis.tensor(f"V.{category}")), to_torch(basis.tensor(f"tau.{category}"))
+        scales = [to_torch(basis.tensor(f"lambda.{name}")) for name, _ in members]
         weights = [weight for _, weight in members]
         assert max(reference.reconstruction_errors(weights, V, scales)) <= 1e-5
         squares = sum(scale.double().square() for scale in scales)
@@ -74,7 +75,7 @@ def test_trained_checkpoints(checkpoint: str, request: pytest.FixtureRequest, tm
     basis = frodctl.open_basis(result.output)
     for category, members in weights_of(folder, basis).items():
         weights = [weight for _, weight in members]
-        V, tau = basis.tensor(f"V.{category}"), basis.tensor(f"tau.{category}")
+        V, tau = to_torch(basis.tensor(f"V.{category}")), to_torch(basis.tensor(f"tau.{category}"))
         expected, residual = reference.tau_and_residual(weights, ALPHA, V)
         assert np.abs(tau.numpy() - expected).max() <= 1e-5 * expected[-1]
         assert residual <= 1e-3
@@ -624,5 +625,5 @@ def test_degenerate_checkpoints(name: str, ranks: dict[str, int], tmp_path: Path
     if name != "dead columns":  # T is a multiple of I: V is that of the plain SVD
         basis = frodctl.open_basis(first.output)
         for category in ranks:
-            V = torch.nn.functional.normalize(basis.tensor(f"V.{category}").double(), dim=0)
+            V = torch.nn.functional.normalize(to_torch(basis.tensor(f"V.{category}")).double(), dim=0)
             torch.testing.assert_close(V.T @ V, torch.eye(len(V), dtype=torch.float64), rtol=0, atol=1e-5)

@@ -63,11 +63,11 @@ def test_too_little_virtual_memory_is_out_of_resources(tmp_path: Path) -> None:
     ids=repr,
 )
 def test_an_allocation_that_failed_is_out_of_resources(error: Exception) -> None:
-    with pytest.raises(OutOfResources, match="out of memory on cpu"), resources.memory_errors(torch.device("cpu")):
+    with pytest.raises(OutOfResources, match="out of memory on cpu"), resources.memory_errors("cpu"):
         raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory"), KeyError("x")], ids=repr)
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)), resources.memory_errors(torch.device("cpu")):
+    with pytest.raises(type(error)), resources.memory_errors("cpu"):
         raise error
