@@ -29,6 +29,8 @@ _PEFT_NULL = 1e-12
 #: `Factors` multiplies in float32 where no λ is smaller, relative to the largest.
 _FACTORS_SHARE = 1e-2
 
+#: W' − W is computed in float32 where its error, cond(V) ‖diag(λ)⁻¹M‖₂ ε ‖W‖ at most, is rounding of W itself.
+_AMPLIFICATION = 4
 #: Rows that are computed at a time.
 _BLOCK_ROWS = 1024
 
@@ -43,6 +45,14 @@ class CsrPattern(NamedTuple):
     starts: HostArray  #: where each row starts, (n + 1,)
     columns: HostArray  #: of each entry, (nnz + n,)
     order: HostArray  #: each entry's place before, (nnz + n,)
+
+
+class Core(NamedTuple):
+    """diag(row_scales) M, or its transpose, in compressed sparse rows."""
+
+    starts: HostArray
+    columns: HostArray
+    entries: Vector
 
 
 class CategoryUpdate:
@@ -71,6 +81,8 @@ class CategoryUpdate:
         self.precision = dual.work(ROUNDED_AFTERWARDS)  #: of the products W V⁻ᵀ
         self.Vt = kernels.copy(kernels.put(dual.V, held_in).T, kernels.empty((self.n, self.n), self.work))
         self.inverse = kernels.put(kernels.put(dual.inverse, held_in), self.precision)
+        self._condition = dual.condition
+        self._inverse32: Array | None = None
         self.indices = indices
         self.patterns: dict[bool, CsrPattern] = {}  #: of M, and of Mᵀ
 
@@ -91,9 +103,10 @@ class CategoryUpdate:
             Rows of W', from the first to the last.
         """
         stored = NAMED[self.dtype]
+        tall = _is_tall(W)
         B, norms = self._project(W, self.dtype)
-        self._round_to_units(B, _reciprocal(norms, _PEFT_NULL), _is_tall(W))
-        return self._times_core(B, scales.astype(stored), values.astype(stored), None, _is_tall(W))
+        self._round_to_units(B, _reciprocal(norms, _PEFT_NULL), tall)
+        return self._times_core(B, self._core(scales.astype(stored), values.astype(stored), None, tall), tall)
 
     def delta(self, W: HostArray, scales: HostArray, values: HostArray, base_scales: HostArray | None = None) -> Blocks:
         """W' − W = W V⁻ᵀ diag(λ)⁻¹ (diag(λ' − λ) + S) Vᵀ, not rounded to a 16-bit dtype anywhere.
@@ -112,38 +125,61 @@ class CategoryUpdate:
         rows, block : slice and Array, float32 (float64 for a float64 V)
             Rows of W' − W, from the first to the last.
         """
-        B, norms = self._project(W, dtype_name(W))
+        tall, dtype = _is_tall(W), dtype_name(W)
         if base_scales is None:
+            B, norms = self._project(W, dtype)
             start, inverses = norms.astype(NAMED[self.dtype]), _reciprocal(norms, self._rounding(W))
         else:
             start, inverses = base_scales, _reciprocal(base_scales.astype(np.float64), 0)
-        change = scales.astype(np.float64) - start.astype(np.float64)
-        return self._times_core(B, change, values, inverses, _is_tall(W))
+        M = self._core(scales.astype(np.float64) - start.astype(np.float64), values, inverses, tall)
+        if base_scales is not None:
+            in_float32 = self.work == "float32" and self._amplifies_little(M)
+            inverse = self._inverse_in_float32() if in_float32 else self.inverse
+            if tall and in_float32:
+                return self._times_square(W, M, inverse)
+            B = self._product(W, dtype, inverse)
+        return self._times_core(B, M, tall)
 
     def base_scales(self, W: HostArray) -> HostArray:
         """λ (n,) where PEFT begins: the column norms of W V⁻ᵀ, W and they rounded to V's dtype; float32."""
         return self._project(W, self.dtype)[1].astype(NAMED[self.dtype]).astype(np.float32)
 
     def _project(self, W: HostArray, dtype: str) -> tuple[Array, Vector]:
-        """B = W V⁻ᵀ (m, n) for W rounded to ``dtype``, and the norms (n,) of its columns.
+        """B of `_product`, and the norms (n,) of W V⁻ᵀ's columns."""
+        B = self._product(W, dtype, self.inverse)
+        return B, self.kernels.norms(B, axis=0 if _is_tall(W) else 1)
+
+    def _product(self, W: HostArray, dtype: str, inverse: Array) -> Array:
+        """B = W V⁻ᵀ (m, n) for W rounded to ``dtype``, in the inverse's.
 
         Where W is not tall it is Bᵀ: M times that costs less than M times Vᵀ.
         """
-        kernels, (m, n) = self.kernels, W.shape
+        kernels, (m, n), work = self.kernels, W.shape, dtype_name(inverse)
         if not _is_tall(W):
-            B = self.scratch.empty("B", (n, m), self.precision)
-            kernels.gemm(self.inverse, self._cast(W, dtype), B, transpose_b=True)
-            return B, kernels.norms(B, axis=1)
-        B = self.scratch.empty("B", (m, n), self.precision)
+            B = self.scratch.empty("B", (n, m), work)
+            return kernels.gemm(inverse, self._cast(W, dtype, work), B, transpose_b=True)
+        B = self.scratch.empty("B", (m, n), work)
         for rows in _row_blocks(m):
-            kernels.gemm(self._cast(W[rows], dtype), self.inverse, B[rows], transpose_b=True)
-        return B, kernels.norms(B, axis=0)
+            kernels.gemm(self._cast(W[rows], dtype, work), inverse, B[rows], transpose_b=True)
+        return B
 
-    def _cast(self, W: HostArray, dtype: str) -> Array:
+    def _cast(self, W: HostArray, dtype: str, work: str) -> Array:
         """W rounded to ``dtype``, on the device and ready to be multiplied."""
         kernels, shape = self.kernels, W.shape
         rounded = W if dtype_name(W) == dtype else kernels.copy(W, self.scratch.empty("rounded", shape, dtype))
-        return kernels.copy(rounded, self.scratch.empty("factor", shape, self.precision))
+        return kernels.copy(rounded, self.scratch.empty("factor", shape, work))
+
+    def _amplifies_little(self, M: Core) -> bool:
+        """Whether rounding in W V⁻ᵀ M Vᵀ, M with its rows scaled, is no more than that of W."""
+        sizes = np.abs(M.entries)
+        rows = np.add.reduceat(sizes, M.starts[:-1]).max()  # none is empty: it has its diagonal
+        columns = np.bincount(M.columns, sizes).max()
+        return bool(self._condition * np.sqrt(rows * columns) <= _AMPLIFICATION)  # ‖M‖₂² ≤ ‖M‖₁ ‖M‖_∞
+
+    def _inverse_in_float32(self) -> Array:
+        if self._inverse32 is None:
+            self._inverse32 = self.kernels.put(self.inverse, "float32")
+        return self._inverse32
 
     def _round_to_units(self, B: Array, inverses: Vector, tall: bool) -> None:
         """Turn B into U, rounded to V's dtype."""
@@ -160,23 +196,34 @@ class CategoryUpdate:
         """What the column norms (n,) of W V⁻ᵀ are at most where they should be 0."""
         return self.kernels.norms(self.inverse, axis=1) * (epsilon(self.precision) * self.kernels.norm(W))
 
-    def _times_core(
-        self, B: Array, diagonal: HostArray, values: HostArray, row_scales: Vector | None, tall: bool
-    ) -> Blocks:
-        """Rows of B diag(row_scales) (diag(diagonal) + S) Vᵀ; B is given as Bᵀ where W is not tall."""
-        kernels, n = self.kernels, self.n
+    def _core(self, diagonal: HostArray, values: HostArray, row_scales: Vector | None, tall: bool) -> Core:
+        """diag(row_scales) (diag(diagonal) + S); its transpose where W is not tall."""
         rows, starts, columns, order = self._pattern(tall)
         if not len(values):  # nothing off the diagonal was trained
             values = np.zeros(self.indices.shape[1])
         entries = np.concatenate([values.astype(np.float64), diagonal.astype(np.float64)])[order]
         if row_scales is not None:
             entries *= row_scales[rows if tall else columns]
+        return Core(starts, columns, entries)
+
+    def _times_square(self, W: HostArray, M: Core, inverse: Array) -> Blocks:
+        """Rows of W (V⁻ᵀ M Vᵀ): for a tall W that is less work than (W V⁻ᵀ)(M Vᵀ)."""
+        kernels = self.kernels
+        K = kernels.csrmm(*M, self.Vt)
+        E = kernels.gemm(inverse, K, self.scratch.empty("E", (self.n, self.n), self.work), transpose_a=True)
+        for rows in _row_blocks(len(W)):
+            X = self._cast(W[rows], dtype_name(W), self.work)
+            yield rows, kernels.gemm(X, E, self.scratch.empty("product", tuple(X.shape), self.work))
+
+    def _times_core(self, B: Array, M: Core, tall: bool) -> Blocks:
+        """Rows of B M Vᵀ; B and M are transposed where W is not tall."""
+        kernels = self.kernels
         if not tall:
-            Y = kernels.csrmm(starts, columns, entries, self._in_work(B))
-            product = self.scratch.empty("product", (B.shape[1], n), self.work)
+            Y = kernels.csrmm(*M, self._in_work(B))
+            product = self.scratch.empty("product", (B.shape[1], self.n), self.work)
             yield slice(0, len(product)), kernels.gemm(Y, self.Vt, product, transpose_a=True)
             return
-        K = kernels.csrmm(starts, columns, entries, self.Vt)
+        K = kernels.csrmm(*M, self.Vt)
         for block in _row_blocks(len(B)):
             X = self._in_work(B[block])
             yield block, kernels.gemm(X, K, self.scratch.empty("product", tuple(X.shape), self.work))

@@ -100,6 +100,26 @@ def test_more_rows_than_a_block_and_the_float32_product() -> None:
     assert norm(assembled(update.reconstruct(W, scales, values)) - whole) <= 2e-4 * norm(whole)
 
 
+@pytest.mark.parametrize("m", [24, 70, 1500])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("smallest", [1, 1e-6], ids=["", "a direction that the weight hardly uses"])
+def test_with_the_scales_given(dtype: str, size: float, m: int, smallest: float) -> None:
+    """The change is right to rounding of W in float32, for any size of the change, and of itself."""
+    _, V, indices, _, values = problem(m, 33, 60, dtype, 5)
+    rng = np.random.default_rng(6)
+    B = rng.standard_normal((m, 33))
+    B[:, 7] *= smallest
+    W = (B @ V.astype(np.float64).T).astype(np.float32)
+    B = projected(W, V)
+    base = column_norms(B).astype(np.float32)
+    scales = (base + size * rng.standard_normal(33) * base.mean()).astype(np.float32)
+    S = sparse(indices, values * np.float32(size), 33)
+    exact = B / base @ (S + np.diag(scales.astype(np.float64) - base)) @ V.astype(np.float64).T
+    found = assembled(CategoryUpdate(V, indices, CPU).delta(W, scales, values * np.float32(size), base))
+    assert norm(found - exact) <= 2.0**-23 * norm(W) + 1e-6 * norm(exact)
+
+
 def test_with_the_scales_given_an_untouched_weight_does_not_move() -> None:
     W, V, indices, _, values = problem(20, 16, 9, "float32", 1)
     scales = np.random.default_rng(2).random(16, np.float32) + 0.5
