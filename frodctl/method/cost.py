@@ -38,4 +38,5 @@ def update_flops(m: int, n: int) -> float:
 
 def update_memory_bytes(m: int, n: int) -> int:
     """Memory in bytes that updating an (m, n) weight takes, about, with its category's matrices."""
-    return 36 * n * n + 8 * m * n + 24 * min(m, 1024) * n
+    rows = m if m <= n else min(m, 1024)  # that are multiplied at a time
+    return max(28 * n * n, 20 * n * n + 8 * m * n + 16 * rows * n)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import frodctl
+from frodctl.arrays import to_torch
 
 #: SmolLM2-135M's: 30 Llama layers.
 SMOLLM2_135M = {
@@ -78,11 +79,11 @@ def make_adapter(folder: Path, model: Path, targets: str | list[str] = "all-line
         state = {}
         for category, positions in indices.items():
             n = basis.width(category)
-            state[f"base_model.frod_V.{category}"] = basis.tensor(f"V.{category}")
-            state[f"base_model.frod_s_indices.{category}"] = positions.contiguous()
+            state[f"base_model.frod_V.{category}"] = to_torch(basis.tensor(f"V.{category}"))
+            state[f"base_model.frod_s_indices.{category}"] = to_torch(positions).contiguous()
             state[f"base_model.frod_s_size.{category}"] = torch.tensor([n, n])
         for record in basis.metadata.modules:
-            scales = basis.tensor(f"lambda.{record.name}")
+            scales = to_torch(basis.tensor(f"lambda.{record.name}"))
             values = torch.randn(indices[record.category].shape[1], generator=generator)
             key = f"base_model.model.{record.name}"
             state[f"{key}.frod_lambda_l"] = scales * (1 + 0.02 * torch.randn(scales.shape, generator=generator))

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 import frodctl
 import frodctl.training
+from frodctl.arrays import to_torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE = EXAMPLES / "tiny-llama"
@@ -34,8 +35,8 @@ def exact_weights(base: dict[str, Tensor], adapter: Path, basis: frodctl.BasisFi
     trained = load_file(adapter / "adapter_model.safetensors")
     indices, result = basis.indices(), {}
     for record in basis.metadata.modules:
-        W, V = base[f"{record.name}.weight"].double(), basis.tensor(f"V.{record.category}").double()
-        prefix, start = f"base_model.model.{record.name}", basis.tensor(f"lambda.{record.name}").double()
+        W, V = base[f"{record.name}.weight"].double(), to_torch(basis.tensor(f"V.{record.category}")).double()
+        prefix, start = f"base_model.model.{record.name}", to_torch(basis.tensor(f"lambda.{record.name}")).double()
         M = torch.diag(trained[f"{prefix}.frod_lambda_l"].double() - start)
         rows, columns = indices[record.category]
         M[rows, columns] += trained[f"{prefix}.frod_lambda_s_values"].double()

@@ -153,10 +153,13 @@ def test_an_archive_with_something_around_it(before: bytes, tmp_path: Path) -> N
         (torch.zeros(1).expand(2**20, 2**20), "larger than the file"),
         (torch.zeros(1, 1).expand(3, 2**30), "larger than the file"),
         (torch.zeros(3, 4, device="meta"), "without its data"),
+        (torch.empty(0, 2**61), "impossible shape"),
+        (torch.zeros(6).as_strided((1, 3), (2**61, 2)), "impossible shape"),
+        (torch.zeros([1] * 33), "impossible shape"),
         (torch.ones(3, dtype=torch.complex64).conj(), "something else"),
         (torch._neg_view(torch.ones(3)), "something else"),
     ],
-    ids=["2**40 elements", "two dimensions", "meta", "conjugate view", "negative view"],
+    ids=["2**40 elements", "two dimensions", "meta", "2**63 bytes", "stride", "dimensions", "conjugate", "negative"],
 )
 def test_a_tensor_that_is_not_what_the_file_holds(
     tensor: torch.Tensor, message: str, zipped: bool, tmp_path: Path

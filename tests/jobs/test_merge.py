@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import frodctl
+from frodctl.arrays import to_torch
 from frodctl.checkpoint import codec, manifest
 from frodctl.checkpoint.records import ADAPTER_FILES
 from frodctl.errors import InvalidInput, UsageError
@@ -238,7 +239,7 @@ def write_adapter(
     generator = torch.Generator().manual_seed(3)
     state = {}
     for record in metadata.modules:
-        start = opened.tensor(f"lambda.{record.name}")
+        start = to_torch(opened.tensor(f"lambda.{record.name}"))
         nnz = opened.indices()[record.category].shape[1]
         key = f"base_model.model.{record.name}"
         state[f"{key}.frod_lambda_l"] = start * (1 + change * torch.randn(start.shape, generator=generator))
@@ -246,8 +247,8 @@ def write_adapter(
         if holding_basis:
             state[f"{key}.frod_lambda_0"] = start
     for category in metadata.V_digests if holding_basis else ():
-        state[f"base_model.frod_V.{category}"] = opened.tensor(f"V.{category}")
-        state[f"base_model.frod_s_indices.{category}"] = opened.indices()[category].contiguous()
+        state[f"base_model.frod_V.{category}"] = to_torch(opened.tensor(f"V.{category}"))
+        state[f"base_model.frod_s_indices.{category}"] = to_torch(opened.indices()[category]).contiguous()
     folder.mkdir()
     save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
     own = {
@@ -290,8 +291,8 @@ def test_the_delta_form(holding_basis: bool, based: dict[str, Path], tmp_path: P
     opened = frodctl.open_basis(based["basis"])
     state, base = load_file(adapter / "adapter_model.safetensors"), tensors(based["base"])
     for record in opened.metadata.modules:
-        V = opened.tensor(f"V.{record.category}").double()
-        start = opened.tensor(f"lambda.{record.name}").double()
+        V = to_torch(opened.tensor(f"V.{record.category}")).double()
+        start = to_torch(opened.tensor(f"lambda.{record.name}")).double()
         M = torch.diag(state[f"base_model.model.{record.name}.frod_lambda_l"].double() - start)
         rows, columns = opened.indices()[record.category]
         M[rows, columns] += state[f"base_model.model.{record.name}.frod_lambda_s_values"].double()

@@ -55,18 +55,44 @@ def close(found: HostArray, expected: Matrix, dtype: str) -> None:
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
+@pytest.mark.parametrize("transpose_a", [False, True])
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("beta", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (200, 33, 130), (5, 0, 4)])
-def test_gemm(kernels: Kernels, dtype: str, shape: tuple[int, int, int], beta: int, transpose_b: bool) -> None:
+def test_gemm(
+    kernels: Kernels, dtype: str, shape: tuple[int, int, int], beta: int, transpose_a: bool, transpose_b: bool
+) -> None:
     m, k, n = shape
     A, B, C = normal(m, k), normal(k, n, seed=1), normal(m, n, seed=2)
+    left, right = (kernels.put(X.T if t else X, dtype) for X, t in ((A, transpose_a), (B, transpose_b)))
     out = kernels.put(C.copy(), dtype)
-    found = kernels.gemm(
-        kernels.put(A, dtype), kernels.put(B.T if transpose_b else B, dtype), out, transpose_b=transpose_b, beta=beta
-    )
+    found = kernels.gemm(left, right, out, transpose_a=transpose_a, transpose_b=transpose_b, beta=beta)
     close(kernels.get(found), A @ B + beta * C, dtype)
     close(kernels.get(out), A @ B + beta * C, dtype)
+
+
+def test_csrmm(kernels: Kernels, dtype: str) -> None:
+    """M (3, 4) with an empty row and an entry in two parts."""
+    starts, columns, entries = np.array([0, 3, 3, 4]), np.array([1, 1, 2, 0]), np.array([1.0, 2.0, -1.0, 5.0])
+    X = normal(4, 6)
+    found = kernels.get(kernels.csrmm(starts, columns, entries, kernels.put(X, dtype)))
+    close(found, np.array([[0, 3, -1, 0], [0, 0, 0, 0], [5, 0, 0, 0]]) @ X, dtype)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-30])
+def test_norms(kernels: Kernels, dtype: str, factor: float) -> None:
+    X = normal(40, 33)
+    for axis in (0, 1):
+        found = kernels.norms(kernels.put(X * factor, dtype), axis)
+        np.testing.assert_allclose(found / factor, np.linalg.norm(X, axis=axis), rtol=1e-6)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+def test_rounded_into_rows_or_columns_of_a_host_array(kernels: Kernels, stored: str) -> None:
+    X = normal(140, 33)
+    for out in (np.empty((140, 33), stored), np.empty((33, 140), stored).T):
+        kernels.get(kernels.put(X, "float32"), out)
+        np.testing.assert_array_equal(out, X.astype(np.float32).astype(stored))
 
 
 @pytest.mark.parametrize("n", SIZES)
