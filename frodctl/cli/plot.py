@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 _SUFFIXES = (".png", ".svg", ".html")
 _COLUMNS = 4
@@ -70,7 +70,7 @@ class _Curve:
     label: str  #: a category of a basis; empty where the depth tells curves apart
     depth: int | None
     row: Row
-    sigma: Array  #: its singular values, (k,)
+    sigma: HostArray  #: its singular values, (k,)
 
 
 def draw(file: str, targets: Sequence[TargetResult], *, force: bool = False) -> None:
@@ -250,7 +250,7 @@ def _draw_spectra(axis: Axes, role: str, curves: Sequence[_Curve], styles: _Styl
         style = (
             styles.of_label(curve.label, curve.source) if curve.label else styles.of_layer(curve.source, curve.depth)
         )
-        axis.plot(range(1, len(visible) + 1), visible.numpy(), **style)
+        axis.plot(range(1, len(visible) + 1), visible, **style)
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     if high < 100 * low:  # about a decade: powers of ten alone would be too few

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
+from frodctl.method.kernels import kernels_of
 from frodctl.method.spectra import NotFinite
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import Array, HostArray
+    from frodctl.method.kernels import Kernels
 
 #: Half-widths are this many standard deviations of the average over the probes, plus the truncation.
 DEVIATIONS = 3.0
@@ -31,64 +33,78 @@ CONVERGED = 1e-7
 MISSED = 0.01
 
 _BREAKDOWN = 1e-13  # of ‖W‖_F: what is left of a vector then is rounding
-_BLOCK = 1 << 23  # elements of W converted at a time
+_BLOCK = 1 << 20  # elements of W converted at a time
 
 
 @dataclass(frozen=True)
 class Products:
     """A matrix W (m, n) that is known by its products.
 
-    ``forward`` takes X (n, p) to WX (m, p), ``adjoint`` Y (m, p) to WᵀY (n, p), all of them float64 on ``device``.
+    ``forward`` takes X (n, p) to WX (m, p), ``adjoint`` Y (m, p) to WᵀY (n, p), all of them float64 on the host.
     """
 
     shape: tuple[int, int]
-    forward: Callable[[Array], Array]
-    adjoint: Callable[[Array], Array]
-    device: torch.device
+    forward: Callable[[HostArray], HostArray]
+    adjoint: Callable[[HostArray], HostArray]
 
     @classmethod
-    def of(cls, W: Array, *, in_blocks: bool = False) -> Products:
-        """The products of a matrix in memory, of any real dtype.
+    def of(cls, W: HostArray, kernels: Kernels | None = None, *, in_blocks: bool = False) -> Products:
+        """The products of a matrix in memory, of any real dtype, computed on a device; the CPU if none is given.
 
         They keep a float64 copy of it, of 8mn bytes; ``in_blocks`` converts some rows at a time instead, for every
         product anew, which takes three times as long.
         """
-        rows = max(1, _BLOCK // max(1, W.shape[1])) if in_blocks else max(1, W.shape[0])
-        parts = torch.split(W if in_blocks else W.to(torch.float64), rows)
+        kernels = kernels or kernels_of("cpu")
+        on_device = kernels.put(W, None if in_blocks else "float64")
+        blocks = _row_blocks(W) if in_blocks else [slice(None)]
 
-        def forward(X: Array) -> Array:
-            return torch.cat([part.to(torch.float64) @ X for part in parts])
+        def part(rows: slice) -> Array:
+            return kernels.put(on_device[rows], "float64")
 
-        def adjoint(Y: Array) -> Array:
-            total = torch.zeros(W.shape[1], Y.shape[1], dtype=torch.float64, device=W.device)
-            for part, y in zip(parts, torch.split(Y, rows), strict=True):
-                total.addmm_(part.to(torch.float64).T, y)
-            return total
+        def forward(X: HostArray) -> HostArray:
+            right = kernels.put(X)
+            return np.concatenate([kernels.get(kernels.matmul(part(rows), right)) for rows in blocks])
 
-        return cls((W.shape[0], W.shape[1]), forward, adjoint, W.device)
+        def adjoint(Y: HostArray) -> HostArray:
+            left = kernels.put(Y)
+            total = kernels.zeros((W.shape[1], Y.shape[1]), "float64")
+            for rows in blocks:
+                total += kernels.matmul(part(rows).T, left[rows])
+            return kernels.get(total)
+
+        return cls((W.shape[0], W.shape[1]), forward, adjoint)
 
     @property
     def tall(self) -> Products:
         """W or Wᵀ, whichever has no more columns than rows: the singular values are the same."""
         m, n = self.shape
-        return self if m >= n else Products((n, m), self.adjoint, self.forward, self.device)
+        return self if m >= n else Products((n, m), self.adjoint, self.forward)
 
 
-def frobenius_norm(W: Array) -> float:
+def frobenius_norm(W: HostArray) -> float:
     """√Σ wᵢⱼ² in float64, some rows of W (m, n) at a time. Raises `NotFinite` if that is NaN or Inf."""
     total = _root_of_squares(W, 1.0)
-    if W.dtype == torch.float64 and not 1e-140 < total < 1e140:  # squares leave float64
-        peak = float(W.abs().max()) if W.numel() else 0.0
+    if W.dtype == np.float64 and not 1e-140 < total < 1e140:  # squares leave float64
+        peak = float(np.abs(W).max()) if W.size else 0.0
         total = peak * _root_of_squares(W, peak) if 0 < peak < math.inf else peak
     if not math.isfinite(total):
         raise NotFinite("the matrix has NaN or Inf among its elements")
     return total
 
 
-def _root_of_squares(W: Array, unit: float) -> float:
+def _root_of_squares(W: HostArray, unit: float) -> float:
+    total = 0.0
+    for rows in _row_blocks(W):
+        part = W[rows].astype(np.float64)
+        with np.errstate(over="ignore", under="ignore"):
+            part /= unit
+            total += float(np.einsum("ij,ij->", part, part))
+    return math.sqrt(total)
+
+
+def _row_blocks(W: HostArray) -> list[slice]:
     rows = max(1, _BLOCK // max(1, W.shape[1]))
-    parts = (part.to(torch.float64) for part in torch.split(W, rows))
-    return math.sqrt(sum(float((part if unit == 1 else part / unit).square().sum()) for part in parts))
+    return [slice(begin, begin + rows) for begin in range(0, len(W), rows)]
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,7 @@ class Estimates:
 def estimate(
     products: Products,
     frobenius: float,
-    generator: torch.Generator,
+    generator: np.random.Generator,
     *,
     steps: int = 64,
     probes: int = 16,
@@ -163,8 +179,7 @@ def estimate(
         W.
     frobenius : float
         ‖W‖_F, exact; see `frobenius_norm`.
-    generator : torch.Generator
-        Of the CPU, wherever W is.
+    generator : numpy.random.Generator
     steps : int
         Of the bidiagonalisation that finds the spectral norm and the leading singular triplets.
     probes : int
@@ -189,13 +204,13 @@ def estimate(
         return Estimates(zero, zero, zero, None, None, None, None, None, zero)
     W = _Scaled(products.tall, frobenius)
     lead = _leading(W, min(steps, W.columns), generator)
-    rest = max(0.0, 1 - float(lead.sigma.square().sum()))
+    rest = max(0.0, 1 - float(np.square(lead.sigma).sum()))
     dimension = W.columns - len(lead.sigma)
     nodes = None
     if dimension > 0 and rest > 1e-14:
         nodes = _quadrature(W, lead, probes, min(probe_steps, dimension), generator)
     top = max(lead.top, 0.0 if nodes is None else math.sqrt(float(nodes[0][0].max())))
-    rules = _rules(lead.sigma.square(), nodes, dimension, rest)
+    rules = _rules(np.square(lead.sigma), nodes, dimension, rest)
     spectral = _spectral_norm(top, lead.missing)
     return Estimates(
         spectral_norm=_times(spectral, frobenius),
@@ -215,18 +230,17 @@ class _Scaled:
 
     def __init__(self, products: Products, frobenius: float) -> None:
         self.rows, self.columns = products.shape
-        self.device = products.device
         self._products = products
         self._scale = 1 / frobenius
 
-    def forward(self, X: Array) -> Array:
-        return self._checked(self._products.forward(X.T.contiguous()))
+    def forward(self, X: HostArray) -> HostArray:
+        return self._checked(self._products.forward(np.ascontiguousarray(X.T)))
 
-    def adjoint(self, Y: Array) -> Array:
-        return self._checked(self._products.adjoint(Y.T.contiguous()))
+    def adjoint(self, Y: HostArray) -> HostArray:
+        return self._checked(self._products.adjoint(np.ascontiguousarray(Y.T)))
 
-    def _checked(self, product: Array) -> Array:
-        if not bool(product.isfinite().all()):
+    def _checked(self, product: HostArray) -> HostArray:
+        if not np.isfinite(product).all():
             raise NotFinite("a product with the matrix is NaN or Inf")
         return product.T * self._scale
 
@@ -238,9 +252,9 @@ class _Bidiagonal:
     ``B`` is (p, k, k + 1), its last column βₖeₖ; ``U`` (p, k, m) and ``V`` (p, k, n) hold the vectors in rows.
     """
 
-    U: Array
-    V: Array
-    B: Array
+    U: HostArray
+    V: HostArray
+    B: HostArray
 
 
 @dataclass(frozen=True)
@@ -250,26 +264,22 @@ class _Leading:
     ``missing`` bounds (σ₁² − top²) / σ₁² with probability 1 − `MISSED`.
     """
 
-    sigma: Array
-    U: Array
-    V: Array
+    sigma: HostArray
+    U: HostArray
+    V: HostArray
     top: float
     missing: float
 
 
-def _random(probes: int, length: int, generator: torch.Generator, device: torch.device) -> Array:
-    return torch.randn(probes, length, dtype=torch.float64, generator=generator).to(device)
-
-
-def _bidiagonalize(W: _Scaled, start: Array, steps: int, lead: _Leading | None = None) -> _Bidiagonal:
+def _bidiagonalize(W: _Scaled, start: HostArray, steps: int, lead: _Leading | None = None) -> _Bidiagonal:
     """Golub–Kahan bidiagonalisation with full reorthogonalisation, from each row of ``start`` (p, n).
 
     With ``lead`` it is that of W without those triplets. Where a Krylov space is exhausted, zeros follow.
     """
     probes = len(start)
-    U = torch.zeros(probes, steps, W.rows, dtype=torch.float64, device=W.device)
-    V = torch.zeros(probes, steps, W.columns, dtype=torch.float64, device=W.device)
-    B = torch.zeros(probes, steps, steps + 1, dtype=torch.float64, device=W.device)
+    U = np.zeros((probes, steps, W.rows))
+    V = np.zeros((probes, steps, W.columns))
+    B = np.zeros((probes, steps, steps + 1))
     v, _ = _next(start, V[:, :0], lead.V if lead else None)
     for j in range(steps):
         V[:, j] = v
@@ -279,24 +289,24 @@ def _bidiagonalize(W: _Scaled, start: Array, steps: int, lead: _Leading | None =
     return _Bidiagonal(U, V, B)
 
 
-def _next(x: Array, basis: Array, lead: Array | None) -> tuple[Array, Array]:
+def _next(x: HostArray, basis: HostArray, lead: HostArray | None) -> tuple[HostArray, HostArray]:
     """x (p, n) made orthogonal to each probe's basis (p, j, n) and to the rows of lead, twice; and its length."""
     for _ in range(2):
         if lead is not None:
             x = x - (x @ lead.T) @ lead
-        x = torch.baddbmm(x[:, None], (x[:, None] @ basis.mT), basis, alpha=-1)[:, 0]
-    length = x.norm(dim=1)
-    length = torch.where(length > _BREAKDOWN, length, 0)
-    return torch.where(length[:, None] > 0, x / length[:, None], 0), length
+        x = x - ((x[:, None] @ basis.transpose(0, 2, 1)) @ basis)[:, 0]
+    length = np.linalg.norm(x, axis=1)
+    length[length <= _BREAKDOWN] = 0
+    return x / np.where(length > 0, length, math.inf)[:, None], length
 
 
-def _leading(W: _Scaled, steps: int, generator: torch.Generator) -> _Leading:
-    found = _bidiagonalize(W, _random(1, W.columns, generator, W.device), steps)
+def _leading(W: _Scaled, steps: int, generator: np.random.Generator) -> _Leading:
+    found = _bidiagonalize(W, generator.standard_normal((1, W.columns)), steps)
     B = found.B[0, :, :steps]
-    P, sigma, Qt = torch.linalg.svd(B)
+    P, sigma, Qt = np.linalg.svd(B)
     beyond = found.B[0, -1, -1]
     top = float(sigma[0])
-    good = (beyond * P[-1].abs() <= CONVERGED * top) & (sigma > CONVERGED * top)
+    good = (beyond * np.abs(P[-1]) <= CONVERGED * top) & (sigma > CONVERGED * top)
     exhausted = bool(beyond == 0) or bool((B.diagonal() == 0).any())
     return _Leading(
         sigma[good], P.T[good] @ found.U[0], Qt[good] @ found.V[0], top, 0.0 if exhausted else _missing(W, steps)
@@ -313,27 +323,27 @@ def _missing(W: _Scaled, steps: int) -> float:
 
 
 def _quadrature(
-    W: _Scaled, lead: _Leading, probes: int, steps: int, generator: torch.Generator
-) -> list[tuple[Array, Array, Array]]:
+    W: _Scaled, lead: _Leading, probes: int, steps: int, generator: np.random.Generator
+) -> list[tuple[HostArray, HostArray, HostArray]]:
     """Nodes σ², weights and widths for what ``lead`` leaves of the spectrum: (p, ·), a probe's weights sum to 1.
 
     First the Gauss rule, then that of Gauss and Radau with one node at 0.
     """
-    start = _random(probes, W.columns, generator, W.device)
-    B = _bidiagonalize(W, start, steps, lead).B.cpu()
+    start = generator.standard_normal((probes, W.columns))
+    B = _bidiagonalize(W, start, steps, lead).B
     rules = []
     for matrix in (B[:, :, :steps], B):
-        _, sigma, Vt = torch.linalg.svd(matrix, full_matrices=True)
-        nodes = torch.zeros(Vt.shape[:2], dtype=torch.float64)
-        nodes[:, :steps] = sigma.square()
-        rules.append((nodes, Vt[:, :, 0].square(), _widths(nodes) * (B[:, -1, -1:] > 0)))
+        _, sigma, Vt = np.linalg.svd(matrix)
+        nodes = np.zeros(Vt.shape[:2])
+        nodes[:, :steps] = np.square(sigma)
+        rules.append((nodes, np.square(Vt[:, :, 0]), _widths(nodes) * (B[:, -1, -1:] > 0)))
     return rules
 
 
-def _widths(nodes: Array) -> Array:
+def _widths(nodes: HostArray) -> HostArray:
     """Half the distance between the neighbours of each node, of (p, k) in descending order; 0 lies beyond the last."""
-    around = torch.cat([nodes[:, :1], nodes, torch.zeros_like(nodes[:, :1])], dim=1)
-    return (around[:, :-2] - around[:, 2:]) / 2
+    around = np.concatenate([nodes[:, :1], nodes, np.zeros_like(nodes[:, :1])], axis=1)
+    return np.asarray((around[:, :-2] - around[:, 2:]) / 2)
 
 
 @dataclass(frozen=True)
@@ -343,56 +353,55 @@ class _Rule:
     ``widths`` is the part of the spectrum's range that each node stands for, 0 where it is an eigenvalue.
     """
 
-    nodes: Array
-    weights: Array
+    nodes: HostArray
+    weights: HostArray
     exact: int
-    widths: Array
+    widths: HostArray
 
-    def sum(self, f: Array) -> float:
+    def sum(self, f: HostArray) -> float:
         return float(self.weights @ f)
 
-    def deviation(self, f: Array, probes: int) -> float:
+    def deviation(self, f: HostArray, probes: int) -> float:
         """The standard deviation of `sum` that comes from the choice of the probes.
 
         D vᵀAv for v uniform on the sphere in D dimensions has the variance 2D/(D + 2) Σ(aᵢ − ā)², and what the
         calibration takes away is the part of f that is linear in the node.
         """
-        x, w, f = self.nodes[self.exact :], self.weights[self.exact :].clamp(min=0), f[self.exact :]
+        x, w, f = self.nodes[self.exact :], self.weights[self.exact :].clip(min=0), f[self.exact :]
         size = float(w.sum())
         if size == 0:
             return 0.0
         x = x - w @ x / size
         f = f - w @ f / size
-        spread = float(w @ x.square())
+        spread = float(w @ np.square(x))
         if spread > 0:
             f = f - (w @ (x * f) / spread) * x
-        return math.sqrt(2 * size / (size + 2) * float(w @ f.square()) / probes)
+        return math.sqrt(2 * size / (size + 2) * float(w @ np.square(f)) / probes)
 
     def blur(self, level: float) -> float:
         """What Σ(x − level)₊ may be off by because nodes stand for a range: a quarter of width × weight around it."""
-        around = (self.nodes - level).abs() <= self.widths / 2
-        return float((self.weights * self.widths)[around].clamp(min=0).sum()) / 4
+        around = np.abs(self.nodes - level) <= self.widths / 2
+        return float((self.weights * self.widths)[around].clip(min=0).sum()) / 4
 
 
 def _rules(
-    exact: Array, found: list[tuple[Array, Array, Array]] | None, dimension: int, rest: float
+    exact: HostArray, found: list[tuple[HostArray, HostArray, HostArray]] | None, dimension: int, rest: float
 ) -> tuple[_Rule, _Rule]:
     """The two quadrature rules for the whole spectrum, calibrated to Σ 1 and Σ σ²."""
-    exact = exact.cpu()
-    ones = torch.ones_like(exact)
+    ones = np.ones_like(exact)
     if found is None:
-        nodes, weights = torch.cat([exact, exact.new_zeros(1)]), torch.cat([ones, ones.new_full((1,), dimension)])
-        whole = _Rule(nodes, weights, len(exact), torch.zeros_like(nodes))
+        nodes, weights = np.append(exact, 0.0), np.append(ones, dimension)
+        whole = _Rule(nodes, weights, len(exact), np.zeros_like(nodes))
         return whole, whole
     rules = []
     for nodes, weights, widths in found:
         x, w = nodes.flatten(), weights.flatten() / len(nodes)
         mean = float(w @ x)
-        spread = float(w @ (x - mean).square())
+        spread = float(w @ np.square(x - mean))
         if spread > 1e-12 * mean**2:
             w = w * (1 + (rest / dimension - mean) / spread * (x - mean))
-        widths = torch.cat([0 * exact, widths.flatten()])
-        rules.append(_Rule(torch.cat([exact, x]), torch.cat([ones, dimension * w]), len(exact), widths))
+        widths = np.concatenate([0 * exact, widths.flatten()])
+        rules.append(_Rule(np.concatenate([exact, x]), np.concatenate([ones, dimension * w]), len(exact), widths))
     return rules[0], rules[1]
 
 
@@ -411,17 +420,17 @@ def _spectral_norm(top: float, missing: float) -> Figure:
 
 def _nuclear_norm(rules: tuple[_Rule, _Rule], probes: int) -> Figure:
     """Even derivatives of √x are negative and odd ones positive: Gauss overestimates, Gauss–Radau underestimates."""
-    high, low = (rule.sum(rule.nodes.sqrt()) for rule in rules)
+    high, low = (rule.sum(np.sqrt(rule.nodes)) for rule in rules)
     value = (high + low) / 2
-    deviation = rules[0].deviation(rules[0].nodes.sqrt(), probes)
+    deviation = rules[0].deviation(np.sqrt(rules[0].nodes), probes)
     return Figure(value, DEVIATIONS * deviation + abs(high - low) / 2 + _rounding(value))
 
 
 def _effective_rank(rules: tuple[_Rule, _Rule], probes: int) -> Figure:
     """exp(H), H = ln S − L/S, with S = Σσ and L = Σσ ln σ; the two rules enclose S, and as σ ≤ 1 also L."""
-    S, L = ([rule.sum(f(rule.nodes.sqrt())) for rule in rules] for f in (torch.clone, _xlogx))
+    S, L = ([rule.sum(f(np.sqrt(rule.nodes))) for rule in rules] for f in (np.copy, _xlogx))
     s, el = sum(S) / 2, sum(L) / 2
-    sigma = rules[0].nodes.sqrt()
+    sigma = np.sqrt(rules[0].nodes)
     influence = (sigma * (1 + el / s) - _xlogx(sigma)) / s
     error = DEVIATIONS * rules[0].deviation(influence, probes)
     error += abs(L[0] - L[1]) / 2 / s + abs(S[0] - S[1]) / 2 * abs(1 / s + el / s**2)
@@ -429,8 +438,8 @@ def _effective_rank(rules: tuple[_Rule, _Rule], probes: int) -> Figure:
     return Figure(value, value * math.expm1(error) + _rounding(value))
 
 
-def _xlogx(x: Array) -> Array:
-    return torch.xlogy(x, x)
+def _xlogx(x: HostArray) -> HostArray:
+    return x * np.log(np.where(x > 0, x, 1))
 
 
 def _energy_rank(rules: tuple[_Rule, _Rule], share: float, probes: int, most: int) -> Figure:
@@ -442,7 +451,7 @@ def _energy_rank(rules: tuple[_Rule, _Rule], share: float, probes: int, most: in
     found = [_fractional_rank(rule, share) for rule in rules]
     rank = (found[0][0] + found[1][0]) / 2
     level = found[0][1]
-    influence = (rules[0].nodes - level).clamp(min=0) / level
+    influence = (rules[0].nodes - level).clip(min=0) / level
     error = DEVIATIONS * rules[0].deviation(influence, probes) + abs(found[0][0] - found[1][0]) + _rounding(rank)
     error += rules[0].blur(level) / level
     value = math.ceil(rank - 1e-9 * rank)
@@ -452,9 +461,10 @@ def _energy_rank(rules: tuple[_Rule, _Rule], share: float, probes: int, most: in
 
 def _fractional_rank(rule: _Rule, share: float) -> tuple[float, float]:
     """The maximum, and the t where it is."""
-    x, order = rule.nodes.sort(descending=True)
-    w = rule.weights[order]
-    above = (w * x).cumsum(0) - x * w.cumsum(0)
-    ranks = torch.where(x > 1e-30, (share - above) / x, -math.inf)
+    order = np.argsort(-rule.nodes, kind="stable")
+    order = order[rule.nodes[order] > 1e-30]
+    x, w = rule.nodes[order], rule.weights[order]
+    above = np.cumsum(w * x) - x * np.cumsum(w)
+    ranks = (share - above) / x
     best = int(ranks.argmax())
     return float(ranks[best]), float(x[best])

@@ -10,12 +10,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from frodctl.method.linalg import Scratch, add_gram_
+from frodctl.method.kernels import kernels_of
+from frodctl.method.linalg import Scratch
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    import numpy.typing as npt
+
+    from frodctl.arrays import Array, HostArray
+    from frodctl.method.kernels import Vector
 
 #: Condition number, seen from the Gram matrix, up to which its eigenvalues are used; beyond it the SVD is.
 #:
@@ -33,30 +37,30 @@ ALPHA_MAX = 100.0
 _EPSILON = 2.0**-52
 _SINGLE_EPSILON = 2.0**-23
 _BLOCK = 1 << 20  # elements of W that are converted at a time
-_FIT_BLOCK = 1 << 19  # elements of the fit's largest temporary
+_FIT_BLOCK = 1 << 16  # elements of the fit's largest temporary, which stays in the cache
 
 
 class NotFinite(ValueError):
     """The matrix has NaN or Inf among its elements. The caller knows its name."""
 
 
-def singular_values(W: Array, scratch: Scratch | None = None) -> Array:
+def singular_values(W: HostArray, scratch: Scratch | None = None) -> Vector:
     """All singular values of W, each within 1e-6 of itself or within rounding (ε σ₁) of the exact one.
 
     Safe to call from several threads at a time, each with a scratch of its own.
 
     Parameters
     ----------
-    W : Array
-        (m, n) of a real floating-point dtype, on any device. It is not changed.
+    W : HostArray
+        (m, n) of a real floating-point dtype. It is not changed.
     scratch : Scratch, optional
-        Memory on W's device that is used again for float64 rows of W and its Gram matrix, up to 16k² bytes or so,
-        k = min(m, n). Only where the SVD is needed is all of W copied.
+        Memory that is used again for float64 blocks of W and its Gram matrix, up to 24k² bytes or so, k = min(m, n),
+        on the device that computes; the CPU without one. Only where the SVD is needed is all of W copied.
 
     Returns
     -------
-    Array
-        (k,) float64 on W's device, in descending order, none negative.
+    Vector
+        (k,) float64, in descending order, none negative.
 
     Raises
     ------
@@ -67,39 +71,53 @@ def singular_values(W: Array, scratch: Scratch | None = None) -> Array:
     """
     if W.ndim != 2:
         raise ValueError(f"a matrix is needed, not {W.ndim} dimensions")
+    W = W if W.flags.c_contiguous else W.T
     k = min(W.shape)
-    peak = _peak(W.detach()) if k else 0.0
+    peak = _peak(W) if k else 0.0
     if peak == 0:
-        return torch.zeros(k, dtype=torch.float64, device=W.device)
+        return np.zeros(k)
+    scratch = scratch or Scratch(kernels_of("cpu"))
     scale = math.ldexp(1.0, max(math.frexp(peak)[1] - 1, -1022))
-    tall = W.detach() if W.shape[0] >= W.shape[1] else W.detach().T
-    squares = _gram_eigenvalues(tall, 1 / scale, scratch or Scratch(W.device))
-    if bool(squares[-1] * GRAM_CONDITION_LIMIT**2 > squares[0]):
-        return squares.sqrt_().mul_(scale)
-    sigma: Array = torch.linalg.svdvals(tall.to(torch.float64) * (1 / scale))
-    return sigma.mul_(scale)
+    squares = _gram_eigenvalues(W, 1 / scale, scratch)
+    if squares[-1] * GRAM_CONDITION_LIMIT**2 > squares[0]:
+        return np.sqrt(squares) * scale
+    kernels = scratch.kernels
+    X = kernels.copy(W, kernels.empty(W.shape, "float64"))
+    X *= 1 / scale
+    return kernels.svdvals(X) * scale
 
 
-def _peak(W: Array) -> float:
-    """The largest magnitude, by the extremes: they carry a NaN along, and torch finds them at full speed."""
-    least, most = torch.aminmax(W)
-    peak = max(-float(least), float(most))
-    if not (math.isfinite(peak) and math.isfinite(float(least))):
-        raise NotFinite("the matrix has NaN or Inf among its elements")
+def _peak(W: HostArray) -> float:
+    """The largest magnitude, by the extremes, which carry a NaN along."""
+    peak = 0.0
+    rows = max(1, _BLOCK // W.shape[1])
+    for begin in range(0, len(W), rows):
+        block = W[begin : begin + rows]
+        block = block if block.dtype in (np.float32, np.float64) else block.astype(np.float32)
+        least, most = float(block.min()), float(block.max())
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise NotFinite("the matrix has NaN or Inf among its elements")
+        peak = max(peak, -least, most)
     return peak
 
 
-def _gram_eigenvalues(W: Array, factor: float, scratch: Scratch) -> Array:
-    """The eigenvalues of (cW)ᵀ(cW), c the power of two ``factor``, in descending order. W (m, n) is tall."""
+def _gram_eigenvalues(W: HostArray, factor: float, scratch: Scratch) -> Vector:
+    """The eigenvalues of (cW)ᵀ(cW) or (cW)(cW)ᵀ, c the power of two ``factor``, in descending order."""
+    kernels = scratch.kernels
     m, n = W.shape
-    gram = scratch.empty("spectra.gram", (n, n))
-    rows = max(n, _BLOCK // n)
-    for begin in range(0, m, rows):
-        block = W[begin : begin + rows]
-        X = scratch.empty("spectra.rows", tuple(block.shape)).copy_(block).mul_(factor)  # exact, in (−2, 2)
-        add_gram_(gram, X, beta=int(begin > 0))
-    squares: Array = torch.linalg.eigvalsh(gram, UPLO="U")
-    return squares.flip(0)
+    k = min(m, n)
+    step = max(k, _BLOCK // k)
+    gram = scratch.empty("spectra.gram", (k, k))
+    for begin in range(0, max(m, n), step):
+        block = W[begin : begin + step] if m >= n else W[:, begin : begin + step]
+        X = kernels.copy(block, scratch.empty("spectra.block", block.shape))
+        X *= factor  # exact, in (−2, 2)
+        pair: tuple[Array, Array] = (X.T, X) if m >= n else (X, X.T)
+        if begin == 0:
+            kernels.matmul(*pair, out=gram)
+        else:
+            gram += kernels.matmul(*pair, out=scratch.empty("spectra.part", (k, k)))
+    return kernels.eigvalsh(gram)[::-1]
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class PowerLaw:
     xmin: float
 
 
-def fit_power_law(values: Array, alpha_max: float = ALPHA_MAX) -> PowerLaw | None:
+def fit_power_law(values: HostArray, alpha_max: float = ALPHA_MAX) -> PowerLaw | None:
     """The power law of a sample's tail, by the method of Clauset, Shalizi and Newman.
 
     For each candidate xmin, α = 1 + n / Σ ln(x/xmin) over the n values from xmin on (their Eq. 3.1, the maximum
@@ -121,7 +139,7 @@ def fit_power_law(values: Array, alpha_max: float = ALPHA_MAX) -> PowerLaw | Non
 
     Parameters
     ----------
-    values : Array
+    values : HostArray
         (n,) of any order. Those that are not positive are left out.
     alpha_max : float
         Candidates whose α is not below it are passed over.
@@ -135,39 +153,46 @@ def fit_power_law(values: Array, alpha_max: float = ALPHA_MAX) -> PowerLaw | Non
     ----------
     A. Clauset, C. R. Shalizi, M. E. J. Newman: Power-law distributions in empirical data. SIAM Review 51 (2009).
     """
-    values = values.detach().to("cpu", torch.float64)
-    x, counts = torch.unique(values[values > 0], return_counts=True)
+    x, counts = np.unique(values[values > 0].astype(np.float64), return_counts=True)
     if len(x) < 4:
         return None
-    logs = (x / x[-1]).log_()  # to the largest, so that sums over the tail lose nothing
-    counts = counts.to(torch.float64)
-    tail = counts.flip(0).cumsum(0).flip(0)
-    spread = (counts * logs).flip(0).cumsum(0).flip(0) - tail * logs
-    alpha = (1 + tail / spread)[:-2]
-    candidates = torch.nonzero(alpha < alpha_max).flatten()
-    if not len(candidates):
-        return None
-    distances = _distances(logs, tail, alpha, candidates)
+    with np.errstate(all="ignore"):  # of values that are all but equal, and of powers below xmin
+        logs = np.log(x / x[-1])  # to the largest, so that sums over the tail lose nothing
+        tail = _sums_from(counts.astype(np.float64))
+        spread = _sums_from(counts * logs) - tail * logs
+        alpha = 1 + tail[:-2] / spread[:-2]
+        candidates = np.flatnonzero(alpha < alpha_max)
+        if not len(candidates):
+            return None
+        distances = _distances(logs, tail, alpha, candidates)
     best = int(distances.argmin())
     chosen = int(candidates[best])
     return PowerLaw(float(alpha[chosen]), float(distances[best]), float(x[chosen]))
 
 
-def _distances(logs: Array, tail: Array, alpha: Array, candidates: Array) -> Array:
+def _sums_from(values: Vector) -> Vector:
+    """Σ_{j≥i} of the values (n,)."""
+    return np.cumsum(values[::-1])[::-1]
+
+
+def _distances(logs: Vector, tail: Vector, alpha: Vector, candidates: npt.NDArray[np.intp]) -> Vector:
     """max |1 − (x/xmin)^(1−α) − S(x)| for each candidate, S(x) being the share of the tail that is below x.
 
     ``candidates`` are ascending; (n,) logs and counts of the values from each on.
     """
     rows = max(1, _FIT_BLOCK // len(logs))
     parts = []
-    for group in torch.split(candidates, rows):
-        first = int(group[0])
-        mine = group[:, None]
-        beyond = torch.sub(logs[None, first:], logs[mine]).mul_(1 - alpha[mine]).exp_()
-        beyond.addcdiv_(tail[None, first:], tail[mine], value=-1)  # 1 − S is the share from x on
-        below = torch.arange(first, len(logs))[None, :] < mine
-        parts.append(beyond.masked_fill_(below, 0).abs_().amax(dim=1))
-    return torch.cat(parts)
+    for begin in range(0, len(candidates), rows):
+        group = candidates[begin : begin + rows]
+        first, mine = group[0], group[:, None]
+        beyond = logs[first:] - logs[mine]
+        beyond *= 1 - alpha[mine]
+        np.exp(beyond, out=beyond)
+        beyond -= tail[first:] / tail[mine]  # 1 − S is the share from x on
+        np.abs(beyond, out=beyond)
+        beyond[np.arange(first, len(logs)) < mine] = 0
+        parts.append(beyond.max(axis=1))
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -217,12 +242,12 @@ class Spectrum:
         return {key: value if value is None or math.isfinite(value) else None for key, value in asdict(self).items()}
 
 
-def summarize(sigma: Array, shape: tuple[int, int], alpha_max: float = ALPHA_MAX) -> Spectrum:
+def summarize(sigma: HostArray, shape: tuple[int, int], alpha_max: float = ALPHA_MAX) -> Spectrum:
     """The figures of a matrix, from its singular values and shape alone.
 
     Parameters
     ----------
-    sigma : Array
+    sigma : HostArray
         (min(m, n),), not negative, in descending order, as `singular_values` gives them.
     shape : tuple of int
         (m, n).
@@ -239,17 +264,17 @@ def summarize(sigma: Array, shape: tuple[int, int], alpha_max: float = ALPHA_MAX
         If a singular value is NaN or Inf.
     """
     m, n = shape
-    sigma = sigma.detach().to("cpu", torch.float64)
-    if not bool(sigma.isfinite().all()):
+    sigma = sigma.astype(np.float64, copy=False)
+    if not np.isfinite(sigma).all():
         raise NotFinite("a singular value is NaN or Inf")
     top = float(sigma[0]) if len(sigma) else 0.0
     if top == 0:
         return Spectrum(0.0, 0.0, 0.0, None, None, 0, None, None, None, None, 0.0, 0, None, None, None)
     s = sigma / top
-    energy = s.square().cumsum(0)
+    energy = np.cumsum(np.square(s))
     total = float(energy[-1])
     edge = math.sqrt(total) * (1 / math.sqrt(m) + 1 / math.sqrt(n))
-    share = s / s.sum()
+    share = s[s > 0] / s.sum()
     resolved = int((s > max(m, n) * _EPSILON).sum())
     ranks = [_count_to(energy, percent * total / 100) for percent in (90, 95, 99)]
     fit = _fit_squares(sigma[:resolved], top, alpha_max)
@@ -258,7 +283,7 @@ def summarize(sigma: Array, shape: tuple[int, int], alpha_max: float = ALPHA_MAX
         frobenius_norm=top * math.sqrt(total),
         nuclear_norm=top * float(s.sum()),
         stable_rank=total,
-        effective_rank=math.exp(-float(torch.xlogy(share, share).sum())),
+        effective_rank=math.exp(-float((share * np.log(share)).sum())),
         numerical_rank=int((s > max(m, n) * _SINGLE_EPSILON).sum()),
         condition_number=1 / float(s[-1]) if resolved == len(s) else math.inf,
         energy_rank_90=ranks[0],
@@ -272,15 +297,15 @@ def summarize(sigma: Array, shape: tuple[int, int], alpha_max: float = ALPHA_MAX
     )
 
 
-def _count_to(running: Array, amount: float) -> int:
+def _count_to(running: Vector, amount: float) -> int:
     """The least k whose running sum reaches ``amount``, up to rounding."""
-    return int(torch.searchsorted(running, amount * (1 - 1e-12))) + 1
+    return int(np.searchsorted(running, amount * (1 - 1e-12))) + 1
 
 
-def _fit_squares(sigma: Array, top: float, alpha_max: float) -> PowerLaw | None:
+def _fit_squares(sigma: Vector, top: float, alpha_max: float) -> PowerLaw | None:
     """`fit_power_law` of σ², scaled by a power of two on the way so that no square overflows."""
     scale = math.ldexp(1.0, max(math.frexp(top)[1] - 1, -1022))
-    fit = fit_power_law((sigma / scale).square(), alpha_max)
+    fit = fit_power_law(np.square(sigma / scale), alpha_max)
     if fit is None:
         return None
     xmin = fit.xmin * scale * scale

@@ -287,3 +287,21 @@ def test_callers_settings_for_speed_do_not_reach_the_products() -> None:
     finally:
         matmul.fp32_precision = before
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_eigvalsh_and_svdvals(kernels: Kernels, dtype: str, n: int) -> None:
+    A, X = symmetric(n), normal(n + 3, n)
+    close(kernels.eigvalsh(kernels.put(A, dtype)), np.linalg.eigvalsh(A), dtype)
+    close(kernels.svdvals(kernels.put(X, dtype)), np.linalg.svd(X)[1], dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (5, 0, 4)])
+def test_matmul(kernels: Kernels, dtype: str, shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    A, B = normal(m, k), normal(k, n, seed=1)
+    X, Y = kernels.put(A, dtype), kernels.put(B, dtype)
+    close(kernels.get(kernels.matmul(X, Y)), A @ B, dtype)
+    out = kernels.empty((k, k), dtype)
+    assert kernels.matmul(X.T, X, out=out) is out
+    close(kernels.get(out), A.T @ A, dtype)

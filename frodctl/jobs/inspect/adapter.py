@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from frodctl.adapted import opening
 from frodctl.adapted.matching import Match, Weight, match
@@ -22,7 +23,7 @@ from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 _QUANTILES = (0.5, 0.95)
 
@@ -65,19 +66,19 @@ class _Trained:
         if adapter.indices or basis is not None:
             positions_of(adapter, basis)
 
-    def of(self, module: TrainedModule) -> tuple[Array, Array, Array | None]:
+    def of(self, module: TrainedModule) -> tuple[HostArray, HostArray, HostArray | None]:
         """λ', the values of S, and λ where a file says it."""
         return opening.trained_of(self.adapter, module, self.basis, self.records)
 
 
-def changes(scales: Array, values: Array, base_scales: Array | None) -> dict[str, Json]:
+def changes(scales: HostArray, values: HostArray, base_scales: HostArray | None) -> dict[str, Json]:
     """Figures of λ' − λ and S.
 
     Parameters
     ----------
-    scales, values : Array
+    scales, values : HostArray
         λ' (n,) and the values of S (nnz,).
-    base_scales : Array, (n,), optional
+    base_scales : HostArray, (n,), optional
         λ; without it the figures of λ' − λ are None.
 
     Returns
@@ -86,37 +87,37 @@ def changes(scales: Array, values: Array, base_scales: Array | None) -> dict[str
         Norms, quantiles of the magnitudes, the share of S's positions that are not 0 (occupancy), and the share of
         ‖S + diag(λ' − λ)‖_F² that is off the diagonal.
     """
-    S = values.double().abs()
-    began = base_scales.double() if base_scales is not None else None
-    moved = (scales.double() - began).abs() if began is not None else None
-    whole = float(S.square().sum() + moved.square().sum()) if moved is not None else 0.0
+    S = np.abs(values.astype(np.float64))
+    after = scales.astype(np.float64)
+    began = base_scales.astype(np.float64) if base_scales is not None else None
+    moved = np.abs(after - began) if began is not None else None
+    whole = float(_norm(S) ** 2 + _norm(moved) ** 2) if moved is not None else 0.0
     median, high = quantiles(S, _QUANTILES)
     moved_median, moved_high = quantiles(moved, _QUANTILES) if moved is not None else (None, None)
-    relative = (
-        _ratio(moved.norm(), base_scales.double().norm()) if moved is not None and base_scales is not None else None
-    )
     return {
-        "scales_norm": float(scales.double().norm()),
-        "scales_change_norm": float(moved.norm()) if moved is not None else None,
-        "scales_change_relative": relative,
+        "scales_norm": _norm(after),
+        "scales_change_norm": _norm(moved) if moved is not None else None,
+        "scales_change_relative": _ratio(_norm(moved), _norm(began))
+        if moved is not None and began is not None
+        else None,
         "scales_change_median": moved_median,
         "scales_change_p95": moved_high,
-        "sparse_norm": float(S.norm()),
+        "sparse_norm": _norm(S),
         "sparse_median": median,
         "sparse_p95": high,
-        "sparse_occupancy": float((S != 0).double().mean()) if len(S) else None,
-        "off_diagonal_energy": float(S.square().sum()) / whole if whole else None,
+        "sparse_occupancy": float(np.mean(S != 0)) if len(S) else None,
+        "off_diagonal_energy": _norm(S) ** 2 / whole if whole else None,
     }
 
 
 def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:
     """Rows in the order of the merge, by category: each basis is made ready once."""
     adapter = found.sources[0].adapter
-    device = choose_device(options.device)
-    spectra = Spectra(device)
+    kernels = choose_device(options.device)
+    spectra = Spectra(kernels)
     values = {row["name"]: row for row in headers.adapter_rows(adapter)}
     weights = [w for w in found.weights if options.selects(w.parts[0].trained.module)]
-    updates = WeightUpdates(found.checkpoint, weights, device)
+    updates = WeightUpdates(found.checkpoint, weights, kernels)
     trained = _Trained(adapter, basis if adapter.provenance else None)
     for weight in weights:
         module = weight.parts[0].trained.module
@@ -126,23 +127,28 @@ def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions) -
         yield Row(
             values[module]
             | changes(scales, sparse, known if known is not None else base_scales)
-            | {"relative_change": _ratio(delta.double().norm(), norm)}
+            | {"relative_change": _ratio(_norm(delta), norm)}
             | {f"delta_{key}": value for key, value in figures.values.items() if key != "profile"}
             | {"profile": figures.values["profile"]},
             figures.singular_values,
         )
 
 
-def _delta(weight: Weight, updates: WeightUpdates) -> tuple[Array, Array, Array]:
+def _delta(weight: Weight, updates: WeightUpdates) -> tuple[HostArray, HostArray, float]:
     """W' − W (m, n) before any rounding, the λ that PEFT begins with (n,), and ‖W‖_F."""
     task = updates.read(weight)
     stored = updates.stored(weight) if task.stored is None else task.stored
     W = stored.T if weight.target.transposed else stored
-    delta = torch.zeros(W.shape, dtype=torch.float64)
+    delta = np.zeros(W.shape)
     for rows, block in updates.changes(W, task) if task.trained else ():
         delta[rows] = block
-    return delta, updates.base_scales(weight, W), W.double().norm()
+    return delta, updates.base_scales(weight, W), _norm(W.astype(np.float64))
 
 
-def _ratio(part: Array, whole: Array) -> float | None:
-    return float(part / whole) if whole > 0 else None
+def _norm(X: HostArray) -> float:
+    flat = X.reshape(-1)
+    return math.sqrt(np.einsum("i,i->", flat, flat))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None

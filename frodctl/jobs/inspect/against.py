@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from frodctl.checkpoint import names, stream
 from frodctl.checkpoint.codec import FLOAT_DTYPES
@@ -23,9 +23,9 @@ from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
-_PIECE = 1 << 22  # elements
+_PIECE = 1 << 18  # elements
 
 
 def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progress: Callback) -> Report:
@@ -90,23 +90,23 @@ def _compare(
     row = values | {"status": status} | _differences(A, B)
     if spectra is None or A.ndim != 2:
         return Row(row)
-    figures = spectra.of(B.double() - A.double(), f"difference of {info.name}")
+    figures = spectra.of(B.astype(np.float64) - A.astype(np.float64), f"difference of {info.name}")
     more = {f"difference_{key}": value for key, value in figures.values.items() if key != "profile"}
     return Row(row | more | {"profile": figures.values["profile"]}, figures.singular_values)
 
 
-def _differences(A: Array, B: Array) -> dict[str, float | None]:
+def _differences(A: HostArray, B: HostArray) -> dict[str, float | None]:
     """‖B − A‖/‖A‖, the cosine of the angle between them, and the largest |B − A|, in float64 and in pieces."""
-    squares = [0.0, 0.0, 0.0, 0.0]
-    largest = 0.0
-    for a, b in zip(torch.split(A.reshape(-1), _PIECE), torch.split(B.reshape(-1), _PIECE), strict=True):
-        a, b = a.double(), b.double()
-        difference = b - a
-        for place, value in enumerate((a @ a, b @ b, a @ b, difference @ difference)):
-            squares[place] += float(value)
-        peak = float(difference.abs().max()) if a.numel() else 0.0
-        largest = peak if peak > largest or math.isnan(peak) else largest
-    aa, bb, ab, dd = squares
+    products, largest = np.zeros(4), 0.0
+    first, second = A.reshape(-1), B.reshape(-1)
+    for begin in range(0, first.size, _PIECE):
+        a, b = (flat[begin : begin + _PIECE].astype(np.float64) for flat in (first, second))
+        with np.errstate(all="ignore"):  # of NaN, Inf and what leaves float64, which the figures show
+            difference = b - a
+            pairs = (a, a), (b, b), (a, b), (difference, difference)
+            products += [np.einsum("i,i->", x, y) for x, y in pairs]
+            largest = float(np.maximum(largest, np.abs(difference).max()))
+    aa, bb, ab, dd = map(float, products)
     return {
         "relative_difference": math.sqrt(dd / aa) if aa else None,
         "cosine": ab / math.sqrt(aa) / math.sqrt(bb) if aa and bb else None,

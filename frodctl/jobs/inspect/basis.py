@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from frodctl.adapted import opening
 from frodctl.checkpoint import stream
@@ -23,7 +23,7 @@ from frodctl.jobs.resources import choose_device
 from frodctl.method.dual import Dual
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 _QUANTILES = (0.05, 0.5, 0.95)
 
@@ -54,7 +54,8 @@ class _BasisFigures:
     def __init__(self, basis: BasisFile, checkpoint: Checkpoint | None, options: InspectOptions) -> None:
         self.basis = basis
         self.checkpoint = checkpoint
-        self.spectra = Spectra(choose_device(options.device))
+        self.kernels = choose_device(options.device)
+        self.spectra = Spectra(self.kernels)
         self.conditions: dict[str, float | None] = {}
         self.records = {f"lambda.{record.name}": record for record in basis.metadata.modules}
         self._dual: tuple[str, Dual] | None = None  #: of the category last asked for
@@ -69,7 +70,7 @@ class _BasisFigures:
             found = self.spectra.of(self.basis.tensor(row["name"]), row["name"])
             self.conditions[row["category"]] = found.values["condition_number"]
             return Row(row | found.values, found.singular_values)
-        values = self.basis.tensor(row["name"]).double()
+        values = self.basis.tensor(row["name"]).astype(np.float64)
         more: dict[str, Json] = {}
         if kind in ("lambda", "tau") and len(values):
             more = dict(zip(("minimum", "median", "maximum"), quantiles(values, (0, 0.5, 1)), strict=True))
@@ -86,7 +87,8 @@ class _BasisFigures:
         layers = [record for record in self.basis.metadata.modules if record.category == category]
         if not layers:
             return {}
-        fourth = torch.stack([self.basis.tensor(f"lambda.{record.name}").double() ** 4 for record in layers]).sum(0)
+        scales = [self.basis.tensor(f"lambda.{record.name}").astype(np.float64) for record in layers]
+        fourth = np.sum([np.square(np.square(scale)) for scale in scales], axis=0)
         sharing = 1 / fourth[fourth > 0]
         if category not in self.conditions:
             V = self.basis.tensor(f"V.{category}")
@@ -100,17 +102,22 @@ class _BasisFigures:
             "sharing": [round(value, 4) for value in sharing.tolist()],
         }
 
-    def _reconstruction(self, record: ModuleRecord, scales: Array) -> dict[str, Json]:
+    def _reconstruction(self, record: ModuleRecord, scales: HostArray) -> dict[str, Json]:
         """How far U diag(λ) Vᵀ is from the base's weight, relative to it, and whether that is the recorded one."""
         W, digest = self._weight(record)
         dual = self._basis_of(record.category)
-        X = W.to(dual.V)
-        B = X @ dual.D
-        U = B / B.norm(dim=0).clamp(min=1e-300)
-        error = (U * scales.to(dual.V) @ dual.V.T - X).norm() / X.norm().clamp(min=1e-300)
-        return {"reconstruction_error": float(error), "base_digest": "same" if digest == record.digest else "differs"}
+        kernels = self.kernels
+        X = kernels.copy(W, kernels.empty(W.shape, "float64"))
+        U = kernels.gemm(X, dual.inverse, kernels.empty(W.shape, "float64"), transpose_b=True)
+        U *= kernels.put(scales / np.maximum(kernels.norms(U, 0), 1e-300))
+        whole = np.linalg.norm(kernels.norms(X, 1))
+        error = np.linalg.norm(kernels.norms(kernels.gemm(U, dual.V, X, transpose_b=True, beta=-1), 1))
+        return {
+            "reconstruction_error": float(error / max(whole, 1e-300)),
+            "base_digest": "same" if digest == record.digest else "differs",
+        }
 
-    def _weight(self, record: ModuleRecord) -> tuple[Array, str]:
+    def _weight(self, record: ModuleRecord) -> tuple[HostArray, str]:
         """The base's weight (m, n), and the digest of its stored bytes."""
         assert self.checkpoint is not None
         assert self.checkpoint.root is not None
@@ -128,5 +135,5 @@ class _BasisFigures:
 
     def _basis_of(self, category: str) -> Dual:
         if self._dual is None or self._dual[0] != category:
-            self._dual = category, Dual.of(self.basis.tensor(f"V.{category}"), self.spectra.device)
+            self._dual = category, Dual.of(self.basis.tensor(f"V.{category}"), self.kernels)
         return self._dual[1]

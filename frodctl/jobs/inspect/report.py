@@ -11,7 +11,7 @@ from frodctl.errors import UsageError
 from frodctl.jobs.inspect.columns import FIGURES, Columns
 
 if TYPE_CHECKING:
-    from frodctl.arrays import Array
+    from frodctl.arrays import HostArray
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Row:
     """One tensor: its figures by name, and its singular values where they were computed."""
 
     values: dict[str, Json]
-    singular_values: Array | None = None  #: (k,), float64, descending
+    singular_values: HostArray | None = None  #: (k,), float64, descending
 
 
 @dataclass(frozen=True)

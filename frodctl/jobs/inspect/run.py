@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint import targets as linear_layers
@@ -23,9 +22,6 @@ from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors
 
 _FEW = 4  #: names in a message
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,12 @@ def reports(targets: Sequence[str], options: InspectOptions, progress: Callback 
 
     Only after the last report is it known whether every pattern to include or exclude matches something.
     """
-    device = choose_device(options.device) if not options.headers_only else None
+    kernels = choose_device(options.device) if not options.headers_only else None
     there: list[str] = []
     for name in targets:
         report = _report(open_target(name, options, progress), options, progress)
         there += report.names
-        rows = _counted(report, device, progress) if device is not None else report.rows
+        rows = _counted(report, kernels.name, progress) if kernels is not None else report.rows
         yield replace(report, rows=arranged(rows, options.sort, options.top))
     for parameter, globs in (("include", options.include), ("exclude", options.exclude)):
         unmatched = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in there)]
@@ -86,7 +82,7 @@ def reports(targets: Sequence[str], options: InspectOptions, progress: Callback 
             )
 
 
-def _counted(report: Report, device: torch.device, progress: Callback) -> Iterator[Row]:
+def _counted(report: Report, device: str, progress: Callback) -> Iterator[Row]:
     progress(Progress(report.target, 0, report.count))
     with memory_errors(device):
         for number, row in enumerate(report.rows, 1):

@@ -6,7 +6,7 @@ into memory that they are given: fresh memory costs page faults, layer after lay
 for each row, are numpy's and float64; whatever is as large as a weight stays on the device.
 
 On the CPU it is numpy and scipy (OpenBLAS) and nothing else: a second library's threads would get in the way of the
-first one's. On a GPU it is torch.
+first one's. `matmul`, `eigvalsh` and `svdvals` are numpy's alone, for work in several threads. On a GPU it is torch.
 """
 
 from __future__ import annotations
@@ -69,6 +69,13 @@ class Kernels(Protocol):
         """``out`` (m, n) = AB + beta ``out`` for A (m, k) and B (k, n); with ``transpose_a`` Aᵀ, ``transpose_b`` Bᵀ."""
         ...
 
+    def matmul(self, A: Array, B: Array, out: Array | None = None) -> Array:
+        """AB (m, n), in ``out`` if given, for A (m, k) and B (k, n), which may be transposed views.
+
+        On the CPU numpy's, which `gemm` is not: it leaves the interpreter to other threads, and knows XᵀX and XXᵀ.
+        """
+        ...
+
     def csrmm(self, starts: HostArray, columns: HostArray, entries: HostArray, X: Array) -> Array:
         """MX (n, k) for X (m, k) and M (n, m) in compressed sparse rows, its entries converted to X's dtype."""
         ...
@@ -107,6 +114,14 @@ class Kernels(Protocol):
 
     def syevd(self, A: Array) -> tuple[Vector, Array]:
         """Eigenvalues (n,) of A (n, n) symmetric, ascending, and the eigenvectors in rows; A is overwritten."""
+        ...
+
+    def eigvalsh(self, A: Array) -> Vector:
+        """Eigenvalues (n,) of A (n, n) symmetric and whole, ascending."""
+        ...
+
+    def svdvals(self, A: Array) -> Vector:
+        """Singular values (k,) of A (m, n), descending."""
         ...
 
     def svd(self, A: Array) -> tuple[Vector, Array]:

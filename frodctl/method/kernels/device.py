@@ -82,6 +82,10 @@ class Device:
         return out.addmm_(A.T if transpose_a else A, B.T if transpose_b else B, beta=beta)
 
     @full_float32()
+    def matmul(self, A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.matmul(A, B, out=out)
+
+    @full_float32()
     def csrmm(self, starts: Any, columns: Any, entries: Any, X: torch.Tensor) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -129,6 +133,12 @@ class Device:
     def syevd(self, A: torch.Tensor) -> tuple[Vector, torch.Tensor]:
         values, vectors = torch.linalg.eigh(A, UPLO="U")
         return _vector(values), vectors.T.contiguous()
+
+    def eigvalsh(self, A: torch.Tensor) -> Vector:
+        return _vector(torch.linalg.eigvalsh(A))
+
+    def svdvals(self, A: torch.Tensor) -> Vector:
+        return _vector(torch.linalg.svdvals(A))
 
     def svd(self, A: torch.Tensor) -> tuple[Vector, torch.Tensor]:
         _, values, rows = torch.linalg.svd(A, full_matrices=False)

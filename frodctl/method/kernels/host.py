@@ -77,6 +77,9 @@ class Host:
             out, gemm(1.0, B.T, A.T, beta=beta, c=out.T, trans_a=transpose_b, trans_b=transpose_a, overwrite_c=1)
         )
 
+    def matmul(self, A: Matrix, B: Matrix, out: Matrix | None = None) -> Matrix:
+        return np.matmul(A, B, out=out)
+
     @np.errstate(over="ignore")
     def csrmm(self, starts: Matrix, columns: Matrix, entries: Matrix, X: Matrix) -> Matrix:
         shape = len(starts) - 1, len(X)
@@ -141,6 +144,12 @@ class Host:
         if info:
             raise np.linalg.LinAlgError("the eigenvalues did not converge")
         return values.astype(np.float64), vectors.T
+
+    def eigvalsh(self, A: Matrix) -> Vector:
+        return np.linalg.eigvalsh(A.T).astype(np.float64, copy=False)
+
+    def svdvals(self, A: Matrix) -> Vector:
+        return np.linalg.svd(A, compute_uv=False).astype(np.float64, copy=False)
 
     def svd(self, A: Matrix) -> tuple[Vector, Matrix]:
         _, values, rows = np.linalg.svd(A, full_matrices=False)
