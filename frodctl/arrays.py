@@ -14,10 +14,10 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-    Array: TypeAlias = npt.NDArray[Any] | torch.Tensor
-    DType: TypeAlias = np.dtype[Any] | torch.dtype
-
 HostArray: TypeAlias = npt.NDArray[Any]
+#: On a GPU these are torch's tensors. What is done with them outside `Kernels` (slices, sums and products in place,
+#: elementwise) they write as numpy does, and are checked as such.
+Array: TypeAlias = npt.NDArray[Any]
 
 #: By their names in the safetensors format.
 DTYPES = {
@@ -40,14 +40,15 @@ _VIEWED = {
 }
 
 
-def dtype_name(X: Array) -> str:
+def dtype_name(X: Array | torch.Tensor) -> str:
     """ "float32", whether the array is numpy's or torch's."""
     return str(X.dtype).removeprefix("torch.")
 
 
 def epsilon(dtype: str) -> float:
     """The distance from 1 to the next number of a floating dtype, by its name."""
-    return float(ml_dtypes.finfo(NAMED[dtype]).eps)
+    found: ml_dtypes.finfo = ml_dtypes.finfo(NAMED[dtype])  # type: ignore[no-untyped-call]
+    return float(found.eps)
 
 
 def from_torch(tensor: torch.Tensor) -> HostArray:

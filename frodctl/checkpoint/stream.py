@@ -37,7 +37,8 @@ def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: 
         There is no memory for it.
     """
     if info.data is not None:
-        return info.data if index is None else info.data[index]
+        whole: HostArray = info.data
+        return whole if index is None else whole[index]
     if index is not None:
         info = info.slice(index)
     path, nbytes = root / info.file, info.nbytes
@@ -45,10 +46,12 @@ def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: 
     with open(path, "rb", buffering=0) as file:
         file.seek(info.offset)
         read_into(file, tensor_bytes(buffer), f"{path}: tensor {info.name}: the file ends before it; download it again")
-    flat = buffer.view(DTYPES[info.dtype])
+    flat: HostArray = buffer.view(DTYPES[info.dtype])
     if info.stride is None:
-        return flat.reshape(info.shape)
-    return np.lib.stride_tricks.as_strided(flat, info.shape, [step * flat.itemsize for step in info.stride])
+        flat.shape = info.shape
+        return flat
+    found: HostArray = np.lib.stride_tricks.as_strided(flat, info.shape, [s * flat.itemsize for s in info.stride])
+    return found
 
 
 def _empty(nbytes: int, name: str) -> HostArray:
@@ -60,7 +63,7 @@ def _empty(nbytes: int, name: str) -> HostArray:
 
 def tensor_bytes(tensor: HostArray) -> memoryview:
     """The bytes of a contiguous array, without a copy."""
-    return memoryview(tensor.reshape(-1).view(np.uint8))
+    return tensor.reshape(-1).view(np.uint8).data
 
 
 def digest(tensor: HostArray) -> str:
@@ -71,8 +74,8 @@ def digest(tensor: HostArray) -> str:
 
 
 def _span(tensor: HostArray) -> int:
-    steps = [step // tensor.itemsize for step in tensor.strides]
-    return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, steps, strict=True))
+    last: int = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
+    return 1 + last // tensor.itemsize
 
 
 def check_finite(tensor: HostArray, name: str, file: str) -> None:

@@ -719,7 +719,7 @@ def _row_blocks(X: HostArray) -> list[slice]:
 
 def _check_rounding(scales: Sequence[HostArray], rank: int, dtype: str) -> None:
     """See by Σ_i λ_ik² = 1 that V rounded to 16 bits still is the basis."""
-    squares = sum(np.square(scale, dtype=np.float64) for scale in scales)[:rank]
+    squares = np.square(scales, dtype=np.float64).sum(axis=0)[:rank]
     if dtype != "float32" and bool((np.abs(squares - 1) > 0.5).any()):
         raise Unrepresentable(f"V is too badly conditioned for {dtype}; give `dtype=float32`")
 

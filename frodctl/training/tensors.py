@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def kernels_on(device: torch.device) -> Kernels:
 
 def array_of(tensor: Tensor, kernels: Kernels) -> Array:
     """What the kernels take for a tensor, wherever it is; without a copy where it is there."""
-    return from_torch(tensor.cpu()) if kernels.name == "cpu" else tensor
+    return from_torch(tensor.cpu()) if kernels.name == "cpu" else cast("Array", tensor)
 
 
 def tensor_of(array: Array) -> Tensor:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import frodctl
+from frodctl.arrays import to_torch
 from frodctl.checkpoint.stream import digest
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.jobs.inspect import InspectOptions, reports
@@ -209,7 +210,7 @@ def test_an_adapter_of_our_own_with_its_basis(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, basis, 0.1)
     state, opened = load_file(adapter / "adapter_model.safetensors"), frodctl.open_basis(basis)
     for name, row in rows(adapter, spectrum=True, basis=basis).items():
-        start = opened.tensor(f"lambda.{name}").double()
+        start = to_torch(opened.tensor(f"lambda.{name}")).double()
         moved = state[f"base_model.model.{name}.frod_lambda_l"].double() - start
         assert row["scales_change_relative"] == pytest.approx(float(moved.norm() / start.norm()), rel=1e-9)
     whole = rows(adapter, base=str(base), basis=basis)
@@ -285,10 +286,10 @@ def test_a_basis_and_its_base(example: Path, tmp_path: Path) -> None:
         result.summary["trainable_parameters"] / frodctl.inspect(str(example)).targets[0].summary["parameters"]
     )
     for category in result.summary["categories"]:
-        V = opened.tensor(f"V.{category['category']}").double().numpy()
+        V = to_torch(opened.tensor(f"V.{category['category']}")).double().numpy()
         assert category["condition_number"] == pytest.approx(np.linalg.cond(V), rel=1e-6)
         layers = [m.name for m in opened.metadata.modules if m.category == category["category"]]
-        lambdas = np.stack([opened.tensor(f"lambda.{name}").double().numpy() for name in layers])
+        lambdas = np.stack([to_torch(opened.tensor(f"lambda.{name}")).double().numpy() for name in layers])
         sharing = 1 / (lambdas**4).sum(0)
         assert 1 <= sharing.min() <= sharing.max() <= len(layers) * (1 + 1e-6)
         assert category["sharing"] == pytest.approx(sharing, abs=1e-4)
@@ -297,7 +298,7 @@ def test_a_basis_and_its_base(example: Path, tmp_path: Path) -> None:
         row = found[f"lambda.{record.name}"]
         assert row["reconstruction_error"] < 1e-6
         assert row["base_digest"] == "same"
-        assert row["maximum"] == float(opened.tensor(f"lambda.{record.name}").max())
+        assert row["maximum"] == float(to_torch(opened.tensor(f"lambda.{record.name}")).max())
 
 
 def test_a_basis_of_another_base(example: Path, tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_a_singular_basis_loses_what_lies_in_its_null_direction(example: Path, t
     exact = rows(basis, base=str(example))
     ((category, _),) = kept["basis"].items()
     state[f"V.{category}"][:, -1] = 0
-    kept["basis"][category] = digest(state[f"V.{category}"])
+    kept["basis"][category] = digest(from_torch(state[f"V.{category}"]))
     save_file(state, basis, {"format": "pt", "frodctl": json.dumps(kept)})
     found = rows(basis, base=str(example))
     for name in (name for name in found if name.startswith("lambda.")):

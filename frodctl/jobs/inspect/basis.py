@@ -113,7 +113,7 @@ class _BasisFigures:
         whole = np.linalg.norm(kernels.norms(X, 1))
         error = np.linalg.norm(kernels.norms(kernels.gemm(U, dual.V, X, transpose_b=True, beta=-1), 1))
         return {
-            "reconstruction_error": float(error / max(whole, 1e-300)),
+            "reconstruction_error": float(error) / max(float(whole), 1e-300),
             "base_digest": "same" if digest == record.digest else "differs",
         }
 

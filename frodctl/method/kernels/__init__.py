@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,7 +169,7 @@ def kernels_of(device: str) -> Kernels:
         return Host()
     from frodctl.method.kernels.device import Device
 
-    return Device(device)
+    return cast("Kernels", Device(device))
 
 
 def has_gpu() -> bool:
@@ -177,10 +177,3 @@ def has_gpu() -> bool:
     if sys.platform == "linux":
         return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
     return sys.platform == "win32"
-
-
-def finite(X: Any) -> bool:
-    """Whether no number of a host array is NaN or Inf."""
-    import numpy as np
-
-    return bool(np.isfinite(X).all())

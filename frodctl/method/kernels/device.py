@@ -145,7 +145,8 @@ class Device:
         return _vector(values), rows.contiguous()
 
     def qr(self, A: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.qr(A, mode="r").R.contiguous()
+        R: torch.Tensor = torch.linalg.qr(A, mode="r").R
+        return R.contiguous()
 
     def inverse(self, A: torch.Tensor) -> torch.Tensor | None:
         found, info = torch.linalg.inv_ex(A)

@@ -156,7 +156,7 @@ class Host:
         return values.astype(np.float64), rows
 
     def qr(self, A: Matrix) -> Matrix:
-        return np.linalg.qr(A, mode="r")
+        return np.asarray(np.linalg.qr(A, mode="r"))
 
     def inverse(self, A: Matrix) -> Matrix | None:
         # of the transpose by LU, in memory that is A's: solving for I is 4 times as fast as getri
@@ -169,15 +169,17 @@ class Host:
         return found.T if np.isfinite(found).all() else None
 
     def row_dots(self, X: Matrix, Y: Matrix) -> Vector:
-        return np.einsum("ij,ij->i", X, Y).astype(np.float64)
+        dots: Vector = np.einsum("ij,ij->i", X, Y).astype(np.float64)
+        return dots
 
     def norms(self, X: Matrix, axis: int) -> Vector:
-        return np.sqrt(np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", X, X, dtype=np.float64))
+        squares: Vector = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", X, X, dtype=np.float64)
+        return np.sqrt(squares)
 
     def norm(self, X: Matrix) -> float:
         squares = 0.0
         for rows in _row_blocks(X):
-            part = X[rows].astype(np.float64 if X.dtype == np.float64 else np.float32).ravel()
+            part: Matrix = X[rows].astype("float64" if X.dtype == np.float64 else "float32").ravel()
             squares += float(np.einsum("i,i->", part, part))
         if 1e-30 < squares < 1e30:
             return math.sqrt(squares)
