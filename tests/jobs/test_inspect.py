@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import frodctl
-from frodctl.arrays import to_torch
+from frodctl.arrays import from_torch, to_torch
 from frodctl.checkpoint.stream import digest
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.jobs.inspect import InspectOptions, reports
