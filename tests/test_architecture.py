@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def place(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def statements(tree: ast.AST, *, in_functions: bool) -> Iterator[ast.stmt]:
     """All statements, but those under ``if TYPE_CHECKING``, which only name types and are never run."""
     for node in ast.iter_child_nodes(tree):
@@ -43,9 +49,14 @@ def statements(tree: ast.AST, *, in_functions: bool) -> Iterator[ast.stmt]:
             yield from statements(node, in_functions=in_functions)
 
 
-def imports(path: Path, *, in_functions: bool = True) -> Iterator[str]:
+@cache
+def imports(path: Path, *, in_functions: bool = True) -> tuple[str, ...]:
     """The names that a file imports."""
-    for node in statements(ast.parse(path.read_text()), in_functions=in_functions):
+    return tuple(_imports(path, in_functions))
+
+
+def _imports(path: Path, in_functions: bool) -> Iterator[str]:
+    for node in statements(tree_of(path), in_functions=in_functions):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -93,11 +104,11 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=place)
 def test_only_the_command_line_prints(path: Path) -> None:
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
     printing = [call.id for call in calls if isinstance(call, ast.Name) and call.id == "print"]
     streams = [
         node.attr
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")
     ]
     prints = place(path) == "training/report.py"  # print_trainable_parameters, as PEFT has it
@@ -112,7 +123,7 @@ def test_one_file_has_threads_work() -> None:
     attributes = [
         path.relative_to(ROOT)
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in starting
     ]
     assert [*map(str, found + attributes)] == ["pipeline.py"]
@@ -123,7 +134,7 @@ def test_messages_of_the_library_name_parameters_not_flags(path: Path) -> None:
     """In backticks, which the command line shows as flags; a card's shell command is one."""
     if path.relative_to(ROOT).parts[0] == "cli":
         return
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     documents = {
         id(node.body[0].value)
         for node in ast.walk(tree)
@@ -159,7 +170,7 @@ def test_no_torch_on_a_cpu(path: Path) -> None:
 
 def annotations(path: Path) -> Iterator[str]:
     """The types that a file names, and what its aliases of types stand for."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         found = [getattr(node, field, None) for field in ("annotation", "returns")]
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias":
             found.append(node.value)
@@ -185,7 +196,7 @@ def test_all_that_is_imported_is_declared() -> None:
     found = {
         name.split(".")[0].replace("_", "-")
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         for name in (
             [alias.name for alias in node.names]
             if isinstance(node, ast.Import)
