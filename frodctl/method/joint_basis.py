@@ -54,7 +54,7 @@ TIE = 1e-6
 #: than this. A small multiple of float32's ε, as V is stored in it at best.
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
 #: λ² = ‖R_i d‖² − α dᵀGd is taken where it is at least this many times ε ‖R_i‖² ‖d‖², else ‖W_i d‖².
-CANCELLATION = 2.0**16
+CANCELLATION = {"float32": 2.0**17, "float64": 2.0**24}
 #: Norms of layers that differ by no more are of one scale: where G is badly conditioned it still has all of them.
 SPREAD = 10.0
 #: The layers but the largest have shares C_i of this size where their norms are so much smaller together; there
@@ -196,24 +196,7 @@ def joint_basis(
         Rounding has left a layer's G_i + αG, or C_i + αI, without a Cholesky factor.
     """
     stack = _Stack(layers, kernels, cache_bytes, park, advance)
-    work = working_dtype(stack.shapes, precision)
-    G = stack.gram(work)
-    if stack.rescale():
-        G = stack.gram(work)
-    root = stack.cholesky_root(G, work)
-    limit = stack.float32_condition(alpha) if precision == "auto" else CHOLESKY_CONDITION
-    if work == "float32" and (root is None or root.condition > limit or stack.is_dominated):
-        work = "float64"
-        del root
-        if not all(nearly_square(*shape) for shape in stack.shapes):  # theirs were float64 already
-            G = stack.gram(work)
-        root = stack.cholesky_root(G, work)
-    if root is None:
-        if stack.is_spare:
-            G = stack.gram(work)
-        root = stack.qr_root(G) if stack.spread > SPREAD else _eigen_root(kernels, G)
-    if not stack.any_tall:
-        G = kernels.empty((0, 0), "float64")  # it has served, and R may be in its place
+    G, root, work = stack.factored(precision, alpha)
     T = stack.mean_resolvent(G, root, alpha, work)
     del G
     # T is as precise as the products it came from: float32 where there are wide weights only
@@ -233,12 +216,12 @@ def joint_basis(
     rms = math.sqrt(float(np.einsum("ij,ij->", columns[: root.rank], columns[: root.rank])) / stack.n) / stack.factor
     stored, signs = _store(columns, dtype, stack.factor)
     del columns
-    if Dt is not None and dtype == "float32":
-        Dt *= kernels.put(signs[:, None])
-    else:
-        Dt = None
     V = kernels_of("cpu").transpose(stored)
     del stored
+    if Dt is not None and dtype == "float32" and root.condition <= FLOAT32_CONDITION_WIDE:
+        Dt *= kernels.put(signs[:, None])
+    else:  # the rounding of V would show
+        Dt = None
     scales = stack.scales(V, Dt, root, work, alpha)
     _check_rounding(scales, root.rank, dtype)
     return JointBasis(V, tau, scales, root.rank, root.condition, work, rms)
@@ -342,6 +325,31 @@ class _Stack:
             if held == per_stack or following != i + 1 or self.shapes[following][0] != m:
                 yield slice(first, i + 1), stack[: held * m]
                 held = 0
+
+    def factored(self, precision: str, alpha: float) -> tuple[Array, _Root, str]:
+        """G (0, 0 where it is not needed again), its root, and the dtype of the products that turned out to do."""
+        work = working_dtype(self.shapes, precision)
+        G = self.gram(work)
+        if self.rescale():
+            del G
+            G = self.gram(work)
+        root = self.cholesky_root(G, work)
+        limit = self.float32_condition(alpha) if precision == "auto" else CHOLESKY_CONDITION
+        if work == "float32" and (root is None or root.condition > limit or self.is_dominated):
+            work = "float64"
+            del root
+            if not all(nearly_square(*shape) for shape in self.shapes):  # theirs were float64 already
+                del G
+                G = self.gram(work)
+            root = self.cholesky_root(G, work)
+        if root is None:
+            if self.is_spare:
+                del G
+                G = self.gram(work)
+            root = self.qr_root(G) if self.spread > SPREAD else _eigen_root(self.kernels, G)
+        if not self.any_tall:  # G has served, and R may be in its place
+            G = self.kernels.empty((0, 0), "float64")
+        return G, root, work
 
     def gram(self, work: str) -> Array:
         """G = Σ W_iᵀ W_i (n, n) float64."""
@@ -490,7 +498,7 @@ class _Stack:
         for i, R in self.roots.items():
             self.advance(layer_flops(*self.shapes[i])[2])
             squares[i] = self._squares_of(R, Dt) - shift
-            floor = CANCELLATION * epsilon(work) * lengths * self.sizes[i] ** 2
+            floor = CANCELLATION[work] * epsilon(work) * lengths * self.sizes[i] ** 2
             few = np.flatnonzero(~(squares[i] >= floor)).tolist()
             if few or factors[i] != self.factor:
                 lost[i] = few if factors[i] == self.factor else list(range(len(Dt)))
