@@ -26,8 +26,8 @@ from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
 
 if TYPE_CHECKING:
-    from frodctl.arrays import HostArray
-    from frodctl.method.joint_basis import JointBasis
+    from frodctl.arrays import Array, HostArray
+    from frodctl.method.joint_basis import Held, JointBasis
     from frodctl.method.kernels import Kernels
 
 
@@ -97,9 +97,10 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
     if plan.checkpoint.root is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     kernels = choose_device(plan.options.device)
-    require_memory(plan.peak_memory_bytes, kernels.name)
+    require_memory(plan.most_memory_bytes, kernels.name)
     with sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging:
-        sink.require_disk(staging.folder, 2 * plan.output_bytes - staging.finished_bytes())
+        needed = 2 * plan.output_bytes - staging.finished_bytes() + plan.parked_bytes
+        sink.require_disk(staging.folder, needed)
         parts = _Parts(plan, staging, kernels, progress)
         results = tuple(parts.finish(i) for i in range(len(plan.categories)))
         progress(Progress(f"writing {plan.output}"))
@@ -150,9 +151,15 @@ class _Parts:
 
     def _compute(self, number: int, category: CategoryPlan) -> dict[str, Json]:
         from frodctl.checkpoint import stream
-        from frodctl.method.joint_basis import NonFiniteWeights, NotPositiveDefinite, Unrepresentable, joint_basis
+        from frodctl.method.joint_basis import (
+            NonFiniteWeights,
+            NotPositiveDefinite,
+            Unrepresentable,
+            in_memory,
+            joint_basis,
+        )
 
-        options = self.plan.options
+        options, memory = self.plan.options, self.plan.memory(category)
         started = time.perf_counter()
         begun = self.done
         layers = _Weights(self.plan.checkpoint, category.targets)
@@ -164,7 +171,8 @@ class _Parts:
                     precision=options.precision,
                     dtype=options.dtype,
                     kernels=self.kernels,
-                    cache_bytes=options.cache_size,
+                    cache_bytes=memory.cache_bytes,
+                    park=self._park if memory.parked else in_memory,
                     advance=lambda flops: self._advance(category, flops),
                 )
         except NonFiniteWeights:
@@ -199,6 +207,13 @@ class _Parts:
         self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
         self._advance(category, begun + category.flops - self.done)
         return record
+
+    def _park(self, matrix: Array) -> Held:
+        """Have a matrix wait beside the finished categories."""
+        from frodctl.checkpoint.parking import park
+
+        back = park(self.kernels.get(matrix), self.staging.folder)
+        return lambda: self.kernels.put(back())
 
     def _advance(self, category: CategoryPlan, flops: float) -> None:
         self.done += flops
@@ -313,6 +328,7 @@ def _job_key(plan: DecomposePlan, kernels: Kernels) -> str:
         "root": str(plan.checkpoint.root.resolve()),
         "files": [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)],
         "options": [plan.options.alpha, plan.options.precision, plan.options.dtype, plan.options.cache_size],
+        "memory_limit": plan.options.memory_limit,
         "categories": [
             [c.name, [(t.module, t.tensor.file, t.tensor.offset, t.transposed) for t in c.targets]]
             for c in plan.categories
