@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import frodctl
 from frodctl.arrays import to_torch
@@ -27,6 +27,17 @@ SMOLLM2_135M = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "dtype": "bfloat16",
+}
+#: TinyLlama-1.1B's: 22 Llama layers.
+TINYLLAMA_1B = SMOLLM2_135M | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
 }
 
 
@@ -51,7 +62,10 @@ def make_llama(folder: Path, config: dict[str, object] = SMOLLM2_135M) -> Path:
     def weight(*shape: int) -> torch.Tensor:
         return (0.02 * torch.randn(shape, generator=generator)).bfloat16()
 
-    tensors = {"model.embed_tokens.weight": weight(int(str(config["vocab_size"])), hidden)}
+    vocabulary = int(str(config["vocab_size"]))
+    tensors = {"model.embed_tokens.weight": weight(vocabulary, hidden)}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = weight(vocabulary, hidden)
     tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
     for i in range(int(str(config["num_hidden_layers"]))):
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -64,30 +78,39 @@ def make_llama(folder: Path, config: dict[str, object] = SMOLLM2_135M) -> Path:
     return folder
 
 
-def make_adapter(folder: Path, model: Path, targets: str | list[str] = "all-linear") -> Path:
-    """An adapter in PEFT's layout, as PEFT initialises it but with its numbers changed at random.
+def make_matrices(folder: Path, count: int, rows: int, columns: int) -> Path:
+    """A checkpoint of that many matrices of one shape in bfloat16, and nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"model.layers.{i}.mlp.down_proj.weight": (0.02 * torch.randn(rows, columns, generator=generator)).bfloat16()
+        for i in range(count)
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
-    The basis comes from frodctl, which is sooner done, rounded as PEFT rounds it.
+
+def make_adapter(folder: Path, model: Path, basis_file: Path) -> Path:
+    """An adapter in PEFT's layout over a basis, as PEFT initialises it but with its numbers changed at random.
+
+    V is rounded to bfloat16, as PEFT rounds it. PEFT, whose U fits the basis that it computes anew as it loads, merges
+    this adapter into other weights than frodctl does, by the same work.
     """
-    names = targets if isinstance(targets, str) else ",".join(targets)
-    with tempfile.TemporaryDirectory() as work:
-        basis_file = Path(work, "basis.safetensors")
-        frodctl.decompose(str(model), basis_file, target_modules=names, dtype="bfloat16")
-        basis = frodctl.open_basis(basis_file)
-        indices = basis.indices()
-        generator = torch.Generator().manual_seed(0)
-        state = {}
-        for category, positions in indices.items():
-            n = basis.width(category)
-            state[f"base_model.frod_V.{category}"] = to_torch(basis.tensor(f"V.{category}"))
-            state[f"base_model.frod_s_indices.{category}"] = to_torch(positions).contiguous()
-            state[f"base_model.frod_s_size.{category}"] = torch.tensor([n, n])
-        for record in basis.metadata.modules:
-            scales = to_torch(basis.tensor(f"lambda.{record.name}"))
-            values = torch.randn(indices[record.category].shape[1], generator=generator)
-            key = f"base_model.model.{record.name}"
-            state[f"{key}.frod_lambda_l"] = scales * (1 + 0.02 * torch.randn(scales.shape, generator=generator))
-            state[f"{key}.frod_lambda_s_values"] = 0.02 * float(scales.mean()) * values
+    basis = frodctl.open_basis(basis_file)
+    indices = basis.indices()
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for category, positions in indices.items():
+        n = basis.width(category)
+        state[f"base_model.frod_V.{category}"] = to_torch(basis.tensor(f"V.{category}")).bfloat16()
+        state[f"base_model.frod_s_indices.{category}"] = to_torch(positions).contiguous()
+        state[f"base_model.frod_s_size.{category}"] = torch.tensor([n, n])
+    for record in basis.metadata.modules:
+        scales = to_torch(basis.tensor(f"lambda.{record.name}"))
+        values = torch.randn(indices[record.category].shape[1], generator=generator)
+        key = f"base_model.model.{record.name}"
+        state[f"{key}.frod_lambda_l"] = scales * (1 + 0.02 * torch.randn(scales.shape, generator=generator))
+        state[f"{key}.frod_lambda_s_values"] = 0.02 * float(scales.mean()) * values
     config = {
         "peft_type": "FROD",
         "task_type": "CAUSAL_LM",
@@ -100,6 +123,18 @@ def make_adapter(folder: Path, model: Path, targets: str | list[str] = "all-line
     folder.mkdir(parents=True)
     save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_own_adapter(folder: Path, model: Path, basis_file: Path) -> Path:
+    """An adapter of frodctl's over a basis, its numbers changed at random."""
+    live = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    frodctl.attach(live, basis_file)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in live.parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.002)
+    frodctl.save_adapter(live, folder)
     return folder
 
 

@@ -10,17 +10,18 @@ saves the adapter with its projections.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from checkpoints import make_llama
-from process import in_turns, print_table
+from machine import description
+from process import Row, in_turns, table
 
 PEFT = """
 import sys, torch
+sys.modules.update(torchao=None, bitsandbytes=None)  # nothing here needs them; where they are PEFT takes a second more
 from peft import FrodConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
@@ -29,23 +30,28 @@ get_peft_model(model, config).save_pretrained(sys.argv[3])
 """
 
 
+def measure(
+    model: Path, work: Path, repeats: int, *, dtypes: Sequence[str] = ("bfloat16",), warm_up: bool = True
+) -> list[Row]:
+    """Both on the checkpoint; ``dtypes`` are those in which PEFT's process loads it."""
+    basis = work / "basis.safetensors"
+    ours = [sys.executable, "-m", "frodctl", "decompose", str(model), "--target-modules", "all-linear"]
+    commands = {"frodctl decompose": [*ours, "--force", "-q", "-o", str(basis)]}
+    for dtype in dtypes:
+        commands[f"PEFT, {dtype}"] = [sys.executable, "-c", PEFT, str(model), dtype, str(work / f"peft-{dtype}")]
+    return in_turns(commands, repeats, warm_up=warm_up)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        model = arguments.model or make_llama(Path(work, "model"))
-        ours = [sys.executable, "-m", "frodctl", "decompose", str(model), "--target-modules", "all-linear"]
-        theirs = [sys.executable, "-c", PEFT, str(model)]
-        commands = {
-            "frodctl decompose": [*ours, "--force", "-q", "-o", f"{work}/basis.safetensors"],
-            "PEFT, bfloat16": [*theirs, "bfloat16", f"{work}/peft16"],
-            "PEFT, float32": [*theirs, "float32", f"{work}/peft32"],
-        }
-        results = in_turns(commands, arguments.repeats)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n")
-    print_table(results, "frodctl decompose")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = arguments.model or make_llama(work / "model")
+        rows = measure(model, work, arguments.repeats, dtypes=("bfloat16", "float32"))
+    print(f"{description()}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

@@ -17,15 +17,13 @@ standard library's module from every benchmark here.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from checkpoints import make_llama
-from process import in_turns, print_table
+from machine import cores, description
+from process import Row, in_turns, table
 
 INCLUDE = "*_proj*"
 WEIGHTWATCHER = """
@@ -44,6 +42,19 @@ print(details.to_json(orient="records"))
 """
 
 
+def measure(
+    model: Path, repeats: int, weightwatcher: Path | None, *, include: str = INCLUDE, warm_up: bool = True
+) -> list[Row]:
+    """Both on the checkpoint's matrices; frodctl alone where there is no Python that has WeightWatcher."""
+    ours = [sys.executable, "-m", "frodctl", "inspect", str(model), "--spectrum", "--include", include]
+    commands = {"frodctl inspect": [*ours, "--json", "-q"]}
+    if weightwatcher:
+        theirs = [str(weightwatcher), "-c", WEIGHTWATCHER, str(model), include]
+        for threads in sorted({1, cores()}):
+            commands[f"WeightWatcher, threads: {threads}"] = ["env", f"OMP_NUM_THREADS={threads}", *theirs]
+    return in_turns(commands, repeats, warm_up=warm_up)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weightwatcher-python", type=Path, required=True)
@@ -52,16 +63,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         model = arguments.model or make_llama(Path(work, "model"))
-        ours = [sys.executable, "-m", "frodctl", "inspect", str(model), "--spectrum", "--include", INCLUDE]
-        theirs = [str(arguments.weightwatcher_python), "-c", WEIGHTWATCHER, str(model), INCLUDE]
-        commands = {
-            "frodctl inspect": [*ours, "--json", "-q"],
-            "WeightWatcher": theirs,
-            "WeightWatcher, 1 thread": ["env", "OMP_NUM_THREADS=1", *theirs],
-        }
-        results = in_turns(commands, arguments.repeats)
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}\n")
-    print_table(results, "frodctl inspect")
+        rows = measure(model, arguments.repeats, arguments.weightwatcher_python)
+    print(f"{description()}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":
