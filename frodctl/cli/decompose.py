@@ -60,6 +60,9 @@ from frodctl.jobs import decompose as job
 @click.option(
     "--cache-size", default="128MB", show_default=True, metavar="SIZE", help="Memory for reused Gram matrices."
 )
+@click.option(
+    "--stream", is_flag=True, help="Read the Hub's weights by ranges at each pass, and keep none of them on disk."
+)
 @source_options
 @run_options
 @output_options

@@ -39,6 +39,7 @@ def decompose(
     token: str | None = ...,
     cache_dir: PathLike | None = ...,
     offline: bool = ...,
+    stream: bool = ...,
     force: bool = ...,
     resume: bool = ...,
 ) -> DecomposeResult: ...
@@ -66,6 +67,7 @@ def decompose(
     token: str | None = ...,
     cache_dir: PathLike | None = ...,
     offline: bool = ...,
+    stream: bool = ...,
     force: bool = ...,
     resume: bool = ...,
 ) -> DecomposePlan: ...
@@ -92,6 +94,7 @@ def decompose(
     token: str | None = None,
     cache_dir: PathLike | None = None,
     offline: bool = False,
+    stream: bool = False,
     force: bool = False,
     resume: bool = True,
 ) -> DecomposeResult | DecomposePlan:
@@ -135,6 +138,9 @@ def decompose(
         Bytes for Gram matrices kept between passes.
     revision, subfolder, token, cache_dir, offline
         How the model is reached, as in huggingface_hub.
+    stream : bool
+        Read weights that the Hub's cache has not by HTTP ranges, anew at each pass over them, and keep none on disk:
+        for models larger than the disk. The same file as without; no effect on what is on this machine.
     force : bool
         Replace an output that exists.
     resume : bool
@@ -181,6 +187,7 @@ def decompose(
         token=token,
         cache_dir=cache_dir,
         offline=offline,
+        stream=stream,
         force=force,
         resume=resume,
     )

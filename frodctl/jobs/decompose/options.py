@@ -35,6 +35,7 @@ class DecomposeOptions(HubOptions):
     precision: str = option("auto", values.choice(*PRECISIONS))  #: of the products with weights
     dtype: str = option("float32", values.dtype(*MODEL_DTYPES))  #: of the stored V
     cache_size: int = option(128 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
+    stream: bool = option(False, values.flag)  #: read what the Hub has by ranges, and keep none of it
     force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
 
