@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -234,6 +235,18 @@ class TestCut:
         assert [category["resumed"] for category in categories] == [True, True, False, False]
         succeeded(decompose("org/model", *ALL, "whole.safetensors", home="other"))
         assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+    def test_an_interrupted_run_says_so_and_is_taken_up(
+        self, decompose: Decompose, hub: HubServer, tmp_path: Path, flags: tuple[str, ...]
+    ) -> None:
+        env = environment(hub, tmp_path / "home")
+        words = ["decompose", "org/model", *flags, *ALL, "out.safetensors"]
+        moment = (1, "self_attn_q_proj") if flags else (3, "fetching")
+        done = forked.frodctl(words, tmp_path, env, moment=moment, number=signal.SIGINT)
+        assert done.returncode == 130
+        assert done.stderr.endswith("Interrupted; the same command resumes.\n")
+        categories = succeeded(decompose("org/model", *flags, *ALL, "out.safetensors"))["categories"]
+        assert categories[0]["resumed"] is True
 
     def test_a_commit_in_between_mixes_nothing_in(
         self, decompose: Decompose, hub: HubServer, repos: Path, tmp_path: Path, flags: tuple[str, ...]
