@@ -57,8 +57,9 @@ from frodctl.jobs import decompose as job
     show_default=True,
     help="In which V is stored.",
 )
+@click.option("--cache-size", default="1GB", show_default=True, metavar="SIZE", help="Memory for reused Gram matrices.")
 @click.option(
-    "--cache-size", default="128MB", show_default=True, metavar="SIZE", help="Memory for reused Gram matrices."
+    "--memory-limit", metavar="SIZE", help="Of the whole process: compute again, or keep on disk, what does not fit."
 )
 @click.option(
     "--stream", is_flag=True, help="Read the Hub's weights by ranges at each pass, and keep none of them on disk."

@@ -60,6 +60,7 @@ class BasisMetadata:
     V_digests: Mapping[str, str]  #: by category, ``sha256:…`` of V's bytes
     modules: Sequence[ModuleRecord]
     digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
+    memory_limit: int | None = None  #: as asked for: what is kept and what computed again differs in rounding
     peft_collisions: Sequence[str] = field(default=())  #: PEFT's names that stand for several categories here
     version: int = VERSION
 
@@ -71,6 +72,8 @@ class BasisMetadata:
     def to_json(self) -> str:
         value = asdict(self) | {"peft_loadable": self.peft_loadable}
         value["basis"] = value.pop("V_digests")
+        if self.memory_limit is None:
+            del value["memory_limit"]
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     def _check_types(self) -> None:
@@ -83,6 +86,7 @@ class BasisMetadata:
         texts = [text for m in self.modules for text in (m.name, m.category, m.digest)]
         _require(all(isinstance(text, str) for text in [self.model, self.tool, self.precision, *texts]), "modules")
         _require(len({m.name for m in self.modules}) == len(self.modules), "modules")
+        _require(self.memory_limit is None or type(self.memory_limit) is int, "memory_limit")
         _require(self.revision is None or isinstance(self.revision, str), "revision")
         _require(all(type(size) is int for m in self.modules for size in m.shape), "shape")
         _require(all(type(m.transposed) is bool for m in self.modules), "transposed")

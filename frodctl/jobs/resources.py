@@ -83,7 +83,7 @@ def memory_errors(device: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfResources(
-            f"out of memory on {device}; choose fewer or narrower target modules, or a smaller `cache_size`"
+            f"out of memory on {device}; choose fewer or narrower target modules, or give a `memory_limit`"
         ) from None
 
 

@@ -34,7 +34,7 @@ import numpy as np
 
 from frodctl.arrays import NAMED, dtype_name, epsilon
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.method.cost import STACK_ROWS, layer_flops
+from frodctl.method.cost import gram_bytes, is_deficient, layer_flops, nearly_square, stacked, working_dtype
 from frodctl.method.kernels import Kernels, kernels_of
 from frodctl.method.linalg import Scratch, spectral_norm_of_triangle
 
@@ -80,6 +80,15 @@ class Unrepresentable(FrodctlError):
         self.layer = layer
 
 
+#: A matrix that is kept somewhere, in memory or not.
+Held = Callable[[], "Array"]
+
+
+def in_memory(X: Array) -> Held:
+    """Keep a matrix where it is."""
+    return lambda: X
+
+
 class Layers(Protocol):
     """The weights of one category, which may be read as often as needed."""
 
@@ -113,28 +122,26 @@ class _Root:
     ``P`` is (n, n), triangular as R is, or Pᵀ (r, n). With a frame Eᵀ (r, n), EᵀE = I, R and P are (r, r), for W_i E.
     """
 
-    R: Array
-    P: Array
+    R: Held
+    P: Held
     null: Array
+    rank: int
     triangular: bool
     condition: float
     frame: Array | None = None
 
-    @property
-    def rank(self) -> int:
-        return len(self.R)
+    def dual(self, kernels: Kernels, Zt: Array, work: str) -> Array | None:
+        """D = PZ in rows, in the working dtype, in Zt's memory if that is; None unless P is triangular and (n, n)."""
+        if not self.triangular or self.frame is not None:
+            return None
+        same = dtype_name(Zt) == work
+        Z = Zt if same else kernels.copy(Zt, kernels.empty(tuple(Zt.shape), work))
+        return kernels.trmm(Z, self.P(), transpose=True)
 
-    def narrowed(self, kernels: Kernels, work: str) -> _Root:
-        """With P in the working dtype."""
-        return replace(self, P=kernels.put(self.P, work))
-
-    def directions(self, kernels: Kernels, Zt: Array, work: str) -> tuple[Array, Array | None]:
-        """V = RᵀZ in rows, float64; where P is triangular, and (n, n), also D = PZ, in the working dtype."""
-        Dt = None
-        if self.triangular and self.frame is None:
-            Dt = kernels.trmm(kernels.copy(Zt, kernels.empty(tuple(Zt.shape), work)), self.P, transpose=True)
+    def basis(self, kernels: Kernels, Zt: Array) -> Array:
+        """V = RᵀZ in rows, float64."""
         Z = kernels.copy(Zt, kernels.empty(tuple(Zt.shape), "float64"))
-        return kernels.trmm(Z, self.R) if self.triangular else _rotated(kernels, Z, self.R), Dt
+        return kernels.trmm(Z, self.R()) if self.triangular else _rotated(kernels, Z, self.R())
 
 
 def joint_basis(
@@ -145,6 +152,7 @@ def joint_basis(
     dtype: str = "float32",
     kernels: Kernels,
     cache_bytes: int = 0,
+    park: Callable[[Array], Held] = in_memory,
     advance: Callable[[float], None] = lambda flops: None,
 ) -> JointBasis:
     """Compute the joint basis of ``layers``.
@@ -169,6 +177,8 @@ def joint_basis(
         Where to compute.
     cache_bytes : int
         Memory for Gram matrices kept between passes instead of computed again.
+    park : callable
+        Takes R and R⁻¹ (n, n) while they are not needed, and returns what gives them back.
     advance : callable
         Progress: called with the number of floating-point operations just done (of `cost.flops`).
 
@@ -185,28 +195,35 @@ def joint_basis(
     NotPositiveDefinite
         Rounding has left a layer's G_i + αG, or C_i + αI, without a Cholesky factor.
     """
-    stack = _Stack(layers, kernels, cache_bytes, advance)
-    work = "float64" if precision == "float64" or stack.needs_float64 else "float32"
+    stack = _Stack(layers, kernels, cache_bytes, park, advance)
+    work = working_dtype(stack.shapes, precision)
     G = stack.gram(work)
     if stack.rescale():
         G = stack.gram(work)
-    root = _cholesky_root(kernels, G)
+    root = stack.cholesky_root(G, work)
     limit = stack.float32_condition(alpha) if precision == "auto" else CHOLESKY_CONDITION
     if work == "float32" and (root is None or root.condition > limit or stack.is_dominated):
         work = "float64"
-        if not all(map(_nearly_square, stack.shapes)):  # theirs were float64 already
-            del root
+        del root
+        if not all(nearly_square(*shape) for shape in stack.shapes):  # theirs were float64 already
             G = stack.gram(work)
-            root = _cholesky_root(kernels, G)
+        root = stack.cholesky_root(G, work)
     if root is None:
+        if stack.is_spare:
+            G = stack.gram(work)
         root = stack.qr_root(G) if stack.spread > SPREAD else _eigen_root(kernels, G)
-    root = root.narrowed(kernels, work)
+    if not stack.any_tall:
+        G = kernels.empty((0, 0), "float64")  # it has served, and R may be in its place
     T = stack.mean_resolvent(G, root, alpha, work)
     del G
     # T is as precise as the products it came from: float32 where there are wide weights only
     tau, Zt = kernels.syevd(T if stack.any_tall else kernels.put(T, work))
     del T
-    Vt, Dt = root.directions(kernels, Zt, work)
+    Vt = root.basis(kernels, Zt)
+    if not stack.roots:
+        root = replace(root, R=in_memory(root.null))
+    Dt = root.dual(kernels, Zt, work)
+    root = replace(root, P=in_memory(root.null))
     del Zt
     _untie(kernels, Vt, Dt, tau, graded=root.frame is not None)
     if root.frame is not None:
@@ -230,7 +247,14 @@ def joint_basis(
 class _Stack:
     """The three passes over the layers."""
 
-    def __init__(self, layers: Layers, kernels: Kernels, cache_bytes: int, advance: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        kernels: Kernels,
+        cache_bytes: int,
+        park: Callable[[Array], Held],
+        advance: Callable[[float], None],
+    ) -> None:
         self.layers = layers
         self.shapes = layers.shapes
         self.n = self.shapes[0][1]
@@ -242,29 +266,22 @@ class _Stack:
         self.grams: dict[int, Array] = {}  #: G_i
         self.roots: dict[int, Array] = {}  #: R_i with R_iᵀR_i = G_i + αG, in G_i's place
         self.sizes: dict[int, float] = {}  #: the length of R_i's longest column, about ‖R_i‖
-        self.gram_room = int(cache_bytes // (8 * self.n**2))
+        self.room = cache_bytes  #: for G_i
+        self.park = park
 
     @property
     def any_tall(self) -> bool:
         return any(m >= n for m, n in self.shapes)
 
+    @property
+    def is_spare(self) -> bool:
+        """Whether G is not needed beyond its Cholesky factor."""
+        return not self.any_tall and not is_deficient(self.shapes)
+
     def float32_condition(self, alpha: float) -> float:
         """Up to which condition number of R float32 products will do; their errors grow with its square over α."""
         limit = FLOAT32_CONDITION_TALL if self.any_tall else FLOAT32_CONDITION_WIDE
         return limit * min(1.0, math.sqrt(alpha / 1e-3))
-
-    @property
-    def needs_float64(self) -> bool:
-        """Whether shapes alone tell that float32 products will not do.
-
-        Where the layers but the highest have fewer than n rows together, that one has directions to itself, whose
-        τ are equal (with N = 1 or Σ m_i ≤ n all are), and rounding must not decide V. Where wide weights are nearly
-        square or stand beside tall ones, small τ drown in the rounding of the wide ones' terms.
-        """
-        heights = [m for m, _ in self.shapes]
-        widest = max((m for m in heights if m < self.n), default=0)
-        drowned = 2 * widest > self.n or (self.any_tall and widest > 0)
-        return drowned or sum(heights) - max(heights) < self.n
 
     def rescale(self) -> bool:
         """Choose the factor by the norms; whether it is another than before."""
@@ -313,10 +330,10 @@ class _Stack:
                 W = self.kernels.copy(W, self.scratch.empty("scaled", (m, n), "float64"))
                 W *= factor
             if m >= n:
-                wanted = near_square if near_square and _nearly_square((m, n)) else dtype
+                wanted = near_square if near_square and nearly_square(m, n) else dtype
                 yield slice(i, i + 1), self.kernels.copy(W, self.scratch.empty("W", (m, n), wanted))
                 continue
-            per_stack = max(1, STACK_ROWS // m)
+            per_stack = stacked(m, len(self.shapes))
             first = i if not held else first
             stack = self.scratch.empty("stack", (per_stack * m, n), dtype)
             self.kernels.copy(W, stack[held * m : (held + 1) * m])
@@ -329,13 +346,15 @@ class _Stack:
     def gram(self, work: str) -> Array:
         """G = Σ W_iᵀ W_i (n, n) float64."""
         self.grams.clear()
+        room = self.room
         total = _Sum(self.n, self.kernels)
         for layers, X in self.stacks(0, work, near_square="float64"):
             if self.shapes[layers.start][0] < self.n:
                 total.add_gram(X)
                 continue
-            gram = self.gram_of(X, keep=len(self.grams) < self.gram_room)
-            if len(self.grams) < self.gram_room:
+            room -= gram_bytes(self.n, dtype_name(X))
+            gram = self.gram_of(X, keep=room >= 0)
+            if room >= 0:
                 self.grams[layers.start] = gram
             total.add(gram)  # each G_i as it is used again: ties depend on G being their sum exactly
         return total.result()
@@ -350,10 +369,9 @@ class _Stack:
         """T = (1/N) Σ (C_i + αI)⁻¹ (r, r) float64."""
         terms = _Resolvents(G, root, alpha, work, self.scratch)
         unwhitened = root.triangular and root.frame is None
-        for i in self.grams if unwhitened else ():
+        for i in list(self.grams) if unwhitened else ():
             self.advance(layer_flops(*self.shapes[i])[1])
-            R, self.sizes[i] = terms.add_unwhitened(self.grams[i])
-            self.roots[i] = self._in_place_of(i, R, work)
+            self.roots[i], self.sizes[i] = terms.add_unwhitened(self.grams.pop(i), keep=True)
         others = [i for i in range(len(self.shapes)) if i not in self.roots]
         for layers, X in self.stacks(1, work, numbers=others, near_square="float64" if unwhitened else None):
             m = self.shapes[layers.start][0]
@@ -362,14 +380,26 @@ class _Stack:
             else:
                 terms.add_whitened(X, m)
         self.grams.clear()
+        self.scratch.blocks.clear()
         return terms.mean()
 
-    def _in_place_of(self, number: int, root: Array, work: str) -> Array:
-        """R_i, kept in G_i's memory where that is of the working dtype."""
-        gram = self.grams[number]
-        out = gram if dtype_name(gram) == work else self.kernels.empty((self.n, self.n), work)
-        self.grams[number] = out
-        return self.kernels.copy(root, out)
+    def cholesky_root(self, G: Array, work: str) -> _Root | None:
+        """The Cholesky factor of G as its root; None where G is singular or too badly conditioned for it.
+
+        R takes G's place where that is spare.
+        """
+        kernels, shape = self.kernels, (self.n, self.n)
+        if is_deficient(self.shapes):
+            return None
+        R = G if self.is_spare else kernels.axpby(1, G, 0, kernels.empty(shape, "float64"))
+        if not kernels.potrf(R):
+            return None
+        P = kernels.trtri(kernels.copy(R, kernels.empty(shape, work)))
+        condition = spectral_norm_of_triangle(kernels, R) * spectral_norm_of_triangle(kernels, P)
+        if not condition <= CHOLESKY_CONDITION:
+            return None
+        null = kernels.empty((0, self.n), "float64")
+        return _Root(self.park(R), self.park(P), null, self.n, True, condition)
 
     def qr_root(self, G: Array) -> _Root:
         """R by a QR factorisation of all weights, for layers of different scales whose G is badly conditioned.
@@ -397,7 +427,7 @@ class _Stack:
             R = kernels.qr(rows[np.argsort(-lengths, kind="stable").tolist()])
         P = kernels.trtri(kernels.copy(R, kernels.empty(tuple(R.shape), "float64")))
         condition = spectral_norm_of_triangle(kernels, R) * spectral_norm_of_triangle(kernels, P)
-        return _Root(R, P, null, True, condition, frame)
+        return _Root(self.park(R), self.park(P), null, len(R), True, condition, frame)
 
     def scales(self, V: HostArray, Dt: Array | None, root: _Root, work: str, alpha: float) -> list[HostArray]:
         """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank.
@@ -405,8 +435,7 @@ class _Stack:
         ``Dt`` (n, n) is D in rows where it is known.
         """
         kernels, rank = self.kernels, root.rank
-        exact = kernels.put(V.T.astype(np.float64) * self.factor)
-        lengths = np.sqrt(kernels.row_dots(exact, exact))[:rank]
+        lengths = (kernels_of("cpu").norms(V, 0) * self.factor)[:rank]
         if Dt is None:
             inverse = kernels.inverse(kernels.put(V.astype(np.float64) * self.factor, work))
             if inverse is None:
@@ -414,7 +443,6 @@ class _Stack:
                     "V is so badly conditioned that it is singular as it is stored; give `dtype=float32`"
                 )
             Dt = inverse
-        del exact
         Dt = Dt[:rank]
         duals = np.sqrt(kernels.row_dots(Dt, Dt))
         factors = [self._own_factor(norm) for norm in self.norms]
@@ -458,7 +486,7 @@ class _Stack:
         if not self.roots:
             return lost
         lengths = self.kernels.row_dots(Dt, Dt)
-        shift = alpha * self._squares_of(self.kernels.put(root.R, work), Dt)
+        shift = alpha * self._squares_of(self.kernels.put(root.R(), work), Dt)
         for i, R in self.roots.items():
             self.advance(layer_flops(*self.shapes[i])[2])
             squares[i] = self._squares_of(R, Dt) - shift
@@ -524,8 +552,9 @@ class _Resolvents:
         self.G = G
         self.root = root
         self.alpha = alpha
+        self.work = work
         self.kernels = scratch.kernels
-        self.P = root.P
+        self.P: Array | None = None  #: loaded when it is needed
         self.r = root.rank
         self.scratch = scratch
         self.unwhitened: _Sum | None = None  #: Σ (G_i + αG)⁻¹
@@ -534,10 +563,11 @@ class _Resolvents:
         self.wide_count = 0
         self.count = 0
 
-    def add_unwhitened(self, gram: Array) -> tuple[Array, float]:
+    def add_unwhitened(self, gram: Array, *, keep: bool = False) -> tuple[Array, float]:
         """A layer with m ≥ n, by its Gram matrix G_i (n, n).
 
-        Returns R_i with R_iᵀR_i = G_i + αG, valid until the next, and the length of its longest column.
+        Returns R_i with R_iᵀR_i = G_i + αG, in G_i's memory where that is of the working dtype, and the length of its
+        longest column; unless it is to be kept, R_i is not to be used.
         """
         shape = tuple(gram.shape)
         self.count += 1
@@ -545,10 +575,12 @@ class _Resolvents:
         self.kernels.axpby(self.alpha, self.G, 1, shifted)
         longest = math.sqrt(float(self.kernels.get(shifted.diagonal()).max()))
         R = self._factored(shifted)
+        if keep:
+            same = dtype_name(gram) == self.work
+            gram = self.kernels.copy(R, gram if same else self.kernels.empty(shape, self.work))
         self.unwhitened = self.unwhitened or _Sum(len(gram), self.kernels)
-        inverse = self.kernels.axpby(1, R, 0, self.scratch.empty("inverse", shape, "float64"))
-        self.unwhitened.add(self.kernels.potri(inverse))
-        return R, longest
+        self.unwhitened.add(self.kernels.potri(R))
+        return gram, longest
 
     def add_whitened(self, W: Array, m: int) -> None:
         """Layers of any one height m, on top of each other in W, by Q_i = W_i P (m, r)."""
@@ -556,6 +588,7 @@ class _Resolvents:
         if self.root.frame is not None:
             frame = kernels.put(self.root.frame, dtype)
             W = kernels.gemm(W, frame, self.scratch.empty("framed", (len(W), r), dtype), transpose_b=True)
+        self.P = self.root.P() if self.P is None else self.P
         if self.root.triangular:
             Q = kernels.trmm(W, self.P)
         else:
@@ -583,34 +616,19 @@ class _Resolvents:
     def mean(self) -> Array:
         """T (r, r) float64, symmetric."""
         kernels = self.kernels
-        T = kernels.zeros((self.r, self.r), "float64")
+        parts = []
         if self.unwhitened is not None:
-            T = kernels.sygst(self.unwhitened.result(), self.root.R)
+            parts.append(kernels.sygst(self.unwhitened.result(), self.root.R()))
         if self.tall is not None:
-            kernels.axpby(1, self.tall.result(), 1, T)
+            parts.append(self.tall.result())
         if self.wide is not None:
-            kernels.axpby(-1 / self.alpha, self.wide.result(), 1, T)
-            kernels.add_diagonal(T, self.wide_count / self.alpha)
-        T *= 1 / self.count
-        return T
-
-
-def _nearly_square(shape: tuple[int, ...]) -> bool:
-    m, n = shape
-    return n <= m < 2 * n
-
-
-def _cholesky_root(kernels: Kernels, G: Array) -> _Root | None:
-    """The Cholesky factor of G as its root; None where G is singular or too badly conditioned for it."""
-    shape = tuple(G.shape)
-    R = kernels.axpby(1, G, 0, kernels.zeros(shape, "float64"))
-    if not kernels.potrf(R):
-        return None
-    P = kernels.trtri(kernels.copy(R, kernels.empty(shape, "float64")))
-    condition = spectral_norm_of_triangle(kernels, R) * spectral_norm_of_triangle(kernels, P)
-    if not condition <= CHOLESKY_CONDITION:
-        return None
-    return _Root(R, P, kernels.empty((0, shape[1]), "float64"), True, condition)
+            wide = self.wide.result()
+            kernels.add_diagonal(kernels.axpby(-1 / self.alpha, wide, 0, wide), self.wide_count / self.alpha)
+            parts.append(wide)
+        T = parts[0]
+        for part in parts[1:]:
+            kernels.axpby(1, part, 1, T)
+        return kernels.axpby(1 / self.count, T, 0, T)
 
 
 def _eigen_root(kernels: Kernels, G: Array) -> _Root:
@@ -620,14 +638,14 @@ def _eigen_root(kernels: Kernels, G: Array) -> _Root:
     root = np.sqrt(values[len(null) :])
     condition = float(root[-1] / root[0]) if len(root) else 1.0
     scale = kernels.put(root[:, None])
-    return _Root(E * scale, E / scale, null, False, condition)
+    return _Root(in_memory(E * scale), in_memory(E / scale), null, len(E), False, condition)
 
 
 def _split(values: Vector, E: Array) -> tuple[Array, Array]:
     """The null space and the range, by the eigenvalues (n,), ascending, and eigenvectors in rows."""
     threshold = len(values) * float(np.finfo(np.float64).eps) * max(values[-1], 0)
     null = int((~(values > threshold)).sum())
-    return E[:null], E[null:]
+    return E[:null] * 1.0, E[null:]  # memory of its own: it stays longer
 
 
 def _negated(kernels: Kernels, A: Array) -> Array:

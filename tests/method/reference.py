@@ -17,15 +17,22 @@ from frodctl.method.kernels import Kernels, kernels_of
 Array = npt.NDArray[np.float64]
 
 
-class Layers:
+class Arrays:
     """Weights in memory, as the method takes them."""
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        self.weights = [from_torch(w) for w in weights]
-        self.shapes = [(len(w), w.shape[1]) for w in weights]
+    def __init__(self, weights: Sequence[HostArray]) -> None:
+        self.weights = weights
+        self.shapes = [(w.shape[0], w.shape[1]) for w in weights]
 
     def read(self, numbers: Sequence[int]) -> Iterator[HostArray]:
         return (self.weights[number] for number in numbers)
+
+
+class Layers(Arrays):
+    """Of torch's tensors."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        super().__init__([from_torch(w) for w in weights])
 
 
 @dataclass(frozen=True)

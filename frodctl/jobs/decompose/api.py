@@ -34,6 +34,7 @@ def decompose(
     precision: str = ...,
     dtype: str | torch.dtype = ...,
     cache_size: int | str = ...,
+    memory_limit: int | str | None = ...,
     revision: str | None = ...,
     subfolder: str = ...,
     token: str | None = ...,
@@ -62,6 +63,7 @@ def decompose(
     precision: str = ...,
     dtype: str | torch.dtype = ...,
     cache_size: int | str = ...,
+    memory_limit: int | str | None = ...,
     revision: str | None = ...,
     subfolder: str = ...,
     token: str | None = ...,
@@ -88,7 +90,8 @@ def decompose(
     device: str | torch.device = "auto",
     precision: str = "auto",
     dtype: str | torch.dtype = "float32",
-    cache_size: int | str = "128MB",
+    cache_size: int | str = "1GB",
+    memory_limit: int | str | None = None,
     revision: str | None = None,
     subfolder: str = "",
     token: str | None = None,
@@ -100,7 +103,7 @@ def decompose(
 ) -> DecomposeResult | DecomposePlan:
     """Compute the joint decomposition of a checkpoint and write it to a shared-basis file.
 
-    Values are taken in the forms that the command line takes, too: ``budget="2%"``, ``cache_size="128MB"``.
+    Values are taken in the forms that the command line takes, too: ``budget="2%"``, ``cache_size="1GB"``.
 
     Parameters
     ----------
@@ -136,6 +139,9 @@ def decompose(
         Of the stored V.
     cache_size : int or str
         Bytes for Gram matrices kept between passes.
+    memory_limit : int or str, optional
+        Bytes that the process may have resident at most: fewer Gram matrices are kept, and then matrices wait on disk
+        beside the output while they are not needed.
     revision, subfolder, token, cache_dir, offline
         How the model is reached, as in huggingface_hub.
     stream : bool
@@ -182,6 +188,7 @@ def decompose(
         precision=precision,
         dtype=dtype,
         cache_size=cache_size,
+        memory_limit=memory_limit,
         revision=revision,
         subfolder=subfolder,
         token=token,

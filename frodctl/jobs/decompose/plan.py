@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint
-from frodctl.errors import UsageError
+from frodctl.errors import OutOfResources, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.columns import Column
@@ -23,6 +24,15 @@ from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device
 from frodctl.method import budget, cost
 from frodctl.values import PathLike
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the decomposition of a category uses memory."""
+
+    precision: str  #: as asked for
+    cache_bytes: int  #: for Gram matrices that are kept
+    parked: bool = False  #: whether R and its inverse wait on disk while they are not needed
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,31 @@ class CategoryPlan:
     def flops(self) -> float:
         """Floating-point operations, about."""
         return cost.flops(self.shapes)
+
+    def memory(self, options: DecomposeOptions) -> Memory:
+        """What is kept: all that the cache has room for, as far as a limit allows it, then less, then R on disk."""
+        limit = options.memory_limit
+        if limit is None:
+            return Memory(options.precision, options.cache_size)
+        bare = self.most_memory_bytes(Memory(options.precision, 0))
+        ways = [
+            Memory(options.precision, options.cache_size),
+            Memory(options.precision, min(options.cache_size, max(0, limit - bare))),
+            Memory(options.precision, 0),
+        ]
+        fitting = (way for way in ways if self.most_memory_bytes(way) <= limit)
+        return next(fitting, Memory(options.precision, 0, parked=True))
+
+    def memory_bytes(self, memory: Memory, work: str | None = None) -> int:
+        """Peak memory of the process: the arithmetic's, and up to three weights read ahead."""
+        work = work or cost.working_dtype(self.shapes, memory.precision)
+        stored = max(target.nbytes for target in self.targets)
+        arithmetic = cost.memory_bytes(self.shapes, memory.cache_bytes, work, parked=memory.parked)
+        return PROCESS_BYTES + arithmetic + 3 * stored
+
+    def most_memory_bytes(self, memory: Memory) -> int:
+        """The same where float64 turns out to be needed."""
+        return max(self.memory_bytes(memory), self.memory_bytes(memory, "float64"))
 
     def row(self) -> dict[str, Json]:
         """The category as a line of a table."""
@@ -130,8 +165,31 @@ class DecomposePlan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Peak resident memory of the whole process, about."""
-        return PROCESS_BYTES + max(_working_bytes(c, self.options) for c in self.categories)
+        """Peak resident memory of the whole process, about, where products are of the precision that shapes tell."""
+        return max(c.memory_bytes(self.memory(c)) for c in self.categories)
+
+    @property
+    def most_memory_bytes(self) -> int:
+        """The same where float64 turns out to be needed."""
+        return max(c.most_memory_bytes(self.memory(c)) for c in self.categories)
+
+    @property
+    def parked_bytes(self) -> int:
+        """What waits on disk at a time at most."""
+        return max(16 * c.n**2 if self.memory(c).parked else 0 for c in self.categories)
+
+    def memory(self, category: CategoryPlan) -> Memory:
+        """How the category is to use memory."""
+        return category.memory(self.options)
+
+    def _check_memory(self) -> None:
+        """Raise `OutOfResources` where a limit leaves no way."""
+        limit, needed = self.options.memory_limit, self.most_memory_bytes
+        if limit is not None and needed > limit:
+            raise OutOfResources(
+                f"`memory_limit` {limit / 1e6:.0f} MB: at least {math.ceil(needed / 1e6)} MB are needed; give that, "
+                "or choose fewer or narrower target modules"
+            )
 
     @property
     def flops(self) -> float:
@@ -154,6 +212,7 @@ class DecomposePlan:
             seed=self.options.seed,
             sparsity={category.name: category.sparsity or 0.0 for category in self.categories},
             precision=self.options.precision,
+            memory_limit=self.options.memory_limit,
             V_digests=V_digests,
             modules=[
                 basis_file.ModuleRecord(
@@ -224,6 +283,7 @@ def plan_decompose(
     selection = targets.select(checkpoint, chosen.target_modules, chosen.exclude_modules, chosen.layers)
     categories, collisions = _categories(selection.targets, checkpoint, chosen)
     plan = DecomposePlan(checkpoint, path, chosen, categories, selection.left_out, tuple(collisions))
+    plan._check_memory()
     if not dry_run:
         plan.check_output()  # now that it is known what will be read
         checkpoint.parameters()  # for which embeddings may have to be read: before the work, not after it
@@ -254,9 +314,3 @@ def _numbers(checkpoint: Checkpoint, options: DecomposeOptions) -> float:
     """Numbers that the budget allows to train."""
     assert options.budget is not None
     return options.budget * checkpoint.parameters()
-
-
-def _working_bytes(category: CategoryPlan, options: DecomposeOptions) -> int:
-    """Memory that one category takes: the arithmetic's, and up to three weights read ahead."""
-    stored = max(target.nbytes for target in category.targets)
-    return cost.memory_bytes(category.shapes, options.cache_size) + 3 * stored

@@ -27,8 +27,8 @@ from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
 
 if TYPE_CHECKING:
-    from frodctl.arrays import HostArray
-    from frodctl.method.joint_basis import JointBasis
+    from frodctl.arrays import Array, HostArray
+    from frodctl.method.joint_basis import Held, JointBasis
     from frodctl.method.kernels import Kernels
 
 
@@ -98,13 +98,14 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
     if plan.checkpoint.source is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     kernels = choose_device(plan.options.device)
-    require_memory(plan.peak_memory_bytes, kernels.name)
+    require_memory(plan.most_memory_bytes, kernels.name)
     order = _order(plan)
     with (
         sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging,
         _source(plan, order, progress) as source,
     ):
-        sink.require_disk(staging.folder, 2 * plan.output_bytes - staging.finished_bytes())
+        needed = 2 * plan.output_bytes - staging.finished_bytes() + plan.parked_bytes
+        sink.require_disk(staging.folder, needed)
         parts = _Parts(plan, source, staging, kernels, progress)
         finished = {number: parts.finish(number) for number in order}
         results = tuple(finished[number] for number in sorted(finished))
@@ -177,9 +178,15 @@ class _Parts:
 
     def _compute(self, number: int, category: CategoryPlan) -> dict[str, Json]:
         from frodctl.checkpoint import stream
-        from frodctl.method.joint_basis import NonFiniteWeights, NotPositiveDefinite, Unrepresentable, joint_basis
+        from frodctl.method.joint_basis import (
+            NonFiniteWeights,
+            NotPositiveDefinite,
+            Unrepresentable,
+            in_memory,
+            joint_basis,
+        )
 
-        options = self.plan.options
+        options, memory = self.plan.options, self.plan.memory(category)
         started = time.perf_counter()
         begun = self.done
         layers = _Weights(self.source, category.targets)
@@ -191,7 +198,8 @@ class _Parts:
                     precision=options.precision,
                     dtype=options.dtype,
                     kernels=self.kernels,
-                    cache_bytes=options.cache_size,
+                    cache_bytes=memory.cache_bytes,
+                    park=self._park if memory.parked else in_memory,
                     advance=lambda flops: self._advance(category, flops),
                 )
         except NonFiniteWeights:
@@ -226,6 +234,13 @@ class _Parts:
         self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
         self._advance(category, begun + category.flops - self.done)
         return record
+
+    def _park(self, matrix: Array) -> Held:
+        """Have a matrix wait beside the finished categories."""
+        from frodctl.checkpoint.parking import park
+
+        back = park(self.kernels.get(matrix), self.staging.folder)
+        return lambda: self.kernels.put(back())
 
     def _advance(self, category: CategoryPlan, flops: float) -> None:
         self.done += flops
@@ -340,6 +355,7 @@ def _job_key(plan: DecomposePlan, kernels: Kernels) -> str:
         "arithmetic": kernels.identity(),
         "weights": _weights_key(plan),
         "options": [plan.options.alpha, plan.options.precision, plan.options.dtype, plan.options.cache_size],
+        "memory_limit": plan.options.memory_limit,
         "categories": [
             [c.name, [(t.module, t.tensor.file, t.tensor.offset, t.transposed) for t in c.targets]]
             for c in plan.categories

@@ -1,0 +1,75 @@
+"""The plan of memory against what is allocated, and what is computed where memory is short."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from frodctl.arrays import HostArray
+from frodctl.method import cost
+from frodctl.method.joint_basis import JointBasis, in_memory
+from frodctl.method.joint_basis import joint_basis as decompose
+from frodctl.method.kernels import kernels_of
+from tests.method.reference import Arrays
+
+N = 384
+SHAPES = {
+    "wide": [(150, N)] * 6,
+    "square": [(450, N)] * 4,
+    "tall": [(1050, N)] * 4,
+    "tall and square": [(450, N), (1050, N)] * 2,
+    "nearly square and wide": [(300, N)] * 4,
+    "fewer rows": [(150, N)] * 2,
+    "wide and square": [(150, N)] * 4 + [(450, N)] * 2,
+}
+
+
+def weights(shapes: list[tuple[int, int]]) -> list[HostArray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+
+
+def traced(layers: Arrays, **options: object) -> tuple[JointBasis, int]:
+    """The basis, and the most memory that numpy and scipy have had at a time."""
+    tracemalloc.start()
+    try:
+        basis = decompose(layers, kernels=kernels_of("cpu"), **options)  # type: ignore[arg-type]
+        return basis, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("cache", [0, 5, 100])
+@pytest.mark.parametrize("precision", ["auto", "float64"])
+def test_memory_is_what_the_plan_says(shapes: list[tuple[int, int]], cache: int, precision: str) -> None:
+    layers = Arrays(weights(shapes))
+    decompose(Arrays(weights([(20, 8)] * 3)), kernels=kernels_of("cpu"))  # whatever is loaded on first use
+    cache_bytes = cache * 8 * N * N
+    basis, peak = traced(layers, cache_bytes=cache_bytes, precision=precision)
+    assert basis.precision == cost.working_dtype(shapes, precision)
+    planned = cost.memory_bytes(shapes, cache_bytes, basis.precision)
+    assert 0.9 * planned <= peak <= 1.1 * planned
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("precision", ["auto", "float64"])
+def test_matrices_that_wait_elsewhere_change_no_byte(shapes: list[tuple[int, int]], precision: str) -> None:
+    layers = Arrays(weights(shapes))
+    waiting: list[bytes] = []
+
+    def park(matrix: HostArray) -> Callable[[], HostArray]:
+        waiting.append(matrix.tobytes())
+        kept, dtype, shape = waiting[-1], matrix.dtype, matrix.shape
+        matrix[:] = np.nan  # whoever goes on using it shows
+        return lambda: np.frombuffer(bytearray(kept), dtype).reshape(shape)
+
+    plain = decompose(layers, kernels=kernels_of("cpu"), precision=precision, park=in_memory)
+    parked = decompose(layers, kernels=kernels_of("cpu"), precision=precision, park=park)
+    assert parked.V.tobytes() == plain.V.tobytes()
+    assert parked.tau.tobytes() == plain.tau.tobytes()
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(parked.scales, plain.scales, strict=True))
+    assert len(waiting) == (0 if sum(m for m, _ in shapes) < N else 2)
