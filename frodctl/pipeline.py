@@ -6,6 +6,8 @@ stops, nothing more is begun.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -15,6 +17,7 @@ from typing import Generic, Self, TypeVar
 AHEAD = 2
 
 T = TypeVar("T")
+_thread = threading.local()
 
 
 class Workers(Generic[T]):
@@ -32,12 +35,14 @@ class Workers(Generic[T]):
         self._pool = ThreadPoolExecutor(count, "frodctl", prepare)
         self._waiting: deque[Future[T]] = deque()
         self._stopped = False
+        self._left = threading.Event()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stopped = True
+        self._left.set()
         self._pool.shutdown(cancel_futures=True)
 
     def __len__(self) -> int:
@@ -60,11 +65,24 @@ class Workers(Generic[T]):
     def _do(self, task: Callable[[], T]) -> T:
         if self._stopped:
             raise CancelledError
+        _thread.left = self._left
         try:
             return task()
         except BaseException:
             self._stopped = True
             raise
+
+
+def pause(seconds: float = 0.0) -> None:
+    """Wait within a task, or not at all; raises `CancelledError` once nobody is left to take the task's result.
+
+    A task that takes long calls it now and then, so that the caller need not wait for its end.
+    """
+    left: threading.Event | None = getattr(_thread, "left", None)
+    if left is None:
+        time.sleep(seconds)
+    elif left.wait(seconds):
+        raise CancelledError
 
 
 def in_order(

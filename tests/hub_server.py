@@ -8,7 +8,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -33,6 +33,10 @@ class Request:
     authorization: str | None  # such as "Bearer hf_x"
     status: int = 0
     bytes_sent: int = 0  # of the body
+
+
+class Cut(Exception):
+    """Drops a connection."""
 
 
 @dataclass(eq=False)
@@ -105,6 +109,11 @@ class HubServer:
     from a `gated` one. With `token` given, a client that sends another one is refused everywhere, as on the
     real Hub; without, every token is that of a guest who may see public repositories only.
 
+    `watch` is called before each piece of a file's content is sent: what it waits for throttles the client, and
+    `Cut` raised there drops the connection. With `store`, another server's URL, large files are redirected to it.
+
+    `meet` is called with each request before it is answered; `Cut` raised there is no answer.
+
     `broken` maps the beginning of a request ("GET /api/models/org/name") to what is answered in place of the truth:
     a status, or a body.
     """
@@ -124,6 +133,9 @@ class HubServer:
         self.private, self.gated, self.token = private, gated, token
         self.requests: list[Request] = []
         self.broken: dict[str, int | bytes] = {}
+        self.meet: Callable[[Request], None] = lambda request: None
+        self.watch: Callable[[Request], None] = lambda request: None
+        self.store: str | None = None
         self._server = _Server(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -194,6 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.seen = Request(self.command, self.path, self.headers["Range"], self.headers["Authorization"])
         self.hub.requests.append(self.seen)
+        self.hub.meet(self.seen)
         for request, answer in self.hub.broken.items():
             if f"{self.command} {self.path}".startswith(request):
                 status, body = (answer, b"{}") if isinstance(answer, int) else (200, answer)
@@ -238,6 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{file.sha256 or file.oid}"', "Accept-Ranges": "bytes"}
         if file.sha256:
             headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(file.size)}
+            if self.hub.store:
+                headers["Location"] = self.hub.store + self.path
+                return self._send(302, headers, 0, BytesIO())
         start, stop, status = 0, file.size, 200
         if self.command == "GET" and (match := _RANGE.fullmatch(self.seen.range or "")):
             first, last = match.groups()
@@ -248,9 +264,16 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{file.size}"
         with file.source.open("rb") as stream:
             stream.seek(start)
-            self._send(status, headers, stop - start, stream)
+            self._send(status, headers, stop - start, stream, self.hub.watch)
 
-    def _send(self, status: int, headers: Mapping[str, str], length: int, body: BinaryIO) -> None:
+    def _send(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        length: int,
+        body: BinaryIO,
+        watch: Callable[[Request], None] = lambda request: None,
+    ) -> None:
         self.seen.status = status
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(length), "Connection": "close"}.items():
@@ -258,5 +281,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         while self.command == "GET" and (data := body.read(min(65536, length - self.seen.bytes_sent))):
+            watch(self.seen)
             self.seen.bytes_sent += len(data)  # before the last byte lets the client go on and look here
             self.wfile.write(data)

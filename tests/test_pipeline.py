@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from frodctl.errors import InvalidInput
-from frodctl.pipeline import AHEAD, Workers, in_order
+from frodctl.pipeline import AHEAD, Workers, in_order, pause
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +165,33 @@ def test_an_interrupt_while_the_caller_waits_ends_the_threads() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert 2 <= len(counted.begun) <= 2 + AHEAD
+
+
+def test_a_task_that_pauses_ends_when_nobody_takes_its_result() -> None:
+    """However long it would have waited; one without a pool around it simply waits."""
+    pause(0.0)
+    begun = threading.Event()
+
+    def endless() -> None:
+        begun.set()
+        while True:
+            pause(1e6)
+
+    with Workers[None]() as workers:
+        workers.add(endless)
+        assert begun.wait(60)
+
+
+def test_a_pause_does_not_end_what_is_waited_for() -> None:
+    def some() -> int:
+        pause()
+        pause(0.001)
+        return 5
+
+    with Workers[int](2) as workers:
+        for _ in range(3):
+            workers.add(some)
+        assert [workers.take() for _ in range(3)] == [5] * 3
 
 
 def test_a_process_ends_though_an_iteration_is_open() -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from frodctl.checkpoint.inputs import MAX_JSON_BYTES, Json, check_amount, decode_json, open_input
 from frodctl.errors import InvalidInput
 
-_CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 8 << 20  #: of what is read in pieces
 MAX_DIMENSIONS = 32  #: of a tensor: numpy's limit before 2.0
 _MAX_NAME = 1000
 
@@ -194,7 +194,7 @@ def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
     InvalidInput
         The file ends before them.
     """
-    buffer = memoryview(bytearray(min(nbytes, _CHUNK_BYTES)))
+    buffer = memoryview(bytearray(min(nbytes, CHUNK_BYTES)))
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while nbytes > 0:

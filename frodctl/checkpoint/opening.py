@@ -28,6 +28,8 @@ def open_checkpoint(
     location: Location,
     *,
     headers_only: bool = False,
+    later: bool = False,
+    streamed: bool = False,
     everything: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Checkpoint:
@@ -38,6 +40,10 @@ def open_checkpoint(
     location : Location
     headers_only : bool
         Fetch no weights from the Hub: headers come by range requests, and the result cannot be streamed.
+    later : bool
+        Leave the weights on the Hub, where their headers can be read there: `Checkpoint.repository` brings them.
+    streamed : bool
+        The same, and no weights that have to be downloaded whole.
     everything : bool
         Fetch also what the model needs beside its weights (see `frodctl.checkpoint.companions`).
     progress : callable, optional
@@ -53,9 +59,17 @@ def open_checkpoint(
     path = location.local_path()
     if path is None:
         from frodctl.checkpoint import hub
+        from frodctl.checkpoint.hub_errors import is_offline
 
-        if headers_only and not hub.is_offline(location):
-            return hub.remote_headers(location)
+        if (headers_only or later or streamed) and not is_offline(location):
+            remote = hub.open_remote(location, later=not headers_only)
+            if remote is not None:
+                return remote
+            if headers_only or streamed:
+                raise FrodctlError(
+                    f"{location.model}: its weights are pickled, and no part of them can be read remotely; "
+                    "download the checkpoint first"
+                )
         model, revision, root = hub.download(location, progress, everything=everything)
         return _from_folder(root, model, revision)
     if path.is_file() and path.name.endswith(".index.json"):

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from frodctl import values
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.inputs import kind_of
+from frodctl.checkpoint.source import Folder, Source
 from frodctl.checkpoint.ties import Ties, find_ties
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
+    from frodctl.checkpoint.remote import Repository
 
 #: What models are trained in, and a basis stored: torch's name of the dtype, and the safetensors format's.
 MODEL_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -122,20 +124,28 @@ class Checkpoint:
 
     model: str  #: as the user named it, without the revision
     revision: str | None  #: the commit, of a checkpoint from the Hub
-    root: Path | None  #: folder that holds the files; None where only headers were fetched
+    root: Path | None  #: folder that holds the files; None where only headers are here
     config: dict[str, object]
     tensors: dict[str, TensorInfo]
     path: Path | None = None  #: the file, of a checkpoint that was named by one
+    repository: Repository | None = None  #: where its weights are, of headers whose weights come later
 
     def files(self) -> list[Path]:
-        """The files that hold its tensors; none of headers alone."""
+        """The files that hold its tensors, as far as they are here."""
         names = sorted({info.file for info in self.tensors.values()})
+        if self.repository is not None:
+            return [path for name in names if (path := self.repository.cached(name)) is not None]
         return [self.root / name for name in names] if self.root is not None else []
+
+    @property
+    def source(self) -> Source | None:
+        """What its tensors can be read from; None of headers alone."""
+        return Folder(self.root) if self.root is not None else self.repository
 
     @cached_property
     def ties(self) -> Ties:
         """The tensors that the model uses as one."""
-        return find_ties(self.tensors, self.config, self.root)
+        return find_ties(self.tensors, self.config, self.source)
 
     def parameters(self) -> int:
         """Number of parameters: floating-point elements, tied tensors counted once."""

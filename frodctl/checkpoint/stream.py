@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from frodctl.arrays import DTYPES
-from frodctl.checkpoint.codec import read_into
+from frodctl.checkpoint.source import Folder, Source
 from frodctl.errors import InvalidInput, OutOfResources
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 _PIECE = 1 << 18  # elements
 
 
-def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: HostArray | None = None) -> HostArray:
+def read_tensor(
+    source: Source | Path, info: TensorInfo, index: int | None = None, buffer: HostArray | None = None
+) -> HostArray:
     """Read one tensor, or slice ``index`` of its first dimension, in its stored dtype and shape.
 
-    Its bytes go to the beginning of ``buffer`` (uint8) if one is given, else to fresh memory. The result is
-    contiguous (except where a pickled tensor was stored with other strides) and aligned regardless of its
-    place in the file, so that equal bytes give equal arithmetic.
+    ``source`` may be the folder of its file. The bytes go to the beginning of ``buffer`` (uint8) if one is given, else
+    to fresh memory. The result is contiguous (except where a pickled tensor was stored with other strides) and aligned
+    regardless of its place in the file, so that equal bytes give equal arithmetic.
 
     Raises
     ------
@@ -41,11 +43,11 @@ def read_tensor(root: Path, info: TensorInfo, index: int | None = None, buffer: 
         return whole if index is None else whole[index]
     if index is not None:
         info = info.slice(index)
-    path, nbytes = root / info.file, info.nbytes
+    if isinstance(source, Path):
+        source = Folder(source)
+    nbytes = info.nbytes
     buffer = _empty(nbytes, info.name) if buffer is None else buffer[:nbytes]
-    with open(path, "rb", buffering=0) as file:
-        file.seek(info.offset)
-        read_into(file, tensor_bytes(buffer), f"{path}: tensor {info.name}: the file ends before it; download it again")
+    source.read(info, tensor_bytes(buffer))
     flat: HostArray = buffer.view(DTYPES[info.dtype])
     if info.stride is None:
         flat.shape = info.shape

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frodctl.checkpoint import codec
+from frodctl.checkpoint.source import Source
 from frodctl.errors import InvalidInput
 
 if TYPE_CHECKING:  # which knows its ties
@@ -56,7 +55,7 @@ def is_head(tensor: str) -> bool:
     return _HEAD.fullmatch(tensor) is not None
 
 
-def find_ties(tensors: Mapping[str, TensorInfo], config: Mapping[str, object], root: Path | None) -> Ties:
+def find_ties(tensors: Mapping[str, TensorInfo], config: Mapping[str, object], source: Source | None) -> Ties:
     """Find the tied tensors of a checkpoint.
 
     Tensors of a pickled checkpoint are tied where they share their bytes, input embeddings also where theirs are equal.
@@ -68,16 +67,16 @@ def find_ties(tensors: Mapping[str, TensorInfo], config: Mapping[str, object], r
     ----------
     tensors, config : mapping
         The checkpoint's.
-    root : Path or None
-        Folder of its files; None where they are not here, and then their bytes are not compared.
+    source : Source or None
+        Of its tensors; None where there is none, and then their bytes are not compared.
     """
     embeddings = [info for name, info in tensors.items() if _EMBEDDING.fullmatch(name) and len(info.shape) == 2]
     heads = [info for name, info in tensors.items() if is_head(name) and len(info.shape) == 2]
     firsts = {info.shape: info for info in reversed(embeddings)}
-    twins = _alike([info for info in embeddings if info is not firsts[info.shape]], firsts, root)
+    twins = _alike([info for info in embeddings if info is not firsts[info.shape]], firsts, source)
     said = _said(config)
     if said is None:
-        tied = _alike(heads, firsts, root)
+        tied = _alike(heads, firsts, source)
     else:
         tied = {head.name: firsts[head.shape].name for head in heads if said and head.shape in firsts}
     words = {*tied, *tied.values()}
@@ -121,25 +120,23 @@ def _at_one_place(tensors: Collection[TensorInfo]) -> tuple[set[str], set[str]]:
 
 
 def _alike(
-    tensors: Collection[TensorInfo], firsts: Mapping[tuple[int, ...], TensorInfo], root: Path | None
+    tensors: Collection[TensorInfo], firsts: Mapping[tuple[int, ...], TensorInfo], source: Source | None
 ) -> dict[str, str]:
     """Those of the tensors that have the same bytes as the first embedding of their shape, and its name."""
     pairs = [(info, firsts[info.shape]) for info in tensors if info.shape in firsts]
-    return {info.name: first.name for info, first in pairs if root is not None and same_bytes(root, info, root, first)}
+    if source is None:
+        return {}
+    return {info.name: first.name for info, first in pairs if same_bytes(source, info, source, first)}
 
 
-def same_bytes(root: Path, one: TensorInfo, other_root: Path, other: TensorInfo) -> bool:
+def same_bytes(source: Source, one: TensorInfo, other_source: Source, other: TensorInfo) -> bool:
     """Whether two tensors of one shape have the same dtype and, element by element, the same bytes."""
     if one.dtype != other.dtype:
         return False
     if any(info.data is not None or info.stride is not None for info in (one, other)):  # of a pickle
         from frodctl.checkpoint.stream import read_tensor, tensor_bytes
 
-        mine, theirs = read_tensor(root, one), read_tensor(other_root, other)
+        mine, theirs = read_tensor(source, one), read_tensor(other_source, other)
         return tensor_bytes(mine) == tensor_bytes(theirs)
-    pieces = zip(
-        codec.read_chunks(root / one.file, one.offset, one.nbytes),
-        codec.read_chunks(other_root / other.file, other.offset, other.nbytes),
-        strict=True,
-    )
+    pieces = zip(source.chunks(one), other_source.chunks(other), strict=True)
     return all(first == second for first, second in pieces)

@@ -61,6 +61,9 @@ from frodctl.jobs import decompose as job
 @click.option(
     "--memory-limit", metavar="SIZE", help="Of the whole process: compute again, or keep on disk, what does not fit."
 )
+@click.option(
+    "--stream", is_flag=True, help="Read the Hub's weights by ranges at each pass, and keep none of them on disk."
+)
 @source_options
 @run_options
 @output_options

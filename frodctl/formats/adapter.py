@@ -258,8 +258,9 @@ def open_adapter(location: Location, name: str | None = None, *, headers_only: b
     path = location.local_path()
     if path is None:
         from frodctl.checkpoint import hub
+        from frodctl.checkpoint.hub_errors import is_offline
 
-        if headers_only and not hub.is_offline(location):
+        if headers_only and not is_offline(location):
             config, infos = hub.remote_adapter(location, choose)
             return _adapter(location.model, None, config, infos)
         path = hub.download_adapter(location)

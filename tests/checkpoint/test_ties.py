@@ -196,7 +196,7 @@ def test_bytes_are_compared_element_by_element_whatever_the_file(mine: str, thei
         return open_checkpoint(Location(str(folder)))
 
     one, two = saved(tmp_path / "a", mine, state), saved(tmp_path / "b", theirs, other)
-    assert one.root is not None
-    assert two.root is not None
-    found = {name: same_bytes(one.root, one.tensors[name], two.root, two.tensors[name]) for name in state}
+    assert one.source is not None
+    assert two.source is not None
+    found = {name: same_bytes(one.source, one.tensors[name], two.source, two.tensors[name]) for name in state}
     assert found == {"equal": True, "columns first": True, "sign of zero": False, "last": False}

@@ -40,6 +40,7 @@ def decompose(
     token: str | None = ...,
     cache_dir: PathLike | None = ...,
     offline: bool = ...,
+    stream: bool = ...,
     force: bool = ...,
     resume: bool = ...,
 ) -> DecomposeResult: ...
@@ -68,6 +69,7 @@ def decompose(
     token: str | None = ...,
     cache_dir: PathLike | None = ...,
     offline: bool = ...,
+    stream: bool = ...,
     force: bool = ...,
     resume: bool = ...,
 ) -> DecomposePlan: ...
@@ -95,6 +97,7 @@ def decompose(
     token: str | None = None,
     cache_dir: PathLike | None = None,
     offline: bool = False,
+    stream: bool = False,
     force: bool = False,
     resume: bool = True,
 ) -> DecomposeResult | DecomposePlan:
@@ -141,6 +144,9 @@ def decompose(
         beside the output while they are not needed.
     revision, subfolder, token, cache_dir, offline
         How the model is reached, as in huggingface_hub.
+    stream : bool
+        Read weights that the Hub's cache has not by HTTP ranges, anew at each pass over them, and keep none on disk:
+        for models larger than the disk. The same file as without; no effect on what is on this machine.
     force : bool
         Replace an output that exists.
     resume : bool
@@ -188,6 +194,7 @@ def decompose(
         token=token,
         cache_dir=cache_dir,
         offline=offline,
+        stream=stream,
         force=force,
         resume=resume,
     )

@@ -36,6 +36,7 @@ class DecomposeOptions(HubOptions):
     dtype: str = option("float32", values.dtype(*MODEL_DTYPES))  #: of the stored V
     cache_size: int = option(1000 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
     memory_limit: int | None = option(None, optional(values.size))  #: bytes that the process may take at most
+    stream: bool = option(False, values.flag)  #: read what the Hub has by ranges, and keep none of it
     force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
 

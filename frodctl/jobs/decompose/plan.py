@@ -272,7 +272,13 @@ def plan_decompose(
         sink.check_output_file(path, force=chosen.force)
         choose_device(chosen.device)  # before a download, not after it
     basis_file.check_name(path)
-    checkpoint = open_checkpoint(location, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
+    checkpoint = open_checkpoint(
+        location,
+        headers_only=dry_run,
+        later=True,
+        streamed=chosen.stream,
+        progress=lambda text: progress(Progress(text)),
+    )
     refuse_quantized(checkpoint)
     selection = targets.select(checkpoint, chosen.target_modules, chosen.exclude_modules, chosen.layers)
     categories, collisions = _categories(selection.targets, checkpoint, chosen)
@@ -280,6 +286,7 @@ def plan_decompose(
     plan._check_memory()
     if not dry_run:
         plan.check_output()  # now that it is known what will be read
+        checkpoint.parameters()  # for which embeddings may have to be read: before the work, not after it
     return plan
 
 

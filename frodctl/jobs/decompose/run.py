@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import IO, TYPE_CHECKING, ClassVar
 import frodctl
 from frodctl.checkpoint import codec, sink
 from frodctl.checkpoint.inputs import Json
-from frodctl.checkpoint.records import Checkpoint
+from frodctl.checkpoint.source import Source
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
@@ -94,15 +95,20 @@ class DecomposeResult:
 def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> DecomposeResult:
     """Carry out a plan of `plan_decompose`. Errors are those of `decompose`."""
     started = time.perf_counter()
-    if plan.checkpoint.root is None:
+    if plan.checkpoint.source is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     kernels = choose_device(plan.options.device)
     require_memory(plan.most_memory_bytes, kernels.name)
-    with sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging:
+    order = _order(plan)
+    with (
+        sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging,
+        _source(plan, order, progress) as source,
+    ):
         needed = 2 * plan.output_bytes - staging.finished_bytes() + plan.parked_bytes
         sink.require_disk(staging.folder, needed)
-        parts = _Parts(plan, staging, kernels, progress)
-        results = tuple(parts.finish(i) for i in range(len(plan.categories)))
+        parts = _Parts(plan, source, staging, kernels, progress)
+        finished = {number: parts.finish(number) for number in order}
+        results = tuple(finished[number] for number in sorted(finished))
         progress(Progress(f"writing {plan.output}"))
         plan = plan.settled([result.outcome.rms_singular_value for result in results])
         results = tuple(replace(r, plan=c) for r, c in zip(results, plan.categories, strict=True))
@@ -119,11 +125,32 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
     return DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
 
 
+def _order(plan: DecomposePlan) -> list[int]:
+    """The numbers of the categories, those first that wait for the fewest files."""
+    here = {path.name for path in plan.checkpoint.files()}
+    missing = [len({target.tensor.file for target in c.targets} - here) for c in plan.categories]
+    return sorted(range(len(missing)), key=missing.__getitem__)
+
+
+def _source(plan: DecomposePlan, order: Sequence[int], progress: Callback) -> AbstractContextManager[Source]:
+    """What the weights are read from: files that are here, or come in the order of the categories, or the Hub."""
+    if plan.checkpoint.repository is None or plan.options.stream:
+        assert plan.checkpoint.source is not None
+        return nullcontext(plan.checkpoint.source)
+    from frodctl.checkpoint.remote import Downloads
+
+    tensors = [target.tensor for number in order for target in plan.categories[number].targets]
+    return Downloads(plan.checkpoint.repository, tensors, lambda text: progress(Progress(text)))
+
+
 class _Parts:
     """The finished categories, each a safetensors file in the staging folder."""
 
-    def __init__(self, plan: DecomposePlan, staging: sink.Staging, kernels: Kernels, progress: Callback) -> None:
+    def __init__(
+        self, plan: DecomposePlan, source: Source, staging: sink.Staging, kernels: Kernels, progress: Callback
+    ) -> None:
         self.plan = plan
+        self.source = source
         self.staging = staging
         self.kernels = kernels
         self.progress = progress
@@ -138,7 +165,7 @@ class _Parts:
     def finish(self, number: int) -> CategoryResult:
         """Take the category from an earlier run, or compute and keep it."""
         category = self.plan.categories[number]
-        weights = _Weights(self.plan.checkpoint, category.targets)
+        weights = _Weights(self.source, category.targets)
         record = _read_part(self.path(number), self.plan.specs(category), weights)
         resumed = record is not None
         if record is None:
@@ -162,7 +189,7 @@ class _Parts:
         options, memory = self.plan.options, self.plan.memory(category)
         started = time.perf_counter()
         begun = self.done
-        layers = _Weights(self.plan.checkpoint, category.targets)
+        layers = _Weights(self.source, category.targets)
         try:
             with memory_errors(self.kernels.name):
                 basis = joint_basis(
@@ -268,11 +295,10 @@ def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, HostArra
 
 
 class _Weights:
-    """The weights of a category, read from the checkpoint at each walk; digested at the first."""
+    """The weights of a category, read from their source at each walk; digested at the first."""
 
-    def __init__(self, checkpoint: Checkpoint, targets: tuple[Target, ...]) -> None:
-        assert checkpoint.root is not None, "headers alone cannot be decomposed"
-        self.root = checkpoint.root
+    def __init__(self, source: Source, targets: tuple[Target, ...]) -> None:
+        self.source = source
         self.targets = targets
         self.digests: dict[str, str] = {}
         self.buffers: list[HostArray] | None = None
@@ -283,8 +309,7 @@ class _Weights:
 
     def read(self, numbers: Sequence[int]) -> Iterator[HostArray]:
         """The weights with these numbers, each valid until the next."""
-        slots = itertools.cycle(self._buffers())
-        return in_order([partial(self._read, self.targets[number], next(slots)) for number in numbers])
+        return in_order(self._reads(numbers))
 
     def read_digests(self) -> dict[str, str]:
         """The digests of all, of which none is kept."""
@@ -297,7 +322,13 @@ class _Weights:
         from frodctl.checkpoint.stream import check_finite
 
         for target, weight in zip(self.targets, self.read(range(len(self.targets))), strict=True):
-            check_finite(weight, target.tensor.name, str(self.root / target.tensor.file))
+            check_finite(weight, target.tensor.name, self.source.where(target.tensor))
+
+    def _reads(self, numbers: Sequence[int]) -> Iterator[Callable[[], HostArray]]:
+        """What reads each of them, once there is something to read."""
+        for number, buffer in zip(numbers, itertools.cycle(self._buffers()), strict=False):
+            self.source.wait(self.targets[number].tensor)
+            yield partial(self._read, self.targets[number], buffer)
 
     def _buffers(self) -> list[HostArray]:
         """Memory to read into: for the weight in use and those ahead of it."""
@@ -311,7 +342,7 @@ class _Weights:
     def _read(self, target: Target, buffer: HostArray) -> HostArray:
         from frodctl.checkpoint import stream
 
-        weight = stream.read_tensor(self.root, target.tensor, target.index, buffer)
+        weight = stream.read_tensor(self.source, target.tensor, target.index, buffer)
         if target.module not in self.digests:
             self.digests[target.module] = stream.digest(weight)
         return weight.T if target.transposed else weight
@@ -319,14 +350,10 @@ class _Weights:
 
 def _job_key(plan: DecomposePlan, kernels: Kernels) -> str:
     """A digest of everything that the output's bytes depend on but the weights' values."""
-    assert plan.checkpoint.root is not None
-    files = sorted({t.tensor.file for c in plan.categories for t in c.targets})
-    states = [(plan.checkpoint.root / file).stat() for file in files]
     job = {
         "frodctl": frodctl.__version__,
         "arithmetic": kernels.identity(),
-        "root": str(plan.checkpoint.root.resolve()),
-        "files": [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)],
+        "weights": _weights_key(plan),
         "options": [plan.options.alpha, plan.options.precision, plan.options.dtype, plan.options.cache_size],
         "memory_limit": plan.options.memory_limit,
         "categories": [
@@ -335,3 +362,13 @@ def _job_key(plan: DecomposePlan, kernels: Kernels) -> str:
         ],
     }
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
+
+
+def _weights_key(plan: DecomposePlan) -> list[Json]:
+    """What tells the weights' files from others: on the Hub a commit, here the times of the files."""
+    root, revision = plan.checkpoint.root, plan.checkpoint.revision
+    if root is None or revision is not None:
+        return [plan.checkpoint.model, plan.options.subfolder, revision]
+    files = sorted({t.tensor.file for c in plan.categories for t in c.targets})
+    states = [(root / file).stat() for file in files]
+    return [str(root.resolve()), [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)]]

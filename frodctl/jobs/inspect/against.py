@@ -79,14 +79,15 @@ def _compare(
     values |= {"other_name": theirs.name, "other_dtype": theirs.dtype}
     if mine.shape != theirs.shape:
         return Row(values | {"status": "other shape"} | empty)
-    assert first.root is not None
-    assert second.root is not None
-    if same_bytes(first.root, mine, second.root, theirs):
+    A_source, B_source = first.source, second.source
+    assert A_source is not None
+    assert B_source is not None
+    if same_bytes(A_source, mine, B_source, theirs):
         return Row(values | {"status": "equal", "relative_difference": 0.0, "cosine": 1.0, "max_difference": 0.0})
     status = "differs" if mine.dtype == theirs.dtype else "other dtype"
     if mine.dtype not in FLOAT_DTYPES or theirs.dtype not in FLOAT_DTYPES:
         return Row(values | {"status": status} | empty)
-    A, B = stream.read_tensor(first.root, mine), stream.read_tensor(second.root, theirs)
+    A, B = stream.read_tensor(A_source, mine), stream.read_tensor(B_source, theirs)
     row = values | {"status": status} | _differences(A, B)
     if spectra is None or A.ndim != 2:
         return Row(row)
