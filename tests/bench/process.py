@@ -67,10 +67,10 @@ class Row:
         return _median([a.seconds / b.seconds for a, b in zip(self.runs, self.compared, strict=False)])
 
 
-def run(command: Sequence[str]) -> Run:
-    """Run the command to its end; its exit code must be 0."""
+def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
+    """Run the command to its end, in this environment or one's own; its exit code must be 0."""
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command]
-    done = subprocess.run(launcher, capture_output=True, text=True, check=False)
+    done = subprocess.run(launcher, capture_output=True, text=True, check=False, env=env)
     code, *measured = json.loads(done.stdout) if done.returncode == 0 else (done.returncode,)
     if code != 0:
         raise Failed(f"exit code {code}\n{done.stderr[-2000:]}".strip())
