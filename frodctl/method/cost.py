@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 #: Short weights are stacked to about so many rows before they are multiplied.
 STACK_ROWS = 2048
+
+#: Floating-point operations of BLAS's and LAPACK's routines as the literature counts them, by dimensions as in
+#: `kernels.Kernels`: what is to be computed, not what a device without triangular routines does for it.
+FLOPS: dict[str, Callable[..., float]] = {
+    "gemm": lambda m, n, k: 2.0 * m * n * k,
+    "csrmm": lambda nnz, k: 2.0 * nnz * k,
+    "syrk": lambda m, n: 1.0 * m * n * n,
+    "trmm": lambda m, n: 1.0 * m * n * n,
+    "trsm": lambda m, n: 1.0 * m * m * n,
+    "potrf": lambda n: n**3 / 3,
+    "potri": lambda n: 2 * n**3 / 3,
+    "trtri": lambda n: n**3 / 3,
+    "sygst": lambda n: 1.0 * n**3,
+    "syevd": lambda n: 9.0 * n**3,  # Golub & Van Loan's, of the QR algorithm; divide and conquer takes fewer
+    "eigvalsh": lambda n: 4 * n**3 / 3,
+    "svdvals": lambda m, n: 4.0 * max(m, n) * min(m, n) ** 2 - 4 * min(m, n) ** 3 / 3,
+    "svd": lambda m, n: 6.0 * max(m, n) * min(m, n) ** 2 + 20.0 * min(m, n) ** 3,
+    "qr": lambda m, n: 2.0 * max(m, n) * min(m, n) ** 2 - 2 * min(m, n) ** 3 / 3,
+    "inverse": lambda n: 8 * n**3 / 3,  # LU, and n right-hand sides
+}
 
 
 def layer_flops(m: int, n: int) -> tuple[float, float, float]:
