@@ -10,7 +10,7 @@ from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
 from frodctl.cli import profiling
 from frodctl.cli.options import device_option, output_options, profile_option, run_options, source_options
-from frodctl.cli.output import Output, human_bytes, human_count
+from frodctl.cli.output import Output, about_time, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import decompose as job
 
@@ -122,7 +122,7 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
     report.note(f"Would write {plan.output} ({human_bytes(plan.output_bytes)}): {_summary(document)}")
     report.note(
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
-        "operations"
+        f"operations{about_time(plan.seconds_estimate)}"
     )
     report.refusal(plan.check_output)
     left_out = Counter((names.role(item.name), item.reason) for item in plan.left_out)

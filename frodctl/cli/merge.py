@@ -9,7 +9,7 @@ import click
 from frodctl.checkpoint.inputs import Json
 from frodctl.cli import profiling
 from frodctl.cli.options import device_option, output_options, profile_option, run_options, source_options
-from frodctl.cli.output import Output, human_bytes, human_count
+from frodctl.cli.output import Output, about_time, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import merge as job
 
@@ -105,7 +105,7 @@ def _describe(plan: job.MergePlan, report: Reporter) -> None:
     report.note(f"Would write {plan.output} ({human_bytes(plan.output_bytes)}): {_summary(document)}")
     report.note(
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
-        "operations"
+        f"operations{about_time(plan.seconds_estimate)}"
     )
     report.refusal(plan.check_output)
 

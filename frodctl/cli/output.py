@@ -277,6 +277,15 @@ def human_count(count: float) -> str:
     return f"{count:.3g} T"
 
 
+def about_time(seconds: float | None) -> str:
+    """An estimate of time for a person, at the end of a list: ``, about 3.5 s``; nothing where there is none."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f", about {seconds:.2g} s"
+    return f", about {seconds / 60:.0f} min" if seconds < 6000 else f", about {seconds / 3600:.1f} h"
+
+
 def _plainly(row: Mapping[str, Json], key: str) -> str:
     return _cell(row[key])
 

@@ -186,12 +186,12 @@ def joint_basis(
         Rounding has left a layer's G_i + αG, or C_i + αI, without a Cholesky factor.
     """
     stack = _Stack(layers, kernels, cache_bytes, advance)
-    work = "float64" if precision == "float64" or stack.needs_float64 else "float32"
+    work = "float64" if precision == "float64" or needs_float64(stack.shapes) else "float32"
     G = stack.gram(work)
     if stack.rescale():
         G = stack.gram(work)
     root = _cholesky_root(kernels, G)
-    limit = stack.float32_condition(alpha) if precision == "auto" else CHOLESKY_CONDITION
+    limit = float32_condition(stack.shapes, alpha) if precision == "auto" else CHOLESKY_CONDITION
     if work == "float32" and (root is None or root.condition > limit or stack.is_dominated):
         work = "float64"
         if not all(map(_nearly_square, stack.shapes)):  # theirs were float64 already
@@ -227,6 +227,25 @@ def joint_basis(
     return JointBasis(V, tau, scales, root.rank, root.condition, work, rms)
 
 
+def float32_condition(shapes: Sequence[tuple[int, int]], alpha: float) -> float:
+    """Up to which condition number of R float32 products will do; their errors grow with its square over α."""
+    limit = FLOAT32_CONDITION_TALL if any(m >= n for m, n in shapes) else FLOAT32_CONDITION_WIDE
+    return limit * min(1.0, math.sqrt(alpha / 1e-3))
+
+
+def needs_float64(shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether shapes alone tell that float32 products will not do.
+
+    Where the layers but the highest have fewer than n rows together, that one has directions to itself, whose
+    τ are equal (with N = 1 or Σ m_i ≤ n all are), and rounding must not decide V. Where wide weights are nearly
+    square or stand beside tall ones, small τ drown in the rounding of the wide ones' terms.
+    """
+    n, heights = shapes[0][1], [m for m, _ in shapes]
+    widest = max((m for m in heights if m < n), default=0)
+    drowned = 2 * widest > n or (max(heights) >= n and widest > 0)
+    return drowned or sum(heights) - max(heights) < n
+
+
 class _Stack:
     """The three passes over the layers."""
 
@@ -247,24 +266,6 @@ class _Stack:
     @property
     def any_tall(self) -> bool:
         return any(m >= n for m, n in self.shapes)
-
-    def float32_condition(self, alpha: float) -> float:
-        """Up to which condition number of R float32 products will do; their errors grow with its square over α."""
-        limit = FLOAT32_CONDITION_TALL if self.any_tall else FLOAT32_CONDITION_WIDE
-        return limit * min(1.0, math.sqrt(alpha / 1e-3))
-
-    @property
-    def needs_float64(self) -> bool:
-        """Whether shapes alone tell that float32 products will not do.
-
-        Where the layers but the highest have fewer than n rows together, that one has directions to itself, whose
-        τ are equal (with N = 1 or Σ m_i ≤ n all are), and rounding must not decide V. Where wide weights are nearly
-        square or stand beside tall ones, small τ drown in the rounding of the wide ones' terms.
-        """
-        heights = [m for m, _ in self.shapes]
-        widest = max((m for m in heights if m < self.n), default=0)
-        drowned = 2 * widest > self.n or (self.any_tall and widest > 0)
-        return drowned or sum(heights) - max(heights) < self.n
 
     def rescale(self) -> bool:
         """Choose the factor by the norms; whether it is another than before."""
