@@ -12,6 +12,7 @@ import pytest
 from frodctl.method.kernels import Kernels, kernels_of
 from frodctl.method.kernels.device import Device
 from frodctl.method.profile import REST, UNPROFILED, Profile, Step
+from frodctl.pipeline import in_order
 
 KERNELS: dict[str, Kernels] = {"host": kernels_of("cpu"), "device": Device("cpu")}
 M, N, K = 60, 40, 30
@@ -127,6 +128,22 @@ def test_steps_within_steps_are_counted_once_and_make_up_the_time() -> None:
     assert total == pytest.approx(wall, rel=0.05)
     assert rest.seconds < 0.05 * wall
     assert all(step.seconds >= 0 for step in steps)
+
+
+def test_other_threads_are_told_apart() -> None:
+    profile = Profile()
+    kernels = profile.kernels(kernels_of("cpu"))
+
+    def task() -> None:
+        with profile.step("task"):
+            kernels.eigvalsh(positive(N))
+
+    for _ in in_order([task] * 5, count=2):
+        pass
+    task()
+    calls = {(step.name, step.workers): step.calls for step in profile.finish()}
+    assert calls["task", True] == calls["eigvalsh", True] == 5
+    assert calls["task", False] == calls["eigvalsh", False] == 1
 
 
 def test_a_step_that_fails_is_counted() -> None:
