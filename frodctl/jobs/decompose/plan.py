@@ -94,7 +94,7 @@ class DecomposePlan:
     categories: tuple[CategoryPlan, ...]
     left_out: tuple[targets.LeftOut, ...]
     peft_collisions: tuple[str, ...]
-    seconds_estimate: float | None = None  #: of a dry run, whose device was measured
+    seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
     @property
     def trainable_parameters(self) -> int:

@@ -60,7 +60,7 @@ class MergePlan:
     config: Mapping[str, Json] | None = field(repr=False)  #: of the result; None where the base's is copied
     files: tuple[str, ...] = field(repr=False)  #: copied from the base's folder
     warnings: tuple[str, ...]
-    seconds_estimate: float | None = None  #: of a dry run, whose device was measured
+    seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
