@@ -8,8 +8,9 @@ import click
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli.options import device_option, output_options, run_options, source_options
-from frodctl.cli.output import Output, human_bytes, human_count
+from frodctl.cli import profiling
+from frodctl.cli.options import device_option, output_options, profile_option, run_options, source_options
+from frodctl.cli.output import Output, about_time, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import decompose as job
 
@@ -66,11 +67,13 @@ from frodctl.jobs import decompose as job
 )
 @source_options
 @run_options
+@profile_option
 @output_options
 def command(
     model: str,
     output: str | None,
     dry_run: bool,
+    profile: bool,
     format_: str | None,
     json_: bool,
     quiet: bool,
@@ -87,23 +90,26 @@ def command(
 
     MODEL is a local folder or file, or a Hub id (name, org/name, org/name@revision).
     """
+    measured = profiling.begin(profile, dry_run=dry_run)
     with Reporter(quiet) as report:
         out = Output(format_, json_, report.note)
         chosen = job.DecomposeOptions.of(**options)
-        plan = job.plan_decompose(model, output, chosen, dry_run=dry_run, progress=report)
+        with measured.step("planning"):
+            plan = job.plan_decompose(model, output, chosen, dry_run=dry_run, progress=report)
         _warn(plan, report)
         if dry_run:
             _describe(plan, report)
             document = plan.as_dict() | {"dry_run": True}
             out.emit(document, document["categories"], plan.columns)
             return
-        result = job.run_decompose(plan, report)
+        result = job.run_decompose(plan, report, measured).with_profile(measured)
     document = result.as_dict()
     report.note(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)}): {_summary(document)}, "
         f"in {result.seconds:.1f} s on {result.device}"
     )
     out.emit(document, document["categories"], result.columns)
+    profiling.show(result.profile, report)
 
 
 def _warn(plan: job.DecomposePlan, report: Reporter) -> None:
@@ -120,7 +126,7 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
     report.note(f"Would write {plan.output} ({human_bytes(plan.output_bytes)}): {_summary(document)}")
     report.note(
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
-        "operations"
+        f"operations{about_time(plan.seconds_estimate)}"
     )
     report.refusal(plan.check_output)
     left_out = Counter((names.role(item.name), item.reason) for item in plan.left_out)

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import click
 
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli.options import device_option, output_options, source_options
+from frodctl.cli import profiling
+from frodctl.cli.options import device_option, output_options, profile_option, source_options
 from frodctl.cli.output import Output, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import inspect as job
+from frodctl.jobs.profile import Unprofiled
+from frodctl.jobs.profile import rows as rows_of
 
 #: `inspect --against --check` found differences.
 EXIT_DIFFERENT = 5
@@ -41,12 +44,14 @@ EXIT_DIFFERENT = 5
 @click.option("--seed", default="0", show_default=True, metavar="N", help="Of --estimate.")
 @device_option
 @source_options
+@profile_option
 @output_options
 def command(
     targets: tuple[str, ...],
     check: bool,
     plot: str | None,
     force: bool,
+    profile: bool,
     format_: str | None,
     json_: bool,
     quiet: bool,
@@ -73,22 +78,24 @@ def command(
         pictures.check_request(plot, estimate=bool(options["estimate"]), force=force)
         options["spectrum"] = True
     chosen = job.InspectOptions.of(**options)
+    measured = profiling.begin(profile)
     with Reporter(quiet) as report:
         out = Output(format_, json_, report.note, goes_on=check or plot is not None)
-        found = list(job.reports(targets, chosen, report))
+        found = list(job.reports(targets, chosen, report, measured))
         shown: list[list[job.Row]] = [[] for _ in found]
         if out.format in ("tsv", "csv", "jsonl"):
             rows = _kept(found, shown)
             # sorted rows come all at once, and a key that no row has is said before anything is printed
             out.stream(list(rows) if chosen.sort else rows, _keys(found))
-            summaries = [item.summary() for item in found] if plot or check else []
+            summaries = [_summary(item, measured) for item in found] if plot or check else []
         else:
-            summaries = _emit(out, found, shown)
+            summaries = _emit(out, found, shown, measured)
         if plot is not None:
             parts = zip(found, shown, summaries, strict=True)
             results = [job.TargetResult(item.target, item.kind, tuple(rows), said) for item, rows, said in parts]
             pictures.draw(plot, results, force=force)
             report.note(f"Drew {plot}")
+        profiling.show(measured.finish(), report)
     different = check and any(summary["different"] for summary in summaries)
     return EXIT_DIFFERENT if different else 0
 
@@ -102,19 +109,28 @@ def _kept(found: Sequence[job.Report], shown: Sequence[list[job.Row]]) -> Iterat
             yield row.values | errors | {"target": item.target}
 
 
-def _emit(out: Output, found: Sequence[job.Report], shown: Sequence[list[job.Row]]) -> list[dict[str, Json]]:
+def _summary(item: job.Report, measured: Unprofiled) -> dict[str, Json]:
+    with measured.step("summary"):
+        return item.summary()
+
+
+def _emit(
+    out: Output, found: Sequence[job.Report], shown: Sequence[list[job.Row]], measured: Unprofiled
+) -> list[dict[str, Json]]:
     """Print the reports as JSON or as tables."""
     summaries = []
     entries = []
     for item, rows in zip(found, shown, strict=True):
         rows += item.rows
-        summaries.append(item.summary())
+        summaries.append(_summary(item, measured))
         values = [row.values for row in rows]
         entries.append({"target": item.target, "kind": item.kind, "tensors": values, "summary": summaries[-1]})
         if out.format == "human":
             _print_tables(out, item, values, summaries[-1])
     if out.format == "json":
-        out.emit({"schema_version": job.SCHEMA_VERSION, "targets": entries}, (), ())
+        steps = measured.finish()
+        profile = {} if steps is None else {"profile": rows_of(steps)}
+        out.emit({"schema_version": job.SCHEMA_VERSION, "targets": entries} | profile, (), ())
     return summaries
 
 

@@ -69,13 +69,14 @@ class _Terminated(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
     try:
-        return _run(arguments)
+        return _run(arguments, own_process=own_process)
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
@@ -96,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], *, own_process: bool) -> int:
     """What click's own ``main`` does, which turns a closed pipe into exit code 1."""
     completion = os.environ.get("_FRODCTL_COMPLETE")
     if completion:
         return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
-    with cli.make_context("frodctl", arguments) as context:
+    with cli.make_context("frodctl", arguments, obj=own_process) as context:
         if not {"-h", "--help"} & set(arguments):
             require_address_space()
         try:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import click
 
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli.options import device_option, output_options, run_options, source_options
-from frodctl.cli.output import Output, human_bytes, human_count
+from frodctl.cli import profiling
+from frodctl.cli.options import device_option, output_options, profile_option, run_options, source_options
+from frodctl.cli.output import Output, about_time, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import merge as job
 
@@ -49,12 +50,14 @@ from frodctl.jobs import merge as job
 @source_options
 @run_options
 @click.option("--verify/--no-verify", default=True, help="Read the result again at the end.  [default: verify]")
+@profile_option
 @output_options
 def command(
     base: str,
     adapter: str,
     output: str,
     dry_run: bool,
+    profile: bool,
     format_: str | None,
     json_: bool,
     quiet: bool,
@@ -72,10 +75,12 @@ def command(
     BASE and ADAPTER are local folders or files, or Hub ids (name, org/name, org/name@revision). BASE - is the model
     that the adapter names. --revision and --subfolder are BASE's.
     """
+    measured = profiling.begin(profile, dry_run=dry_run)
     with Reporter(quiet) as report:
         out = Output(format_, json_, report.note)
         chosen = job.MergeOptions.of(**options)
-        plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report)
+        with measured.step("planning"):
+            plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report)
         for warning in plan.warnings:
             report.note(f"Warning: {warning}.")
         if dry_run:
@@ -83,7 +88,7 @@ def command(
             document = plan.as_dict() | {"dry_run": True}
             out.emit(document, document["categories"], plan.columns)
             return
-        result = job.run_merge(plan, report)
+        result = job.run_merge(plan, report, measured).with_profile(measured)
     document = result.as_dict()
     files = len(document["shards"])
     report.note(
@@ -91,6 +96,7 @@ def command(
         f"{_summary(document)}, in {result.seconds:.1f} s on {result.device}"
     )
     out.emit(document, document["categories"], plan.columns)
+    profiling.show(result.profile, report)
 
 
 def _describe(plan: job.MergePlan, report: Reporter) -> None:
@@ -99,7 +105,7 @@ def _describe(plan: job.MergePlan, report: Reporter) -> None:
     report.note(f"Would write {plan.output} ({human_bytes(plan.output_bytes)}): {_summary(document)}")
     report.note(
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
-        "operations"
+        f"operations{about_time(plan.seconds_estimate)}"
     )
     report.refusal(plan.check_output)
 

@@ -35,6 +35,10 @@ device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
 )
 
+profile_option = click.option(
+    "--profile", is_flag=True, help="On stderr at the end: where the time went, and how near the device's peak."
+)
+
 run_options = _together(
     click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; download and write nothing."),
     click.option("--force", is_flag=True, help="Replace an output that exists."),

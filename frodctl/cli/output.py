@@ -104,35 +104,9 @@ class Output:
         self._write(printable(text) + "\n")
 
     def table(self, rows: Sequence[Mapping[str, Json]], columns: Sequence[Column]) -> None:
-        """Print a table that fits the terminal, and note which columns there was no room for.
-
-        The first column has the names, which are broken where the terminal is narrow; figures stay whole.
-        """
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        console = Console(markup=False, highlight=False)
-        wanted = [column for column in columns if column.title]
-        cells = [[column.title, *(_shown(column, row) for row in rows)] for column in wanted]
-        widths = _layout([max(map(_width, column)) for column in cells], console.width)
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        for number, width in widths.items():
-            column = wanted[number]
-            cells[number] = [wrapped(cell, width) for cell in cells[number]]
-            table.add_column(
-                cells[number][0],
-                justify="left" if column.kind == "text" else "right",
-                width=width,
-                no_wrap=True,
-                overflow="crop",
-            )
-        for number in range(1, len(rows) + 1):
-            table.add_row(*(cells[column][number] for column in widths))
-        with console.capture() as capture:
-            console.print(table, crop=False)
-        self._write(capture.get())
-        hidden = [column.title for number, column in enumerate(wanted) if number not in widths]
+        """Print a table that fits the terminal, and note which columns there was no room for."""
+        text, hidden = drawn(rows, columns)
+        self._write(text)
         if hidden:
             self.note(f"No room for: {', '.join(hidden)} (a wider terminal or --format tsv has them)")
 
@@ -149,6 +123,39 @@ class Output:
         except OSError as error:
             failure = OutOfResources if error.errno == errno.ENOSPC else FrodctlError
             raise failure(f"stdout: {error.strerror}") from None
+
+
+def drawn(
+    rows: Sequence[Mapping[str, Json]], columns: Sequence[Column], width: int | None = None
+) -> tuple[str, list[str]]:
+    """A table that fits stdout's terminal, or ``width``, and the titles of columns that there was no room for.
+
+    The first column has the names, which are broken where the terminal is narrow; figures stay whole.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False, width=width)
+    wanted = [column for column in columns if column.title]
+    cells = [[column.title, *(_shown(column, row) for row in rows)] for column in wanted]
+    widths = _layout([max(map(_width, column)) for column in cells], console.width)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, width in widths.items():
+        column = wanted[number]
+        cells[number] = [wrapped(cell, width) for cell in cells[number]]
+        table.add_column(
+            cells[number][0],
+            justify="left" if column.kind == "text" else "right",
+            width=width,
+            no_wrap=True,
+            overflow="crop",
+        )
+    for number in range(1, len(rows) + 1):
+        table.add_row(*(cells[column][number] for column in widths))
+    with console.capture() as capture:
+        console.print(table, crop=False)
+    return capture.get(), [column.title for number, column in enumerate(wanted) if number not in widths]
 
 
 def _shown(column: Column, row: Mapping[str, Json]) -> str:
@@ -270,6 +277,15 @@ def human_count(count: float) -> str:
     return f"{count:.3g} T"
 
 
+def about_time(seconds: float | None) -> str:
+    """An estimate of time for a person, at the end of a list: ``, about 3.5 s``; nothing where there is none."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f", about {seconds:.2g} s"
+    return f", about {seconds / 60:.0f} min" if seconds < 6000 else f", about {seconds / 3600:.1f} h"
+
+
 def _plainly(row: Mapping[str, Json], key: str) -> str:
     return _cell(row[key])
 
@@ -312,5 +328,7 @@ _SHOWN: dict[str, Callable[[Mapping[str, Json], str], str]] = {
     "profile": _profile,
     "quantiles": _quantiles,
     "range": _range,
+    "share": lambda row, key: f"{row[key]:.0%}",
+    "thousandths": lambda row, key: f"{row[key]:.3f}",
     "heights": _heights,
 }

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import click
 
+from frodctl.checkpoint.inputs import Json
 from frodctl.cli.options import as_flags
-from frodctl.cli.output import printable
+from frodctl.cli.output import drawn, printable
 from frodctl.errors import FrodctlError
+from frodctl.jobs.columns import Column
 from frodctl.jobs.progress import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+
+_WIDE = 120  #: columns of a table where no terminal sets its width
 
 
 class Reporter:
@@ -56,6 +60,14 @@ class Reporter:
                 click.echo(text, err=True)
         except OSError:  # nobody reads stderr any more, or its disk is full; the work goes on
             self.quiet = True
+
+    def table(self, rows: Sequence[Mapping[str, Json]], columns: Sequence[Column]) -> None:
+        """A table on stderr, unless quiet; whole where that is no terminal."""
+        if self.quiet:
+            return
+        width = None if sys.stderr is not None and sys.stderr.isatty() else _WIDE
+        for line in drawn(rows, columns, width)[0].splitlines():
+            self.note(line.rstrip())
 
     def refusal(self, check: Callable[[], None]) -> None:
         """A line with what a check would refuse: what a dry run foresees."""

@@ -9,10 +9,10 @@ from typing import Literal
 from frodctl.checkpoint.inputs import Json
 
 #: How a person is shown a value: as it is, as text (to the left), as a count of things or bytes, to three digits (with
-#: its error, if it is an estimate) or to nine. A few are of several values.
+#: its error, if it is an estimate) or to nine, in per cent, in thousandths. A few are of several values.
 Kind = Literal[
     "value", "text", "count", "bytes", "figure", "exact", "seconds", "list", "shapes", "profile", "quantiles", "range",
-    "heights",
+    "heights", "share", "thousandths",
 ]  # fmt: skip
 
 

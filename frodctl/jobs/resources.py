@@ -17,6 +17,7 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
+    from frodctl.method.forecast import Rates
     from frodctl.method.kernels import Kernels
 
 
@@ -47,6 +48,16 @@ def choose_device(name: str) -> Kernels:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"`device` {name}: only cpu and cuda have the float64 arithmetic that is needed")
     return kernels_of(str(device))
+
+
+def measured_rates(device: str) -> Rates | None:
+    """What the device can do in a second, measured in less; None where there is no such device here."""
+    from frodctl.method.forecast import Rates
+
+    try:
+        return Rates.of(choose_device(device))
+    except UsageError:
+        return None
 
 
 def require_memory(nbytes: int, device: str) -> None:

@@ -227,6 +227,12 @@ def joint_basis(
     return JointBasis(V, tau, scales, root.rank, root.condition, work, rms)
 
 
+def float32_condition(shapes: Sequence[tuple[int, int]], alpha: float) -> float:
+    """Up to which condition number of R float32 products will do; their errors grow with its square over α."""
+    limit = FLOAT32_CONDITION_TALL if any(m >= n for m, n in shapes) else FLOAT32_CONDITION_WIDE
+    return limit * min(1.0, math.sqrt(alpha / 1e-3))
+
+
 class _Stack:
     """The three passes over the layers."""
 
@@ -260,11 +266,6 @@ class _Stack:
     def is_spare(self) -> bool:
         """Whether G is not needed beyond its Cholesky factor."""
         return not self.any_tall and not is_deficient(self.shapes)
-
-    def float32_condition(self, alpha: float) -> float:
-        """Up to which condition number of R float32 products will do; their errors grow with its square over α."""
-        limit = FLOAT32_CONDITION_TALL if self.any_tall else FLOAT32_CONDITION_WIDE
-        return limit * min(1.0, math.sqrt(alpha / 1e-3))
 
     def rescale(self) -> bool:
         """Choose the factor by the norms; whether it is another than before."""
@@ -334,7 +335,7 @@ class _Stack:
             del G
             G = self.gram(work)
         root = self.cholesky_root(G, work)
-        limit = self.float32_condition(alpha) if precision == "auto" else CHOLESKY_CONDITION
+        limit = float32_condition(self.shapes, alpha) if precision == "auto" else CHOLESKY_CONDITION
         if work == "float32" and (root is None or root.condition > limit or self.is_dominated):
             work = "float64"
             del root

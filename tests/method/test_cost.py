@@ -1,8 +1,9 @@
-"""The plan of memory against what is allocated, and what is computed where memory is short."""
+"""What the cost model says from shapes, of memory and of operations, is what is allocated and done."""
 
 from __future__ import annotations
 
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from frodctl.method import cost
 from frodctl.method.joint_basis import JointBasis, in_memory
 from frodctl.method.joint_basis import joint_basis as decompose
 from frodctl.method.kernels import kernels_of
+from frodctl.method.profile import Profile
 from tests.method.reference import Arrays
 
 N = 384
@@ -73,3 +75,41 @@ def test_matrices_that_wait_elsewhere_change_no_byte(shapes: list[tuple[int, int
     assert parked.tau.tobytes() == plain.tau.tobytes()
     assert all(a.tobytes() == b.tobytes() for a, b in zip(parked.scales, plain.scales, strict=True))
     assert len(waiting) == (0 if sum(m for m, _ in shapes) < N else 2)
+
+
+def asked_for(shapes: list[tuple[int, int]], precision: str, cache_bytes: int) -> Counter[tuple[str, str]]:
+    """Operations by routine and dtype, but for products with single vectors."""
+    profile = Profile()
+    kernels = profile.kernels(kernels_of("cpu"))
+    decompose(Arrays(weights(shapes)), precision=precision, kernels=kernels, cache_bytes=cache_bytes)
+    found = Counter[tuple[str, str]]()
+    for step in profile.finish():
+        found[step.name, step.dtype] += step.flops  # type: ignore[assignment]
+    return found
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
+@pytest.mark.parametrize(
+    ("shapes", "work", "regular"),
+    [
+        ([(300, 150)] * 4, "float32", True),
+        ([(200, 150)] * 4, "float32", True),  # nearly square: their Gram matrices are float64
+        ([(64, 150)] * 8, "float32", True),
+        ([(150, 150), (64, 150), (64, 150), (180, 150), (60, 150)], "float64", True),
+        ([(40, 150)] * 3, "float64", False),  # fewer rows than columns
+        ([(100, 150)] * 2, "float64", True),  # directions that are one layer's own
+    ],
+    ids=["tall", "nearly square", "wide", "mixed", "short", "tied"],
+)
+def test_operations_are_those_of_the_joint_basis(
+    shapes: list[tuple[int, int]], work: str, regular: bool, cache_bytes: int
+) -> None:
+    found = asked_for(shapes, "auto", cache_bytes)
+    counted = Counter[tuple[str, str]]()
+    for call in cost.joint_basis_calls(shapes, work=work, regular=regular, cache_bytes=cache_bytes):
+        counted[call.routine, call.dtype] += call.flops  # type: ignore[assignment]
+    n = shapes[0][1]
+    known = {key for key, flops in counted.items() if flops}
+    assert known == {key for key, flops in found.items() if flops}
+    for key in known:
+        assert found[key] == pytest.approx(counted[key], rel=0.01, abs=60 * n**2), key

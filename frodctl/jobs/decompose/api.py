@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, overload
 
 from frodctl import values
+from frodctl.jobs import profile as profiles
 from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.decompose.plan import DecomposePlan, plan_decompose
 from frodctl.jobs.decompose.run import DecomposeResult, run_decompose
@@ -22,6 +23,7 @@ def decompose(
     *,
     dry_run: Literal[False] = ...,
     progress: Callback = ...,
+    profile: bool = ...,
     target_modules: Names = ...,
     exclude_modules: Names | None = ...,
     layers: Blocks | None = ...,
@@ -51,6 +53,7 @@ def decompose(
     *,
     dry_run: Literal[True],
     progress: Callback = ...,
+    profile: bool = ...,
     target_modules: Names = ...,
     exclude_modules: Names | None = ...,
     layers: Blocks | None = ...,
@@ -79,6 +82,7 @@ def decompose(
     *,
     dry_run: bool = False,
     progress: Callback = silent,
+    profile: bool = False,
     target_modules: Names = "default",
     exclude_modules: Names | None = None,
     layers: Blocks | None = None,
@@ -115,6 +119,8 @@ def decompose(
         Return the plan, made from headers alone: nothing is downloaded but headers, nothing is written.
     progress : callable, optional
         Called with a `frodctl.jobs.progress.Progress` as the work goes on.
+    profile : bool
+        Measure where the time goes: the result's ``profile``.
     target_modules : str or list of str
         ``default`` (PEFT's for the model type), ``all-linear``, names, or a regular expression for the whole path.
     exclude_modules : str or list of str, optional
@@ -198,5 +204,8 @@ def decompose(
         force=force,
         resume=resume,
     )
-    plan = plan_decompose(model, output, options, dry_run=values.flag(dry_run, "dry_run"), progress=progress)
-    return plan if dry_run else run_decompose(plan, progress)
+    dry_run = values.flag(dry_run, "dry_run")
+    measured = profiles.begin(profile, dry_run=dry_run)
+    with measured.step("planning"):
+        plan = plan_decompose(model, output, options, dry_run=dry_run, progress=progress)
+    return plan if dry_run else run_decompose(plan, progress, measured).with_profile(measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,7 @@ from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import PROCESS_BYTES, choose_device
+from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates
 from frodctl.method import budget, cost
 from frodctl.values import PathLike
 
@@ -128,6 +129,7 @@ class DecomposePlan:
     categories: tuple[CategoryPlan, ...]
     left_out: tuple[targets.LeftOut, ...]
     peft_collisions: tuple[str, ...]
+    seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
     @property
     def trainable_parameters(self) -> int:
@@ -236,6 +238,7 @@ class DecomposePlan:
             "output_bytes": self.output_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "flops": self.flops,
+            "seconds_estimate": self.seconds_estimate,
             "alpha": self.options.alpha,
             "allocate": self.options.allocate,
             "seed": self.options.seed,
@@ -284,10 +287,31 @@ def plan_decompose(
     categories, collisions = _categories(selection.targets, checkpoint, chosen)
     plan = DecomposePlan(checkpoint, path, chosen, categories, selection.left_out, tuple(collisions))
     plan._check_memory()
-    if not dry_run:
-        plan.check_output()  # now that it is known what will be read
-        checkpoint.parameters()  # for which embeddings may have to be read: before the work, not after it
+    if dry_run:
+        return replace(plan, seconds_estimate=_seconds_estimate(plan))
+    plan.check_output()  # now that it is known what will be read
+    checkpoint.parameters()  # for which embeddings may have to be read: before the work, not after it
     return plan
+
+
+def _seconds_estimate(plan: DecomposePlan) -> float | None:
+    """The time that the plan would take on its device, about."""
+    from frodctl.method.forecast import decompose_calls
+
+    rates, options = measured_rates(plan.options.device), plan.options
+    if rates is None:
+        return None
+    calls = [
+        decompose_calls(
+            category.shapes,
+            alpha=options.alpha,
+            precision=options.precision,
+            dtype=options.dtype,
+            cache_bytes=options.cache_size,
+        )
+        for category in plan.categories
+    ]
+    return rates.seconds(itertools.chain(*calls))
 
 
 def _categories(

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar
@@ -22,6 +22,7 @@ from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan
+from frodctl.jobs.profile import UNPROFILED, Step, Unprofiled, rows
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
@@ -81,23 +82,36 @@ class DecomposeResult:
     output_bytes: int
     device: str
     seconds: float
+    profile: tuple[Step, ...] | None = field(default=None, repr=False)  #: where the time went, if that was asked for
+
+    def with_profile(self, profile: Unprofiled) -> DecomposeResult:
+        """The result with what was measured."""
+        return replace(self, profile=profile.finish())
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan's figures and what came of them."""
-        return self.plan.as_dict() | {
-            "output_bytes": self.output_bytes,
-            "device": self.device,
-            "seconds": self.seconds,
-            "categories": [category.row() for category in self.categories],
-        }
+        measured = {} if self.profile is None else {"profile": rows(self.profile)}
+        return (
+            measured
+            | self.plan.as_dict()
+            | {
+                "output_bytes": self.output_bytes,
+                "device": self.device,
+                "seconds": self.seconds,
+                "categories": [category.row() for category in self.categories],
+            }
+        )
 
 
-def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> DecomposeResult:
+def run_decompose(
+    plan: DecomposePlan, progress: Callback = silent, profile: Unprofiled = UNPROFILED
+) -> DecomposeResult:
     """Carry out a plan of `plan_decompose`. Errors are those of `decompose`."""
     started = time.perf_counter()
     if plan.checkpoint.source is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
-    kernels = choose_device(plan.options.device)
+    with profile.step("start and imports"):
+        kernels = profile.kernels(choose_device(plan.options.device))
     require_memory(plan.most_memory_bytes, kernels.name)
     order = _order(plan)
     with (
@@ -106,7 +120,7 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
     ):
         needed = 2 * plan.output_bytes - staging.finished_bytes() + plan.parked_bytes
         sink.require_disk(staging.folder, needed)
-        parts = _Parts(plan, source, staging, kernels, progress)
+        parts = _Parts(plan, source, staging, kernels, progress, profile)
         finished = {number: parts.finish(number) for number in order}
         results = tuple(finished[number] for number in sorted(finished))
         progress(Progress(f"writing {plan.output}"))
@@ -118,9 +132,11 @@ def run_decompose(plan: DecomposePlan, progress: Callback = silent) -> Decompose
         def write(file: IO[bytes]) -> None:
             basis_file.write_basis(file, paths, metadata)
             file.flush()
-            _check_written(Path(file.name), parts.tensors)
+            with profile.step("checking the file"):
+                _check_written(Path(file.name), parts.tensors)
 
-        staging.publish(write)
+        with profile.step("writing"):
+            staging.publish(write)
     size = plan.output.stat().st_size
     return DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
 
@@ -147,13 +163,20 @@ class _Parts:
     """The finished categories, each a safetensors file in the staging folder."""
 
     def __init__(
-        self, plan: DecomposePlan, source: Source, staging: sink.Staging, kernels: Kernels, progress: Callback
+        self,
+        plan: DecomposePlan,
+        source: Source,
+        staging: sink.Staging,
+        kernels: Kernels,
+        progress: Callback,
+        profile: Unprofiled,
     ) -> None:
         self.plan = plan
         self.source = source
         self.staging = staging
         self.kernels = kernels
         self.progress = progress
+        self.profile = profile
         self.done = 0.0
         self.total = plan.flops
         self.tensors: dict[str, str] = {}  #: digest of each tensor of the file
@@ -165,7 +188,7 @@ class _Parts:
     def finish(self, number: int) -> CategoryResult:
         """Take the category from an earlier run, or compute and keep it."""
         category = self.plan.categories[number]
-        weights = _Weights(self.source, category.targets)
+        weights = _Weights(self.source, category.targets, self.profile)
         record = _read_part(self.path(number), self.plan.specs(category), weights)
         resumed = record is not None
         if record is None:
@@ -177,21 +200,22 @@ class _Parts:
         return CategoryResult(category, Outcome(**record["outcome"]), resumed)
 
     def _compute(self, number: int, category: CategoryPlan) -> dict[str, Json]:
-        from frodctl.checkpoint import stream
-        from frodctl.method.joint_basis import (
-            NonFiniteWeights,
-            NotPositiveDefinite,
-            Unrepresentable,
-            in_memory,
-            joint_basis,
-        )
+        with self.profile.step("start and imports"):
+            from frodctl.checkpoint import stream
+            from frodctl.method.joint_basis import (
+                NonFiniteWeights,
+                NotPositiveDefinite,
+                Unrepresentable,
+                in_memory,
+                joint_basis,
+            )
 
         options, memory = self.plan.options, self.plan.memory(category)
         started = time.perf_counter()
         begun = self.done
-        layers = _Weights(self.source, category.targets)
+        layers = _Weights(self.source, category.targets, self.profile)
         try:
-            with memory_errors(self.kernels.name):
+            with memory_errors(self.kernels.name), self.profile.step("other arithmetic"):
                 basis = joint_basis(
                     layers,
                     alpha=options.alpha,
@@ -225,13 +249,15 @@ class _Parts:
             seconds=time.perf_counter() - started,
         )
         tensors = _tensors(category, basis)
-        digests = {name: stream.digest(tensor) for name, tensor in tensors.items()}
+        with self.profile.step("digests"):
+            digests = {name: stream.digest(tensor) for name, tensor in tensors.items()}
         record = {"tensors": digests, "modules": layers.digests, "outcome": asdict(outcome)}
         specs = codec.layout(self.plan.specs(category))
         chunks = (stream.tensor_bytes(tensors[spec.name]) for spec in specs)
         text = json.dumps(record)
         metadata = {"record": text, "digest": _text_digest(text)}
-        self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
+        with self.profile.step("writing"):
+            self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
         self._advance(category, begun + category.flops - self.done)
         return record
 
@@ -297,9 +323,10 @@ def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, HostArra
 class _Weights:
     """The weights of a category, read from their source at each walk; digested at the first."""
 
-    def __init__(self, source: Source, targets: tuple[Target, ...]) -> None:
+    def __init__(self, source: Source, targets: tuple[Target, ...], profile: Unprofiled) -> None:
         self.source = source
         self.targets = targets
+        self.profile = profile
         self.digests: dict[str, str] = {}
         self.buffers: list[HostArray] | None = None
 
@@ -309,7 +336,7 @@ class _Weights:
 
     def read(self, numbers: Sequence[int]) -> Iterator[HostArray]:
         """The weights with these numbers, each valid until the next."""
-        return in_order(self._reads(numbers))
+        return self.profile.waiting("waiting for weights", in_order(self._reads(numbers)))
 
     def read_digests(self) -> dict[str, str]:
         """The digests of all, of which none is kept."""
@@ -342,9 +369,11 @@ class _Weights:
     def _read(self, target: Target, buffer: HostArray) -> HostArray:
         from frodctl.checkpoint import stream
 
-        weight = stream.read_tensor(self.source, target.tensor, target.index, buffer)
+        with self.profile.step("reading"):
+            weight = stream.read_tensor(self.source, target.tensor, target.index, buffer)
         if target.module not in self.digests:
-            self.digests[target.module] = stream.digest(weight)
+            with self.profile.step("digests"):
+                self.digests[target.module] = stream.digest(weight)
         return weight.T if target.transposed else weight
 
 

@@ -19,6 +19,7 @@ from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.matrices import Spectra, quantiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
+from frodctl.jobs.profile import Unprofiled
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 _QUANTILES = (0.5, 0.95)
 
 
-def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progress: Callback) -> Report:
+def adapter_report(
+    name: str, adapter: Adapter, options: InspectOptions, progress: Callback, profile: Unprofiled
+) -> Report:
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
     basis = opening.find_basis(adapter, options.basis, trust=options.trust_basis)
     if basis is not None and options.basis is None:
@@ -39,7 +42,7 @@ def adapter_report(name: str, adapter: Adapter, options: InspectOptions, progres
         source = opening.open_source(adapter, basis, trust=options.trust_basis)
         location = options.location_of_other(options.base)
         found = match(location, (source,), progress=lambda text: progress(Progress(text)))
-        rows = _with_base(found, basis, options)
+        rows = _with_base(found, basis, options, profile)
     else:
         rows = _alone(adapter, basis, options)
     there = [module.module for module in adapter.modules]
@@ -110,14 +113,13 @@ def changes(scales: HostArray, values: HostArray, base_scales: HostArray | None)
     }
 
 
-def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:
+def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions, profile: Unprofiled) -> Iterator[Row]:
     """Rows in the order of the merge, by category: each basis is made ready once."""
     adapter = found.sources[0].adapter
-    kernels = choose_device(options.device)
-    spectra = Spectra(kernels)
+    spectra = Spectra(choose_device(options.device), profile)
     values = {row["name"]: row for row in headers.adapter_rows(adapter)}
     weights = [w for w in found.weights if options.selects(w.parts[0].trained.module)]
-    updates = WeightUpdates(found.checkpoint, weights, kernels)
+    updates = WeightUpdates(found.checkpoint, weights, spectra.kernels)
     trained = _Trained(adapter, basis if adapter.provenance else None)
     for weight in weights:
         module = weight.parts[0].trained.module

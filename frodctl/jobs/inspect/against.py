@@ -19,6 +19,7 @@ from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.matrices import Spectra
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
+from frodctl.jobs.profile import Unprofiled
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 _PIECE = 1 << 18  # elements
 
 
-def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progress: Callback) -> Report:
+def comparison(
+    name: str, checkpoint: Checkpoint, options: InspectOptions, progress: Callback, profile: Unprofiled
+) -> Report:
     """Rows of what is equal, what differs and by how much, and what is on one side only."""
     assert options.against is not None
     location = options.location_of_other(options.against)
@@ -45,7 +48,7 @@ def comparison(name: str, checkpoint: Checkpoint, options: InspectOptions, progr
     counts = Counter[str]()
 
     def rows() -> Iterator[Row]:
-        spectra = Spectra(choose_device(options.device)) if options.spectrum else None
+        spectra = Spectra(choose_device(options.device), profile) if options.spectrum else None
         for mine, theirs in pairs:
             row = _compare(checkpoint, mine, other, theirs, spectra)
             counts[row.values["status"]] += 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from frodctl import values
 from frodctl.formats.basis_file import BasisFile
+from frodctl.jobs import profile as profiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.run import InspectResult, run_inspect
 from frodctl.jobs.progress import Callback, silent
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def inspect(
     *targets: PathLike | Iterable[PathLike],
     progress: Callback = silent,
+    profile: bool = False,
     spectrum: bool = False,
     estimate: bool = False,
     against: PathLike | None = None,
@@ -46,6 +48,8 @@ def inspect(
         Checkpoints, shared-basis files or adapters: local folders or files, or Hub ids; or lists of them.
     progress : callable, optional
         Called with a `frodctl.jobs.progress.Progress` as the work goes on.
+    profile : bool
+        Measure where the time goes: the result's ``profile``.
     spectrum : bool
         Exact figures of every matrix: norms, ranks, singular values.
     estimate : bool
@@ -115,4 +119,5 @@ def inspect(
         cache_dir=cache_dir,
         offline=offline,
     )
-    return run_inspect(values.models(targets, "targets"), options, progress)
+    measured = profiles.begin(profile)
+    return run_inspect(values.models(targets, "targets"), options, progress, measured)

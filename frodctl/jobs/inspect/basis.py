@@ -18,6 +18,7 @@ from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.matrices import Spectra, quantiles
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row
+from frodctl.jobs.profile import Unprofiled
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
 from frodctl.method.dual import Dual
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
-def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress: Callback) -> Report:
+def basis_report(
+    name: str, basis: BasisFile, options: InspectOptions, progress: Callback, profile: Unprofiled
+) -> Report:
     """Rows with the figures of every V and every layer's scales; with a base also how it is reconstructed."""
     checkpoint = None
     if options.base is not None:
@@ -36,7 +39,7 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
         checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
     if note := opening.without_digests(basis):
         progress(Progress(f"Warning: {note}."))
-    figures = _BasisFigures(basis, checkpoint, options)
+    figures = _BasisFigures(basis, checkpoint, options, profile)
     there = headers.basis_rows(basis)
     rows = [row for row in there if options.selects(row["name"])]
 
@@ -51,11 +54,13 @@ def basis_report(name: str, basis: BasisFile, options: InspectOptions, progress:
 
 
 class _BasisFigures:
-    def __init__(self, basis: BasisFile, checkpoint: Checkpoint | None, options: InspectOptions) -> None:
+    def __init__(
+        self, basis: BasisFile, checkpoint: Checkpoint | None, options: InspectOptions, profile: Unprofiled
+    ) -> None:
         self.basis = basis
         self.checkpoint = checkpoint
-        self.kernels = choose_device(options.device)
-        self.spectra = Spectra(self.kernels)
+        self.spectra = Spectra(choose_device(options.device), profile)
+        self.kernels = self.spectra.kernels
         self.conditions: dict[str, float | None] = {}
         self.records = {f"lambda.{record.name}": record for record in basis.metadata.modules}
         self._dual: tuple[str, Dual] | None = None  #: of the category last asked for

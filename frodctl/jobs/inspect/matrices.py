@@ -17,6 +17,7 @@ from frodctl.checkpoint import stream
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import InvalidInput
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.method.estimate import Products, estimate, frobenius_norm
 from frodctl.method.linalg import Scratch
 from frodctl.method.spectra import NotFinite, singular_values, summarize
@@ -48,14 +49,19 @@ class Spectra:
     ----------
     kernels : Kernels
         Where to compute.
+    profile : Unprofiled
+        Measures it, unless it does not.
     estimated : bool
         By randomised methods instead of exactly.
     seed : int
         Of those; the same for every matrix, so that a matrix's figures do not depend on which others are asked for.
     """
 
-    def __init__(self, kernels: Kernels, *, estimated: bool = False, seed: int = 0) -> None:
-        self.kernels = kernels
+    def __init__(
+        self, kernels: Kernels, profile: Unprofiled = UNPROFILED, *, estimated: bool = False, seed: int = 0
+    ) -> None:
+        self.kernels = profile.kernels(kernels)
+        self.profile = profile
         self.estimated = estimated
         self.seed = seed
         self._own = local()
@@ -75,16 +81,25 @@ class Spectra:
         """
         cores = max(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
         if self.kernels.name != "cpu" or cores == 1 or len(tasks) == 1:
-            for W, name in in_order(tasks):
+            for W, name in self.profile.waiting("waiting for weights", in_order(map(self._reading, tasks))):
                 yield self.of(W, name)
             return
         count = min(cores, _MOST_WORKERS)
         computing = [partial(self._of_task, task) for task in tasks]
         with threadpool_limits(1, "blas"), closing(in_order(computing, ahead=2 * count, count=count)) as found:
-            yield from found
+            yield from self.profile.waiting("waiting for workers", found)
+
+    def _reading(self, task: Callable[[], tuple[HostArray, str]]) -> Callable[[], tuple[HostArray, str]]:
+        def read() -> tuple[HostArray, str]:
+            with self.profile.step("reading"):
+                return task()
+
+        return read
 
     def _of_task(self, task: Callable[[], tuple[HostArray, str]]) -> Figures:
-        return self.of(*task())
+        W, name = self._reading(task)()
+        with self.profile.step("other arithmetic"):
+            return self.of(W, name)
 
     def _exact(self, W: HostArray) -> Figures:
         if not hasattr(self._own, "scratch"):

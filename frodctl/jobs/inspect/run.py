@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from frodctl.checkpoint import names
@@ -18,6 +18,8 @@ from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row, arranged
 from frodctl.jobs.inspect.target import Target, open_target
+from frodctl.jobs.profile import UNPROFILED, Step, Unprofiled
+from frodctl.jobs.profile import rows as profile_rows
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors
 
@@ -39,10 +41,12 @@ class InspectResult:
     """A finished inspection."""
 
     targets: tuple[TargetResult, ...]
+    profile: tuple[Step, ...] | None = field(default=None, repr=False)  #: where the time went, if that was asked for
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON."""
-        return {
+        measured = {} if self.profile is None else {"profile": profile_rows(self.profile)}
+        return measured | {
             "schema_version": SCHEMA_VERSION,
             "targets": [
                 {"target": t.target, "kind": t.kind, "tensors": [row.values for row in t.rows], "summary": t.summary}
@@ -51,26 +55,39 @@ class InspectResult:
         }
 
 
-def run_inspect(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> InspectResult:
+def run_inspect(
+    targets: Sequence[str],
+    options: InspectOptions,
+    progress: Callback = silent,
+    profile: Unprofiled = UNPROFILED,
+) -> InspectResult:
     """Inspect all the targets and keep every row. Errors are those of `inspect`."""
     finished = []
-    for report in list(reports(targets, options, progress)):
+    for report in list(reports(targets, options, progress, profile)):
         rows = tuple(report.rows)
         finished.append(TargetResult(report.target, report.kind, rows, report.summary()))
-    return InspectResult(tuple(finished))
+    return InspectResult(tuple(finished), profile.finish())
 
 
-def reports(targets: Sequence[str], options: InspectOptions, progress: Callback = silent) -> Iterator[Report]:
+def reports(
+    targets: Sequence[str],
+    options: InspectOptions,
+    progress: Callback = silent,
+    profile: Unprofiled = UNPROFILED,
+) -> Iterator[Report]:
     """The targets' reports, whose rows come as they are computed. Errors are those of `inspect`.
 
     Only after the last report is it known whether every pattern to include or exclude matches something.
     """
-    kernels = choose_device(options.device) if not options.headers_only else None
+    with profile.step("start and imports"):
+        kernels = choose_device(options.device) if not options.headers_only else None
     there: list[str] = []
     for name in targets:
-        report = _report(open_target(name, options, progress), options, progress)
+        with profile.step("planning"):
+            report = _report(open_target(name, options, progress), options, progress, profile)
         there += report.names
         rows = _counted(report, kernels.name, progress) if kernels is not None else report.rows
+        rows = profile.waiting("other arithmetic" if kernels is not None else "headers", rows)
         yield replace(report, rows=arranged(rows, options.sort, options.top))
     for parameter, globs in (("include", options.include), ("exclude", options.exclude)):
         unmatched = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in there)]
@@ -90,7 +107,7 @@ def _counted(report: Report, device: str, progress: Callback) -> Iterator[Row]:
             yield row
 
 
-def _report(target: Target, options: InspectOptions, progress: Callback) -> Report:
+def _report(target: Target, options: InspectOptions, progress: Callback, profile: Unprofiled) -> Report:
     if target.checkpoint is not None:
         if options.base is not None:
             raise UsageError(
@@ -99,8 +116,8 @@ def _report(target: Target, options: InspectOptions, progress: Callback) -> Repo
         if options.against is not None:
             from frodctl.jobs.inspect.against import comparison
 
-            return comparison(target.name, target.checkpoint, options, progress)
-        return _checkpoint_report(target.name, target.checkpoint, options)
+            return comparison(target.name, target.checkpoint, options, progress, profile)
+        return _checkpoint_report(target.name, target.checkpoint, options, profile)
     if options.against is not None:
         raise UsageError(f"{target.name}: `against` compares checkpoints, and this is none")
     if options.estimate:
@@ -113,7 +130,7 @@ def _report(target: Target, options: InspectOptions, progress: Callback) -> Repo
             )
         from frodctl.jobs.inspect.basis import basis_report
 
-        return basis_report(target.name, target.basis, options, progress)
+        return basis_report(target.name, target.basis, options, progress, profile)
     assert target.adapter is not None
     if options.headers_only:
         adapter = target.adapter
@@ -122,7 +139,7 @@ def _report(target: Target, options: InspectOptions, progress: Callback) -> Repo
         )
     from frodctl.jobs.inspect.adapter import adapter_report
 
-    return adapter_report(target.name, target.adapter, options, progress)
+    return adapter_report(target.name, target.adapter, options, progress, profile)
 
 
 def _of_headers(
@@ -137,7 +154,7 @@ def _of_headers(
     return Report(target.name, kind, shown, map(Row, rows), summary, len(rows), [row["name"] for row in found])
 
 
-def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOptions) -> Report:
+def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOptions, profile: Unprofiled) -> Report:
     def summary() -> dict[str, Json]:
         return headers.checkpoint_summary(checkpoint)
 
@@ -146,12 +163,14 @@ def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOption
     there = [info.name for info in infos]
     if options.headers_only:
         infos = [info for info in infos if options.selects(info.name)]
-        rows = (Row(headers.tensor_values(info) | headers.place_values(info)) for info in infos)
-        return Report(name, "checkpoint", shown, rows, summary, len(infos), there)
+        listed = (Row(headers.tensor_values(info) | headers.place_values(info)) for info in infos)
+        return Report(name, "checkpoint", shown, listed, summary, len(infos), there)
     parts = {headers.tensor_values(*part)["name"]: part for info in infos for part in matrices(info)}
     there += [part for part in parts if part not in checkpoint.tensors]  # experts in one tensor
     wanted = [part for part_name, part in parts.items() if options.selects(part_name)]
-    return Report(name, "checkpoint", shown, _spectra(checkpoint, wanted, options), summary, len(wanted), there)
+    return Report(
+        name, "checkpoint", shown, _spectra(checkpoint, wanted, options, profile), summary, len(wanted), there
+    )
 
 
 def matrices(info: TensorInfo) -> list[tuple[TensorInfo, int | None]]:
@@ -164,12 +183,16 @@ def matrices(info: TensorInfo) -> list[tuple[TensorInfo, int | None]]:
 
 
 def _spectra(
-    checkpoint: Checkpoint, parts: Sequence[tuple[TensorInfo, int | None]], options: InspectOptions
+    checkpoint: Checkpoint,
+    parts: Sequence[tuple[TensorInfo, int | None]],
+    options: InspectOptions,
+    profile: Unprofiled,
 ) -> Iterator[Row]:
-    from frodctl.jobs.inspect.matrices import Spectra, reading
+    with profile.step("start and imports"):
+        from frodctl.jobs.inspect.matrices import Spectra, reading
 
     assert checkpoint.root is not None
-    spectra = Spectra(choose_device(options.device), estimated=options.estimate, seed=options.seed)
+    spectra = Spectra(choose_device(options.device), profile, estimated=options.estimate, seed=options.seed)
     root = checkpoint.root
     tasks = [
         reading(root, info, index, f"{root / info.file}: tensor {headers.tensor_values(info, index)['name']}")

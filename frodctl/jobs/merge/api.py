@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from frodctl import values
 from frodctl.formats.basis_file import BasisFile
+from frodctl.jobs import profile as profiles
 from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.merge.plan import MergePlan, plan_merge
 from frodctl.jobs.merge.run import MergeResult, run_merge
@@ -25,6 +26,7 @@ def merge(
     *,
     dry_run: Literal[False] = ...,
     progress: Callback = ...,
+    profile: bool = ...,
     basis: PathLike | BasisFile | None = ...,
     trust_basis: bool = ...,
     recompute_projection: bool = ...,
@@ -53,6 +55,7 @@ def merge(
     *,
     dry_run: Literal[True],
     progress: Callback = ...,
+    profile: bool = ...,
     basis: PathLike | BasisFile | None = ...,
     trust_basis: bool = ...,
     recompute_projection: bool = ...,
@@ -80,6 +83,7 @@ def merge(
     *,
     dry_run: bool = False,
     progress: Callback = silent,
+    profile: bool = False,
     basis: PathLike | BasisFile | None = None,
     trust_basis: bool = False,
     recompute_projection: bool = False,
@@ -116,6 +120,8 @@ def merge(
         Return the plan, made from headers alone: nothing is downloaded but headers, nothing is written.
     progress : callable, optional
         Called with a `frodctl.jobs.progress.Progress` as the work goes on.
+    profile : bool
+        Measure where the time goes: the result's ``profile``.
     basis : path or BasisFile, optional
         Shared-basis file, for an adapter that does not hold V. By default a file in the adapter's folder, in the one
         above, or where the adapter recorded it: the one that has the recorded digests, whatever its name.
@@ -191,5 +197,8 @@ def merge(
         resume=resume,
         verify=verify,
     )
-    plan = plan_merge(base, adapter, output, options, dry_run=values.flag(dry_run, "dry_run"), progress=progress)
-    return plan if dry_run else run_merge(plan, progress)
+    dry_run = values.flag(dry_run, "dry_run")
+    measured = profiles.begin(profile, dry_run=dry_run)
+    with measured.step("planning"):
+        plan = plan_merge(base, adapter, output, options, dry_run=dry_run, progress=progress)
+    return plan if dry_run else run_merge(plan, progress, measured).with_profile(measured)

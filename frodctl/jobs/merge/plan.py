@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -24,7 +25,7 @@ from frodctl.jobs.columns import Column
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import PROCESS_BYTES, choose_device
+from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates
 from frodctl.method import cost
 from frodctl.values import PathLike
 
@@ -59,6 +60,7 @@ class MergePlan:
     config: Mapping[str, Json] | None = field(repr=False)  #: of the result; None where the base's is copied
     files: tuple[str, ...] = field(repr=False)  #: copied from the base's folder
     warnings: tuple[str, ...]
+    seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
@@ -147,6 +149,7 @@ class MergePlan:
             "output_bytes": self.output_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "flops": self.flops,
+            "seconds_estimate": self.seconds_estimate,
             "dtype": self.options.dtype,
             "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in self.shards],
             "merged_tensors": len(self.weights),
@@ -213,9 +216,23 @@ def plan_merge(
         files=copied_files(checkpoint, as_sentences=not added),
         warnings=(*found.warnings, *_warnings(sources, replaced)),
     )
-    if not dry_run:
-        plan.check_output()  # now that it is known what will be read
+    if dry_run:
+        return replace(plan, seconds_estimate=_seconds_estimate(plan))
+    plan.check_output()  # now that it is known what will be read
     return plan
+
+
+def _seconds_estimate(plan: MergePlan) -> float | None:
+    """The time that the plan would take on its device, about."""
+    rates = measured_rates(plan.options.device)
+    if rates is None:
+        return None
+    groups: dict[object, list[tuple[int, int]]] = {}
+    for weight in plan.weights:
+        for part in weight.parts:
+            groups.setdefault((id(part.source), weight.group), []).append((weight.target.m, weight.target.n))
+    copied = cost.Call("move", "", (sum(info.nbytes for info in plan.copied.values()),), 4)
+    return rates.seconds([copied, *itertools.chain(*map(cost.update_calls, groups.values()))])
 
 
 def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool, progress: Callback) -> tuple[Source, ...]:

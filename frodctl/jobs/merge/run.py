@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge.card import model_card
 from frodctl.jobs.merge.plan import MergePlan
+from frodctl.jobs.profile import UNPROFILED, Step, Unprofiled, rows
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
@@ -42,49 +43,69 @@ class MergeResult:
     verified: bool
     device: str
     seconds: float
+    profile: tuple[Step, ...] | None = field(default=None, repr=False)  #: where the time went, if that was asked for
+
+    def with_profile(self, profile: Unprofiled) -> MergeResult:
+        """The result with what was measured."""
+        return replace(self, profile=profile.finish())
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan's figures and what came of them."""
-        return self.plan.as_dict() | {
-            "output_bytes": self.output_bytes,
-            "unchanged_tensors": list(self.unchanged),
-            "resumed_tensors": self.resumed_tensors,
-            "verified": self.verified,
-            "device": self.device,
-            "seconds": self.seconds,
-        }
+        measured = {} if self.profile is None else {"profile": rows(self.profile)}
+        return (
+            measured
+            | self.plan.as_dict()
+            | {
+                "output_bytes": self.output_bytes,
+                "unchanged_tensors": list(self.unchanged),
+                "resumed_tensors": self.resumed_tensors,
+                "verified": self.verified,
+                "device": self.device,
+                "seconds": self.seconds,
+            }
+        )
 
 
-def run_merge(plan: MergePlan, progress: Callback = silent) -> MergeResult:
+def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled = UNPROFILED) -> MergeResult:
     """Carry out a plan of `plan_merge`. Errors are those of `merge`."""
-    from frodctl.jobs.merge.tensors import TensorMerger, origin
-
     started = time.perf_counter()
+    with profile.step("start and imports"):
+        from frodctl.jobs.merge.tensors import TensorMerger, origin
+
     if plan.checkpoint.root is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
-    kernels = choose_device(plan.options.device)
+    with profile.step("start and imports"):
+        kernels = profile.kernels(choose_device(plan.options.device))
     require_memory(plan.peak_memory_bytes, kernels.name)
-    with sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging:
+    with profile.step("digests"):
+        key = _job_key(plan, kernels)
+    with sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume) as staging:
         card = model_card(plan)
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
         tree = staging.path(_TREE)
         tree.mkdir(exist_ok=True)
         _remove_all_but(tree, [shard.file for shard in plan.shards])
         try:
-            with shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL), partial(origin, plan)) as writer:
+            with (
+                profile.step("writing"),
+                shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL), partial(origin, plan)) as writer,
+            ):
                 resumed = len(writer.digests)
-                with memory_errors(kernels.name):
-                    merger = TensorMerger(plan, writer, kernels, progress)
+                with memory_errors(kernels.name), profile.step("other arithmetic"):
+                    merger = TensorMerger(plan, writer, kernels, progress, profile)
                     merger.run()
                 digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
             shutil.rmtree(staging.folder)
             raise
-        _write_the_rest(plan, tree, card)
+        with profile.step("writing"):
+            _write_the_rest(plan, tree, card)
         if plan.options.verify:
             progress(Progress("reading the result again"))
-            shards.verify(tree, plan.shards, digests)
-        staging.publish_folder(_TREE)
+            with profile.step("checking the files"):
+                shards.verify(tree, plan.shards, digests)
+        with profile.step("writing"):
+            staging.publish_folder(_TREE)
     return MergeResult(
         plan=plan,
         output=plan.output,

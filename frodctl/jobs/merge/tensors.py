@@ -20,6 +20,7 @@ from frodctl.checkpoint.records import TensorInfo
 from frodctl.checkpoint.shards import ShardWriter
 from frodctl.errors import InvalidInput
 from frodctl.jobs.merge.plan import MergePlan, flops
+from frodctl.jobs.profile import Unprofiled
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.pipeline import AHEAD, Workers, in_order
 
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
 class TensorMerger:
     """Makes every tensor of the output and gives it to the writer."""
 
-    def __init__(self, plan: MergePlan, writer: ShardWriter, kernels: Kernels, progress: Callback) -> None:
+    def __init__(
+        self, plan: MergePlan, writer: ShardWriter, kernels: Kernels, progress: Callback, profile: Unprofiled
+    ) -> None:
         assert plan.checkpoint.root is not None, "the plan of a dry run cannot be run"
         self.plan = plan
         self.root = plan.checkpoint.root
         self.writer = writer
         self.progress = progress
+        self.profile = profile
         self.kernels = kernels
         self.updates = WeightUpdates(plan.checkpoint, plan.weights, kernels)
         self.unchanged: list[str] = []
@@ -64,11 +68,12 @@ class TensorMerger:
                 if name not in self.writer.digests:
                     self._replace(name, source, info)
             tasks = [partial(self._read, weight, next(self._read_buffers)) for weight in waiting]
-            for task, digest in in_order(tasks):
+            for task, digest in self.profile.waiting("waiting for weights", in_order(tasks)):
                 self._merge(task, digest, writes)
                 self._advance(flops(task.weight))
-            writes.finish()
-            copies.finish()
+            with self.profile.step("waiting for writes"):
+                writes.finish()
+                copies.finish()
 
     def _advance(self, amount: float) -> None:
         self.done += amount
@@ -83,8 +88,9 @@ class TensorMerger:
 
     def _read(self, weight: Weight, buffer: HostArray) -> tuple[Task, str]:
         """One weight and the digest of its bytes."""
-        task = self.updates.read(weight, buffer)
-        return task, "" if task.stored is None else self.updates.digest(task)
+        with self.profile.step("reading and digests"):
+            task = self.updates.read(weight, buffer)
+            return task, "" if task.stored is None else self.updates.digest(task)
 
     def _merge(self, task: Task, digest: str, writes: Workers[None]) -> None:
         """Compute one weight and have it written."""
@@ -100,13 +106,18 @@ class TensorMerger:
         out = self._write_buffer[: self._output_bytes(task.weight)].view(dtype).reshape(info.shape)
         rows_first = out.T if transposed else out
         for rows, block in self.updates.rows(W, task):
-            writes.finish()  # of what was in the buffer before
+            with self.profile.step("waiting for writes"):
+                writes.finish()  # of what was in the buffer before
             self.kernels.get(block, rows_first[rows])
         if not _all_finite(out):
             stream.check_finite(task.stored, info.name, str(self.root / info.file))
             cause = "the adapter's values are too large, or it belongs to another base"
             raise InvalidInput(f"{name}: the merged weight holds NaN or Inf in {dtype.name}; {cause}")
-        writes.add(partial(self.writer.write, name, [stream.tensor_bytes(out)], lambda: digest))
+        writes.add(partial(self._write, name, out, digest))
+
+    def _write(self, name: str, out: HostArray, digest: str) -> None:
+        with self.profile.step("writing"):
+            self.writer.write(name, [stream.tensor_bytes(out)], lambda: digest)
 
     def _replace(self, name: str, source: Source, info: TensorInfo) -> None:
         tensor = source.adapter.tensor(info)
@@ -118,7 +129,8 @@ class TensorMerger:
     def _copy(self, name: str, info: TensorInfo) -> None:
         sha256 = hashlib.sha256()
         pieces = self._converted(info, self.plan.dtypes[name], sha256)
-        self.writer.write(name, pieces, lambda: f"sha256:{sha256.hexdigest()}")
+        with self.profile.step("copying"):
+            self.writer.write(name, pieces, lambda: f"sha256:{sha256.hexdigest()}")
 
     def _converted(self, info: TensorInfo, dtype: str, sha256: hashlib._Hash) -> Iterator[memoryview]:
         """The base's tensor, piece by piece, in the dtype; digested as it is stored."""

@@ -36,6 +36,10 @@ class Kernels(Protocol):
         """What rounding depends on: the libraries and their versions, the device, its threads."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait until all that was asked for is done: a device works behind its caller."""
+        ...
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Memory whose contents are undefined."""
         ...

@@ -49,6 +49,10 @@ class Device:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return [name, f"torch {torch.__version__}", str(torch.get_num_threads())]
 
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return torch.empty(shape, dtype=_DTYPES[dtype], device=self.device)
 

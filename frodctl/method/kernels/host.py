@@ -36,6 +36,9 @@ class Host:
         pools = [f"{pool['internal_api']} {pool['num_threads']}" for pool in threadpool_info()]
         return ["cpu", f"numpy {np.__version__}", f"scipy {scipy.__version__}", *sorted(pools)]
 
+    def synchronize(self) -> None:
+        pass
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.empty(shape, dtype)
 
