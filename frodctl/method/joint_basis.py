@@ -200,7 +200,8 @@ def joint_basis(
     T = stack.mean_resolvent(G, root, alpha, work)
     del G
     # T is as precise as the products it came from: float32 where there are wide weights only
-    tau, Zt = kernels.syevd(T if stack.any_tall else kernels.put(T, work))
+    T = T if stack.any_tall else kernels.put(T, work)
+    tau, Zt = kernels.syevd(T)
     del T
     Vt = root.basis(kernels, Zt)
     if not stack.roots:

@@ -44,6 +44,17 @@ def traced(layers: Arrays, **options: object) -> tuple[JointBasis, int]:
         tracemalloc.stop()
 
 
+def test_memory_of_matrices_that_are_large_beside_the_weights() -> None:
+    """There it is the eigendecomposition's."""
+    shapes = [(100, 1000)] * 14
+    decompose(Arrays(weights([(20, 8)] * 3)), kernels=kernels_of("cpu"))  # whatever is loaded on first use
+    basis, peak = traced(Arrays(weights(shapes)))
+    assert basis.precision == "float32"
+    planned = cost.memory_bytes(shapes, 0, "float32")
+    assert 24 * 1000**2 < planned < 34 * 1000**2
+    assert 0.95 * planned <= peak <= 1.05 * planned
+
+
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("cache", [0, 5, 100])
 @pytest.mark.parametrize("precision", ["auto", "float64"])
