@@ -10,10 +10,6 @@ from functools import partial
 from threading import Lock, get_ident, local
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numpy as np
-from threadpoolctl import threadpool_limits
-
-from frodctl.arrays import dtype_name
 from frodctl.method.cost import FLOPS
 
 if TYPE_CHECKING:
@@ -117,6 +113,8 @@ class Profile(Unprofiled):
         return self._found
 
     def _finished(self) -> tuple[Step, ...]:
+        from threadpoolctl import threadpool_limits
+
         with self.step("measuring the GEMM peak"):
             self._compare_with_peak([step for step in self._steps.values() if step.flops and not step.workers])
             with threadpool_limits(1, "blas"):
@@ -180,6 +178,8 @@ class _Profiled:
 
 def gemm_peak(kernels: Kernels, dtype: str, seconds: float = _PEAK_SECONDS, n: int | None = None) -> float:
     """Operations in a second of the fastest of a few products of (n, n) matrices."""
+    import numpy as np
+
     n = n or _PEAK_SIZE.get(kernels.name, _PEAK_SIZE_OF_A_GPU)
     A, B = (kernels.put(np.full((n, n), x), dtype) for x in (0.5, 0.25))
     out = kernels.empty((n, n), dtype)
@@ -212,6 +212,8 @@ def operations(
     nbytes : float
         Bytes read and written, of a routine that only moves numbers.
     """
+    from frodctl.arrays import dtype_name
+
     if routine in _BYTES:
         written, nbytes = _BYTES[routine](found, *arguments, **options)
         return dtype_name(written), 0.0, float(nbytes)

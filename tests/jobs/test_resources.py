@@ -42,7 +42,7 @@ def test_too_little_virtual_memory_is_out_of_resources(tmp_path: Path) -> None:
     """Before the work where it can be known, and where it cannot all the same."""
     from tests.conftest import save_checkpoint
 
-    model = save_checkpoint(tmp_path / "m", {f"layers.{i}.up.weight": torch.randn(1024, 1024) for i in range(2)})
+    model = save_checkpoint(tmp_path / "m", {f"layers.{i}.up.weight": torch.randn(2048, 2048) for i in range(2)})
     arguments = ["decompose", str(model), "--target-modules", "all-linear", "-o", str(tmp_path / "b.safetensors"), "-q"]
     for limit in (200_000, 360_000):
         done = under(limit, f"import sys; from frodctl.cli.main import main; sys.exit(main({arguments!r}))")

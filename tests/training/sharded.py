@@ -46,6 +46,7 @@ def main() -> None:
     if rank == 0:
         frodctl.save_adapter(model, folder / "given", state_dict=state)
         (folder / "losses.json").write_text(json.dumps(losses))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
