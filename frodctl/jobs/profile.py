@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from frodctl import values
 from frodctl.checkpoint.inputs import Json
@@ -10,7 +12,10 @@ from frodctl.errors import UsageError
 from frodctl.jobs.columns import Column
 from frodctl.method.profile import UNPROFILED, Profile, Step, Unprofiled
 
-__all__ = ["COLUMNS", "UNPROFILED", "Step", "Unprofiled", "begin", "rows"]
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["COLUMNS", "UNPROFILED", "Profiled", "Step", "Unprofiled", "begin", "rows"]
 
 COLUMNS = (
     Column("step", "step", "text"),
@@ -22,6 +27,21 @@ COLUMNS = (
     Column("gemm_share", "of GEMM", "share"),
     Column("gigabytes_per_second", "GB/s", "figure"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profiled:
+    """A job's result, which may say where the time went."""
+
+    profile: tuple[Step, ...] | None = field(default=None, repr=False)  #: None where that was not asked for
+
+    def with_profile(self, profile: Unprofiled) -> Self:
+        """The result with what was measured."""
+        return replace(self, profile=profile.finish())
+
+    def profile_dict(self) -> dict[str, Json]:
+        """What JSON has of it: nothing where there is none."""
+        return {} if self.profile is None else {"profile": rows(self.profile)}
 
 
 def begin(wanted: bool, *, dry_run: bool = False, began: float | None = None) -> Unprofiled:

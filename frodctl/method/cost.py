@@ -53,11 +53,6 @@ def nearly_square(m: int, n: int) -> bool:
     return n <= m < 2 * n
 
 
-def gram_bytes(n: int, dtype: str) -> int:
-    """Bytes of a Gram matrix (n, n)."""
-    return n * n * (8 if dtype == "float64" else 4)
-
-
 def is_deficient(shapes: Sequence[tuple[int, int]]) -> bool:
     """Whether the weights have too few rows for a Gram matrix of full rank."""
     return sum(m for m, _ in shapes) < shapes[0][1]
@@ -79,7 +74,7 @@ def working_dtype(shapes: Sequence[tuple[int, int]], precision: str) -> str:
 
 def kept_grams(shapes: Sequence[tuple[int, int]], cache_bytes: int, work: str) -> list[int]:
     """Bytes of each Gram matrix that is kept: the first ones of tall weights, as many as there is room for."""
-    sizes = [gram_bytes(n, "float64" if nearly_square(m, n) else work) for m, n in shapes if m >= n]
+    sizes = [n * n * _size("float64" if nearly_square(m, n) else work) for m, n in shapes if m >= n]
     kept, room = [], cache_bytes
     for size in sizes:
         room -= size
@@ -105,7 +100,7 @@ def memory_bytes(shapes: Sequence[tuple[int, int]], cache_bytes: int, work: str,
         Whether R and R⁻¹ are elsewhere while they are not needed.
     """
     n = shapes[0][1]
-    w = 4 if work == "float32" else 8
+    w = _size(work)
     tall = [(m, 8 if nearly_square(m, n) else w) for m, _ in shapes if m >= n]
     wide = [m for m, _ in shapes if m < n]
     kept = kept_grams(shapes, cache_bytes, work)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from frodctl.method.kernels import kernels_of
+from frodctl.method.linalg import element_blocks
 from frodctl.method.spectra import NotFinite
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Products:
         """
         kernels = kernels or kernels_of("cpu")
         on_device = kernels.put(W, None if in_blocks else "float64")
-        blocks = _row_blocks(W) if in_blocks else [slice(None)]
+        blocks = element_blocks(W.shape, _BLOCK) if in_blocks else [slice(None)]
 
         def part(rows: slice) -> Array:
             return kernels.put(on_device[rows], "float64")
@@ -94,17 +95,12 @@ def frobenius_norm(W: HostArray) -> float:
 
 def _root_of_squares(W: HostArray, unit: float) -> float:
     total = 0.0
-    for rows in _row_blocks(W):
+    for rows in element_blocks(W.shape, _BLOCK):
         part = W[rows].astype(np.float64)
         with np.errstate(over="ignore", under="ignore"):
             part /= unit
             total += float(np.einsum("ij,ij->", part, part))
     return math.sqrt(total)
-
-
-def _row_blocks(W: HostArray) -> list[slice]:
-    rows = max(1, _BLOCK // max(1, W.shape[1]))
-    return [slice(begin, begin + rows) for begin in range(0, len(W), rows)]
 
 
 @dataclass(frozen=True)

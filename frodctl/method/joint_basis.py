@@ -34,9 +34,9 @@ import numpy as np
 
 from frodctl.arrays import NAMED, dtype_name, epsilon
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.method.cost import gram_bytes, is_deficient, layer_flops, nearly_square, stacked, working_dtype
+from frodctl.method.cost import is_deficient, kept_grams, layer_flops, nearly_square, stacked, working_dtype
 from frodctl.method.kernels import Kernels, kernels_of
-from frodctl.method.linalg import Scratch, spectral_norm_of_triangle
+from frodctl.method.linalg import Scratch, row_blocks, spectral_norm_of_triangle
 
 if TYPE_CHECKING:
     from frodctl.arrays import Array, HostArray
@@ -62,6 +62,7 @@ SPREAD = 10.0
 DOMINANCE = 1e-3
 #: Norms between this and its inverse can be squared and multiplied in float32 without a thought.
 _SAFE_NORM = 2.0**-30
+_ROWS = 128  #: of V that are rounded at a time
 
 
 class NotPositiveDefinite(ArithmeticError):
@@ -256,7 +257,7 @@ class _Stack:
         self.grams: dict[int, Array] = {}  #: G_i
         self.roots: dict[int, Array] = {}  #: R_i with R_iᵀR_i = G_i + αG, in G_i's place
         self.sizes: dict[int, float] = {}  #: the length of R_i's longest column, about ‖R_i‖
-        self.room = cache_bytes  #: for G_i
+        self.cache_bytes = cache_bytes
         self.park = park
 
     @property
@@ -356,15 +357,15 @@ class _Stack:
     def gram(self, work: str) -> Array:
         """G = Σ W_iᵀ W_i (n, n) float64."""
         self.grams.clear()
-        room = self.room
+        kept = len(kept_grams(self.shapes, self.cache_bytes, work))
         total = _Sum(self.n, self.kernels)
         for layers, X in self.stacks(0, work, near_square="float64"):
             if self.shapes[layers.start][0] < self.n:
                 total.add_gram(X)
                 continue
-            room -= gram_bytes(self.n, dtype_name(X))
-            gram = self.gram_of(X, keep=room >= 0)
-            if room >= 0:
+            keep = len(self.grams) < kept
+            gram = self.gram_of(X, keep=keep)
+            if keep:
                 self.grams[layers.start] = gram
             total.add(gram)  # each G_i as it is used again: ties depend on G being their sum exactly
         return total.result()
@@ -604,7 +605,7 @@ class _Resolvents:
         else:
             Q = kernels.gemm(W, self.P, self.scratch.empty("Q", (len(W), r), dtype), transpose_b=True)
         self.count += len(W) // m
-        parts = [Q[begin : begin + m] for begin in range(0, len(Q), m)]
+        parts = [Q[rows] for rows in row_blocks(len(Q), m)]
         if m < r:
             for part in parts:
                 S = kernels.syrk(part, self.scratch.empty("shifted", (m, m), dtype), rows=True)
@@ -715,7 +716,7 @@ def _store(Vt: HostArray, dtype: str, factor: float) -> tuple[HostArray, HostArr
         advice = f"give {advice}" if others else "no dtype can store it; rescale the weights"
         raise Unrepresentable(f"{found}, which does not fit {dtype}; {advice}")
     signs = np.ones(len(Vt), np.float32)
-    for rows in _row_blocks(Vt):
+    for rows in row_blocks(len(Vt), _ROWS):
         block = stored[rows].astype(np.float32)
         peaks = np.take_along_axis(block, np.abs(block).argmax(axis=1)[:, None], axis=1)[:, 0]
         signs[rows][peaks < 0] = -1
@@ -726,7 +727,7 @@ def _store(Vt: HostArray, dtype: str, factor: float) -> tuple[HostArray, HostArr
 def _rounded(Vt: HostArray, dtype: str, factor: float) -> HostArray:
     stored = np.empty(Vt.shape, NAMED[dtype])
     with np.errstate(over="ignore"):
-        for rows in _row_blocks(Vt):
+        for rows in row_blocks(len(Vt), _ROWS):
             stored[rows] = Vt[rows] / factor
     return stored
 
@@ -734,15 +735,11 @@ def _rounded(Vt: HostArray, dtype: str, factor: float) -> HostArray:
 def _holds(stored: HostArray, Vt: HostArray, factor: float) -> bool:
     """Whether ``stored`` is Vt/factor to its dtype's rounding, row by row: nothing over- or underflowed."""
     tolerance = epsilon(stored.dtype.name)
-    for rows in _row_blocks(Vt):
+    for rows in row_blocks(len(Vt), _ROWS):
         error = np.linalg.norm(stored[rows].astype(np.float64) * factor - Vt[rows], axis=1)
         if not bool((error <= tolerance * np.linalg.norm(Vt[rows], axis=1)).all()):
             return False
     return True
-
-
-def _row_blocks(X: HostArray) -> list[slice]:
-    return [slice(begin, begin + 128) for begin in range(0, len(X), 128)]
 
 
 def _check_rounding(scales: Sequence[HostArray], rank: int, dtype: str) -> None:

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 _STEPS = 12
 
 
+def row_blocks(count: int, step: int) -> list[slice]:
+    """``count`` rows, ``step`` at a time."""
+    return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+
+
+def element_blocks(shape: tuple[int, ...], elements: int) -> list[slice]:
+    """The rows of a matrix (m, n), of about so many elements at a time."""
+    m, n = shape
+    return row_blocks(m, max(1, elements // max(1, n)))
+
+
 class Scratch:
     """Memory that is used again: one block by name and dtype, as large as the largest request so far."""
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from frodctl.arrays import NAMED, dtype_name, epsilon
 from frodctl.method.dual import ROUNDED_AFTERWARDS, TO_A_MILLIONTH, Dual
-from frodctl.method.linalg import Scratch
+from frodctl.method.linalg import Scratch, row_blocks
 
 if TYPE_CHECKING:
     from frodctl.arrays import Array, HostArray
@@ -159,7 +159,7 @@ class CategoryUpdate:
             B = self.scratch.empty("B", (n, m), work)
             return kernels.gemm(inverse, self._cast(W, dtype, work), B, transpose_b=True)
         B = self.scratch.empty("B", (m, n), work)
-        for rows in _row_blocks(m):
+        for rows in row_blocks(m, _BLOCK_ROWS):
             kernels.gemm(self._cast(W[rows], dtype, work), inverse, B[rows], transpose_b=True)
         return B
 
@@ -184,7 +184,7 @@ class CategoryUpdate:
     def _round_to_units(self, B: Array, inverses: Vector, tall: bool) -> None:
         """Turn B into U, rounded to V's dtype."""
         factors = self.kernels.put(inverses if tall else inverses[:, None], self.precision)
-        for rows in _row_blocks(len(B)):
+        for rows in row_blocks(len(B), _BLOCK_ROWS):
             unit = B[rows]
             unit *= factors if tall else factors[rows]
             for dtype in ("float32", self.dtype, self.precision):  # float32 first and then V's dtype, as PEFT does
@@ -211,7 +211,7 @@ class CategoryUpdate:
         kernels = self.kernels
         K = kernels.csrmm(*M, self.Vt)
         E = kernels.gemm(inverse, K, self.scratch.empty("E", (self.n, self.n), self.work), transpose_a=True)
-        for rows in _row_blocks(len(W)):
+        for rows in row_blocks(len(W), _BLOCK_ROWS):
             X = self._cast(W[rows], dtype_name(W), self.work)
             yield rows, kernels.gemm(X, E, self.scratch.empty("product", tuple(X.shape), self.work))
 
@@ -224,7 +224,7 @@ class CategoryUpdate:
             yield slice(0, len(product)), kernels.gemm(Y, self.Vt, product, transpose_a=True)
             return
         K = kernels.csrmm(*M, self.Vt)
-        for block in _row_blocks(len(B)):
+        for block in row_blocks(len(B), _BLOCK_ROWS):
             X = self._in_work(B[block])
             yield block, kernels.gemm(X, K, self.scratch.empty("product", tuple(X.shape), self.work))
 
@@ -296,10 +296,6 @@ def csr_pattern(indices: HostArray, n: int) -> CsrPattern:
 def _is_tall(W: HostArray) -> bool:
     m, n = W.shape
     return bool(m > n)
-
-
-def _row_blocks(m: int) -> list[slice]:
-    return [slice(begin, min(begin + _BLOCK_ROWS, m)) for begin in range(0, m, _BLOCK_ROWS)]
 
 
 def _reciprocal(x: Vector, threshold: float | Vector) -> Vector:

@@ -24,6 +24,7 @@ from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates
 from frodctl.method import budget, cost
+from frodctl.pipeline import AHEAD
 from frodctl.values import PathLike
 
 
@@ -31,7 +32,6 @@ from frodctl.values import PathLike
 class Memory:
     """How the decomposition of a category uses memory."""
 
-    precision: str  #: as asked for
     cache_bytes: int  #: for Gram matrices that are kept
     parked: bool = False  #: whether R and its inverse wait on disk while they are not needed
 
@@ -66,26 +66,25 @@ class CategoryPlan:
         """What is kept: all that the cache has room for, as far as a limit allows it, then less, then R on disk."""
         limit = options.memory_limit
         if limit is None:
-            return Memory(options.precision, options.cache_size)
-        bare = self.most_memory_bytes(Memory(options.precision, 0))
+            return Memory(options.cache_size)
+        bare = self.most_memory_bytes(Memory(0))
         ways = [
-            Memory(options.precision, options.cache_size),
-            Memory(options.precision, min(options.cache_size, max(0, limit - bare))),
-            Memory(options.precision, 0),
+            Memory(options.cache_size),
+            Memory(min(options.cache_size, max(0, limit - bare))),
+            Memory(0),
         ]
         fitting = (way for way in ways if self.most_memory_bytes(way) <= limit)
-        return next(fitting, Memory(options.precision, 0, parked=True))
+        return next(fitting, Memory(0, parked=True))
 
-    def memory_bytes(self, memory: Memory, work: str | None = None) -> int:
-        """Peak memory of the process: the arithmetic's, and up to three weights read ahead."""
-        work = work or cost.working_dtype(self.shapes, memory.precision)
+    def memory_bytes(self, memory: Memory, work: str) -> int:
+        """Peak memory of the process: the arithmetic's with products of this dtype, and the weights read ahead."""
         stored = max(target.nbytes for target in self.targets)
         arithmetic = cost.memory_bytes(self.shapes, memory.cache_bytes, work, parked=memory.parked)
-        return PROCESS_BYTES + arithmetic + 3 * stored
+        return PROCESS_BYTES + arithmetic + (AHEAD + 1) * stored
 
     def most_memory_bytes(self, memory: Memory) -> int:
-        """The same where float64 turns out to be needed."""
-        return max(self.memory_bytes(memory), self.memory_bytes(memory, "float64"))
+        """The same whichever dtype turns out to be needed."""
+        return max(self.memory_bytes(memory, work) for work in ("float32", "float64"))
 
     def row(self) -> dict[str, Json]:
         """The category as a line of a table."""
@@ -168,7 +167,8 @@ class DecomposePlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Peak resident memory of the whole process, about, where products are of the precision that shapes tell."""
-        return max(c.memory_bytes(self.memory(c)) for c in self.categories)
+        precision = self.options.precision
+        return max(c.memory_bytes(self.memory(c), cost.working_dtype(c.shapes, precision)) for c in self.categories)
 
     @property
     def most_memory_bytes(self) -> int:
@@ -184,7 +184,7 @@ class DecomposePlan:
         """How the category is to use memory."""
         return category.memory(self.options)
 
-    def _check_memory(self) -> None:
+    def check_memory(self) -> None:
         """Raise `OutOfResources` where a limit leaves no way."""
         limit, needed = self.options.memory_limit, self.most_memory_bytes
         if limit is not None and needed > limit:
@@ -286,7 +286,7 @@ def plan_decompose(
     selection = targets.select(checkpoint, chosen.target_modules, chosen.exclude_modules, chosen.layers)
     categories, collisions = _categories(selection.targets, checkpoint, chosen)
     plan = DecomposePlan(checkpoint, path, chosen, categories, selection.left_out, tuple(collisions))
-    plan._check_memory()
+    plan.check_memory()
     if dry_run:
         return replace(plan, seconds_estimate=_seconds_estimate(plan))
     plan.check_output()  # now that it is known what will be read
@@ -307,7 +307,7 @@ def _seconds_estimate(plan: DecomposePlan) -> float | None:
             alpha=options.alpha,
             precision=options.precision,
             dtype=options.dtype,
-            cache_bytes=options.cache_size,
+            cache_bytes=plan.memory(category).cache_bytes,
         )
         for category in plan.categories
     ]

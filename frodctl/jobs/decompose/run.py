@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar
@@ -22,7 +22,7 @@ from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan
-from frodctl.jobs.profile import UNPROFILED, Step, Unprofiled, rows
+from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
@@ -60,7 +60,7 @@ class CategoryResult:
 
 
 @dataclass(frozen=True)
-class DecomposeResult:
+class DecomposeResult(Profiled):
     """A finished decomposition."""
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -82,17 +82,11 @@ class DecomposeResult:
     output_bytes: int
     device: str
     seconds: float
-    profile: tuple[Step, ...] | None = field(default=None, repr=False)  #: where the time went, if that was asked for
-
-    def with_profile(self, profile: Unprofiled) -> DecomposeResult:
-        """The result with what was measured."""
-        return replace(self, profile=profile.finish())
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan's figures and what came of them."""
-        measured = {} if self.profile is None else {"profile": rows(self.profile)}
         return (
-            measured
+            self.profile_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,

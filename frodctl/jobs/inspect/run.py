@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from frodctl.checkpoint import names
@@ -18,8 +18,7 @@ from frodctl.jobs.inspect import columns, headers
 from frodctl.jobs.inspect.options import InspectOptions
 from frodctl.jobs.inspect.report import Report, Row, arranged
 from frodctl.jobs.inspect.target import Target, open_target
-from frodctl.jobs.profile import UNPROFILED, Step, Unprofiled
-from frodctl.jobs.profile import rows as profile_rows
+from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors
 
@@ -37,16 +36,14 @@ class TargetResult:
 
 
 @dataclass(frozen=True)
-class InspectResult:
+class InspectResult(Profiled):
     """A finished inspection."""
 
     targets: tuple[TargetResult, ...]
-    profile: tuple[Step, ...] | None = field(default=None, repr=False)  #: where the time went, if that was asked for
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON."""
-        measured = {} if self.profile is None else {"profile": profile_rows(self.profile)}
-        return measured | {
+        return self.profile_dict() | {
             "schema_version": SCHEMA_VERSION,
             "targets": [
                 {"target": t.target, "kind": t.kind, "tensors": [row.values for row in t.rows], "summary": t.summary}
@@ -66,7 +63,7 @@ def run_inspect(
     for report in list(reports(targets, options, progress, profile)):
         rows = tuple(report.rows)
         finished.append(TargetResult(report.target, report.kind, rows, report.summary()))
-    return InspectResult(tuple(finished), profile.finish())
+    return InspectResult(tuple(finished)).with_profile(profile)
 
 
 def reports(

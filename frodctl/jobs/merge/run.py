@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge.card import model_card
 from frodctl.jobs.merge.plan import MergePlan
-from frodctl.jobs.profile import UNPROFILED, Step, Unprofiled, rows
+from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
@@ -32,7 +32,7 @@ _JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
-class MergeResult:
+class MergeResult(Profiled):
     """A finished merge."""
 
     plan: MergePlan
@@ -43,17 +43,11 @@ class MergeResult:
     verified: bool
     device: str
     seconds: float
-    profile: tuple[Step, ...] | None = field(default=None, repr=False)  #: where the time went, if that was asked for
-
-    def with_profile(self, profile: Unprofiled) -> MergeResult:
-        """The result with what was measured."""
-        return replace(self, profile=profile.finish())
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan's figures and what came of them."""
-        measured = {} if self.profile is None else {"profile": rows(self.profile)}
         return (
-            measured
+            self.profile_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,

@@ -15,6 +15,8 @@ from scipy import sparse
 from scipy.linalg import blas, lapack
 from threadpoolctl import threadpool_info
 
+from frodctl.method.linalg import element_blocks
+
 if TYPE_CHECKING:
     from frodctl.arrays import Array
     from frodctl.method.kernels import Vector
@@ -181,7 +183,7 @@ class Host:
 
     def norm(self, X: Matrix) -> float:
         squares = 0.0
-        for rows in _row_blocks(X):
+        for rows in element_blocks(X.shape, _BLOCK):
             part: Matrix = X[rows].astype("float64" if X.dtype == np.float64 else "float32").ravel()
             squares += float(np.einsum("i,i->", part, part))
         if 1e-30 < squares < 1e30:
@@ -218,8 +220,3 @@ def _into(out: Matrix, found: Matrix) -> Matrix:
     if found.ctypes.data != out.ctypes.data:
         out.T[:] = found
     return out
-
-
-def _row_blocks(X: Matrix) -> list[slice]:
-    rows = max(1, _BLOCK // max(1, X.shape[1]))
-    return [slice(begin, begin + rows) for begin in range(0, len(X), rows)]
