@@ -71,6 +71,11 @@ class Target:
         return self.shape[0] if self.transposed else self.shape[1]
 
     @property
+    def stored(self) -> TensorInfo:
+        """The tensor that holds it and nothing else: the slice, of a fused one."""
+        return self.tensor if self.index is None else self.tensor.slice(self.index)
+
+    @property
     def named_conv1d(self) -> bool:
         """Whether it is called as transformers calls its transposed layers."""
         return self.module.rsplit(".", 1)[-1] in CONV1D_NAMES
@@ -78,7 +83,7 @@ class Target:
     @property
     def nbytes(self) -> int:
         """Bytes it takes in its file."""
-        return self.tensor.nbytes if self.index is None else self.tensor.slice(self.index).nbytes
+        return self.stored.nbytes
 
     @property
     def layer(self) -> int | None:

@@ -1,0 +1,305 @@
+"""The trainable layer of a mixture's experts, which transformers holds stacked: one parameter (experts, …) for a role.
+
+A routed pair is a token and one of its experts e. For each pair the layer is exactly the base layer where Q_e = 0::
+
+    input side    W_e (x + D Q_e Vᵀ x)            where all rows of W_e have one Q_e
+    by parts      W_e x, and to rows r of it W_e[r] D Q_r Vᵀ x, where gate and up are one parameter in the model, but
+                  were decomposed apart
+
+All experts of a role share V: Vᵀx is computed once for each token, and D·(…) is one product for all pairs. What is
+kept beside the base's weights has the size of the pairs, not of the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from frodctl.training.layer import Basis, Pattern, Update, correction_dtype
+from frodctl.training.products import Positions, sampled_product, sparse_product
+
+#: The flags of transformers' experts by which it dispatches them.
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+_OUTPUT = "down_proj"
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether it is stacked experts of one of the classes that transformers dispatches."""
+    return all(hasattr(module, flag) for flag in _FLAGS) and isinstance(getattr(module, _OUTPUT, None), nn.Parameter)
+
+
+class ExpertsUpdate(Update):
+    """What one adapter trains of one role of a layer's experts: δ (experts, n) and the values of S (experts, nnz).
+
+    Parameters
+    ----------
+    basis, pattern : Basis, Pattern
+        Shared with all experts of all layers of the category.
+    scales : Tensor, (experts, n)
+        λ of each expert.
+    dropout : float
+        Probability with which an element of the correction's input is dropped in training.
+    """
+
+    def __init__(self, basis: Basis, pattern: Pattern, scales: Tensor, dropout: float = 0.0) -> None:
+        super().__init__(basis, pattern, scales, dropout)
+        self.values = nn.Parameter(self.delta.new_zeros(len(scales), pattern.nnz))
+
+    def entries(self) -> Tensor:
+        """The entries of every expert's Q, (experts, nnz + n)."""
+        trained = torch.cat([self.values, self.delta], dim=1).index_select(1, self.pattern.order)
+        return trained * (self.scale * self.inverse_scales)[:, self.pattern.rows]
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Vᵀx for every row x of (tokens, n)."""
+        V, _ = self.basis.matrices(x.device, correction_dtype(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.dropout(x).to(V.dtype) @ V
+
+    def correction(self, Z: Tensor, routed: Routed) -> Tensor:
+        """D Q_e z for every pair's z = Vᵀx (pairs, n)."""
+        _, D = self.basis.matrices(Z.device, Z.dtype)
+        found: Tensor = _Corrections.apply(  # type: ignore[no-untyped-call]
+            Z, self.entries(), D, self.pattern.positions, routed.segments
+        )
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was decomposed as one module for each expert: all rows of their weights, or some."""
+
+    parameter: str  #: of the base layer
+    rows: slice | None = None  #: of out_features; None: all
+
+    @property
+    def name(self) -> str:
+        """Of the update in the layer: the parameter's, numbered by its first row where it has several parts."""
+        return self.parameter if self.rows is None else f"{self.parameter}_{self.rows.start}"
+
+
+class FrodExperts(nn.Module):
+    """Stacked experts that are left alone, and what is trained of them, for one adapter at a time, or none.
+
+    Attributes that it does not have itself are the base layer's.
+
+    Parameters
+    ----------
+    base_layer : Module
+        Of which `holds_experts` holds.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.parts: dict[str, tuple[Part, ...]] = {}  #: by adapter
+        self.adapters = nn.ModuleDict()
+        self.active = ""
+        self.enabled = True
+        self.train(base_layer.training)
+
+    def add(self, adapter: str, updates: Mapping[Part, ExpertsUpdate]) -> None:
+        """Hold what an adapter trains of these parts."""
+        self.parts[adapter] = tuple(updates)
+        self.adapters[adapter] = nn.ModuleDict({part.name: update for part, update in updates.items()})
+
+    def updates(self, adapter: str | None = None) -> dict[Part, ExpertsUpdate]:
+        """What the adapter with this name, or the active one, trains."""
+        name = adapter or self.active
+        held: Any = self.adapters[name] if name in self.adapters else {}
+        return {part: held[part.name] for part in self.parts.get(name, ())}
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        updates = {part: update for part, update in self.updates().items() if update.scale != 0}
+        base: Any = self.base_layer
+        if not (self.enabled and updates):
+            found: Tensor = base(hidden_states, top_k_index, top_k_weights)
+            return found
+        routed = _KINDS.get(base.config._experts_implementation, Grouped)(base, top_k_index, top_k_weights)
+        inputs = {part: update for part, update in updates.items() if part.parameter != _OUTPUT}
+        outputs = {part: update for part, update in updates.items() if part.parameter == _OUTPUT}
+        parameter = "gate_up_proj" if base.has_gate else "up_proj"
+        y = _product(routed, parameter, inputs, hidden_states, routed.tokens)
+        y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+        y = _product(routed, _OUTPUT, outputs, y, None)
+        return routed.combined(base.post_expert_norm(y) if base.has_post_expert_norm else y, hidden_states)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def extra_repr(self) -> str:
+        return f"active={self.active}, enabled={self.enabled}"
+
+
+def _product(
+    routed: Routed, parameter: str, updates: Mapping[Part, ExpertsUpdate], x: Tensor, tokens: Tensor | None
+) -> Tensor:
+    """W'_e x of every pair, for x by pairs, or by tokens if it is told which each pair has."""
+    rotated: dict[object, Tensor] = {}
+
+    def correction(update: ExpertsUpdate) -> Tensor:
+        key = update if update.dropout.p else update.basis
+        if key not in rotated:
+            Z = update.rotated(x)
+            rotated[key] = Z if tokens is None else Z[tokens]
+        return update.correction(rotated[key], routed)
+
+    pairs = x if tokens is None else x[tokens]
+    whole = next((update for part, update in updates.items() if part.rows is None), None)
+    if whole is not None:
+        pairs = (pairs + correction(whole)).to(x.dtype)
+    y = routed.multiply(pairs, parameter)
+    for part, update in updates.items():
+        if part.rows is not None:
+            y[:, part.rows] += routed.multiply_rows(correction(update).to(x.dtype), parameter, part.rows)
+    return y
+
+
+class Routed:
+    """The routed pairs of a call, in order of their experts, and the experts' products with them.
+
+    Parameters
+    ----------
+    base : Module
+        The stacked experts.
+    top_k_index, top_k_weights : Tensor, (tokens, k)
+        The experts of each token, and by what their outputs are multiplied.
+    """
+
+    def __init__(self, base: Any, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        self.base, self.top_k = base, top_k_index.shape[-1]
+        self.order = self._order(top_k_index)
+        self.tokens = self.order // self.top_k
+        self.experts = top_k_index.reshape(-1)[self.order]
+        self.weights = top_k_weights.reshape(-1)[self.order]
+
+    def _order(self, top_k_index: Tensor) -> Tensor:
+        """The pairs, numbered by tokens first, in order of their experts."""
+        return torch.sort(top_k_index.reshape(-1), stable=True).indices
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """How many pairs each expert has."""
+        return torch.bincount(self.experts, minlength=self.base.num_experts)
+
+    @cached_property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Expert, first pair and the pair after its last, for each expert that has any."""
+        found, start = [], 0
+        for expert, count in enumerate(self.counts.tolist()):
+            if count:
+                found.append((expert, start, start + count))
+            start += count
+        return found
+
+    def multiply(self, x: Tensor, parameter: str) -> Tensor:
+        """W_e x + b_e for each pair's x (pairs, n), bit by bit as the base layer's own way computes it."""
+        raise NotImplementedError
+
+    def multiply_rows(self, x: Tensor, parameter: str, rows: slice) -> Tensor:
+        """Those rows of W_e x."""
+        W = getattr(self.base, parameter)
+        W = W[:, :, rows] if self.base.is_transposed else W[:, rows].mT
+        return torch.cat([x[start:stop] @ W[expert] for expert, start, stop in self.segments])
+
+    def combined(self, y: Tensor, like: Tensor) -> Tensor:
+        """The weighted sum of each token's pairs (tokens, m), in the dtype of ``like``."""
+        back = torch.empty_like(self.order)
+        back[self.order] = torch.arange(len(back), device=back.device)
+        pairs = (y * self.weights[:, None])[back]
+        return pairs.view(len(like), self.top_k, y.shape[1]).sum(dim=1).to(like.dtype)
+
+    def _bias(self, parameter: str) -> Tensor | None:
+        """b_e of each pair."""
+        found: Tensor | None = getattr(self.base, f"{parameter}_bias")[self.experts] if self.base.has_bias else None
+        return found
+
+
+class Grouped(Routed):
+    """transformers' ``grouped_mm``: one product for all pairs."""
+
+    def multiply(self, x: Tensor, parameter: str) -> Tensor:
+        from transformers.integrations.moe import _grouped_linear
+
+        ends = torch.cumsum(self.counts, 0, dtype=torch.int32)
+        W = getattr(self.base, parameter)
+        y: Tensor = _grouped_linear(x, W, ends, self._bias(parameter), self.base.is_transposed)
+        return y
+
+
+class Batched(Routed):
+    """transformers' ``batched_mm``: a copy of the weight for each pair."""
+
+    def multiply(self, x: Tensor, parameter: str) -> Tensor:
+        from transformers.integrations.moe import _batched_linear
+
+        W = getattr(self.base, parameter)[self.experts]
+        y: Tensor = _batched_linear(x, W, self._bias(parameter), self.base.is_transposed)
+        return y
+
+
+class Eager(Routed):
+    """The way that the classes themselves go: expert by expert."""
+
+    def _order(self, top_k_index: Tensor) -> Tensor:
+        tokens, k = top_k_index.shape
+        order = torch.sort(top_k_index.T.reshape(-1), stable=True).indices
+        return order % tokens * k + order // tokens
+
+    def multiply(self, x: Tensor, parameter: str) -> Tensor:
+        W = getattr(self.base, parameter)
+        W = W if self.base.is_transposed else W.mT
+        y = torch.cat([x[start:stop] @ W[expert] for expert, start, stop in self.segments])
+        bias = self._bias(parameter)
+        return y if bias is None else y + bias
+
+    def combined(self, y: Tensor, like: Tensor) -> Tensor:
+        pairs = (y * self.weights[:, None]).to(like.dtype)
+        sums = torch.zeros_like(like[:, :1].expand(-1, y.shape[1]))
+        for _, start, stop in self.segments:  # in this order, so that sums are rounded as the classes' are
+            sums = sums.index_add(0, self.tokens[start:stop], pairs[start:stop])
+        return sums
+
+
+_KINDS: dict[str, type[Routed]] = {"batched_mm": Batched, "eager": Eager}
+
+
+class _Corrections(torch.autograd.Function):
+    """D Q_e z for the z of every pair; differentiable in them and in the entries of every Q_e."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        Z: Tensor,
+        entries: Tensor,
+        D: Tensor,
+        positions: Positions,
+        segments: list[tuple[int, int, int]],
+    ) -> Tensor:
+        ctx.positions, ctx.segments = positions, segments
+        ctx.save_for_backward(Z, entries, D)
+        with torch.autocast(Z.device.type, enabled=False):
+            products = [sparse_product(positions, entries[e], Z[start:stop]) for e, start, stop in segments]
+            return torch.cat(products) @ D.T if products else torch.zeros_like(Z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        Z, entries, D = ctx.saved_tensors
+        of_Z, of_entries = torch.zeros_like(Z), torch.zeros_like(entries)
+        with torch.autocast(Z.device.type, enabled=False):
+            G = gradients[0] @ D
+            for expert, start, stop in ctx.segments:
+                rows = slice(start, stop)
+                of_Z[rows] = sparse_product(ctx.positions, entries[expert], G[rows], transposed=True)
+                of_entries[expert] = sampled_product(ctx.positions, G[rows].T, Z[rows])
+        return of_Z, of_entries, None, None, None
