@@ -12,7 +12,7 @@ kept beside the base's weights has the size of the pairs, not of the experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -56,19 +56,27 @@ class ExpertsUpdate(Update):
         trained = torch.cat([self.values, self.delta], dim=1).index_select(1, self.pattern.order)
         return trained * (self.scale * self.inverse_scales)[:, self.pattern.rows]
 
+    @property
+    def rotation(self) -> object:
+        """Equal for updates of which `rotated` is the same: V is, and nothing is dropped."""
+        return self if self.dropout.p else self.basis
+
     def rotated(self, x: Tensor) -> Tensor:
         """Vᵀx for every row x of (tokens, n)."""
         V, _ = self.basis.matrices(x.device, correction_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
             return self.dropout(x).to(V.dtype) @ V
 
-    def correction(self, Z: Tensor, routed: Routed) -> Tensor:
+    def correction(self, Z: Tensor, pairs: Pairs) -> Tensor:
         """D Q_e z for every pair's z = Vᵀx (pairs, n)."""
         _, D = self.basis.matrices(Z.device, Z.dtype)
-        found: Tensor = _Corrections.apply(  # type: ignore[no-untyped-call]
-            Z, self.entries(), D, self.pattern.positions, routed.segments
-        )
-        return found
+        entries, positions = self.entries(), self.pattern.positions
+
+        def grouped(Z: Tensor) -> Tensor:
+            found: Tensor = _Corrections.apply(Z, entries, D, positions, pairs.segments)  # type: ignore[no-untyped-call]
+            return found
+
+        return pairs.in_groups(grouped, Z)
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,12 @@ class Part:
     """What was decomposed as one module for each expert: all rows of their weights, or some."""
 
     parameter: str  #: of the base layer
-    rows: slice | None = None  #: of out_features; None: all
+    rows: tuple[int, int, int] | None = None  #: of out_features: from, to, step; None: all
 
     @property
     def name(self) -> str:
         """Of the update in the layer: the parameter's, numbered by its first row where it has several parts."""
-        return self.parameter if self.rows is None else f"{self.parameter}_{self.rows.start}"
+        return self.parameter if self.rows is None else f"{self.parameter}_{self.rows[0]}"
 
 
 class FrodExperts(nn.Module):
@@ -121,14 +129,19 @@ class FrodExperts(nn.Module):
         if not (self.enabled and updates):
             found: Tensor = base(hidden_states, top_k_index, top_k_weights)
             return found
-        routed = _KINDS.get(base.config._experts_implementation, Grouped)(base, top_k_index, top_k_weights)
         inputs = {part: update for part, update in updates.items() if part.parameter != _OUTPUT}
         outputs = {part: update for part, update in updates.items() if part.parameter == _OUTPUT}
         parameter = "gate_up_proj" if base.has_gate else "up_proj"
-        y = _product(routed, parameter, inputs, hidden_states, routed.tokens)
-        y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-        y = _product(routed, _OUTPUT, outputs, y, None)
-        return routed.combined(base.post_expert_norm(y) if base.has_post_expert_norm else y, hidden_states)
+        rotated = Rotated(hidden_states, inputs.values())
+
+        def multiplied(pairs: Pairs) -> Tensor:
+            y = _product(pairs, parameter, inputs, hidden_states[pairs.tokens], rotated.of(pairs.tokens))
+            y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+            y = _product(pairs, _OUTPUT, outputs, y, Rotated(y, outputs.values()).all)
+            return base.post_expert_norm(y) if base.has_post_expert_norm else y
+
+        routed = _ROUTED.get(base.config._experts_implementation, Grouped)(base, top_k_index, top_k_weights)
+        return routed.combined(multiplied, hidden_states)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -140,51 +153,51 @@ class FrodExperts(nn.Module):
         return f"active={self.active}, enabled={self.enabled}"
 
 
+class Rotated:
+    """Vᵀx for every row x of (tokens, n), once for each V."""
+
+    def __init__(self, x: Tensor, updates: Iterable[ExpertsUpdate]) -> None:
+        self.all: dict[object, Tensor] = {}
+        for update in updates:
+            if update.rotation not in self.all:
+                self.all[update.rotation] = update.rotated(x)
+
+    def of(self, rows: Tensor) -> dict[object, Tensor]:
+        """For these of them."""
+        return {key: Z[rows] for key, Z in self.all.items()}
+
+
 def _product(
-    routed: Routed, parameter: str, updates: Mapping[Part, ExpertsUpdate], x: Tensor, tokens: Tensor | None
+    pairs: Pairs, parameter: str, updates: Mapping[Part, ExpertsUpdate], x: Tensor, rotated: Mapping[object, Tensor]
 ) -> Tensor:
-    """W'_e x of every pair, for x by pairs, or by tokens if it is told which each pair has."""
-    rotated: dict[object, Tensor] = {}
-
-    def correction(update: ExpertsUpdate) -> Tensor:
-        key = update if update.dropout.p else update.basis
-        if key not in rotated:
-            Z = update.rotated(x)
-            rotated[key] = Z if tokens is None else Z[tokens]
-        return update.correction(rotated[key], routed)
-
-    pairs = x if tokens is None else x[tokens]
-    whole = next((update for part, update in updates.items() if part.rows is None), None)
-    if whole is not None:
-        pairs = (pairs + correction(whole)).to(x.dtype)
-    y = routed.multiply(pairs, parameter)
-    for part, update in updates.items():
+    """W'_e x + b_e of every pair's x (pairs, n), with Vᵀx given."""
+    changes = {part: u.correction(rotated[u.rotation], pairs).to(x.dtype) for part, u in updates.items()}
+    for part, change in changes.items():
+        if part.rows is None:
+            x = x + change
+    y = pairs.multiply(x, parameter)
+    for part, change in changes.items():
         if part.rows is not None:
-            y[:, part.rows] += routed.multiply_rows(correction(update).to(x.dtype), parameter, part.rows)
+            y[:, slice(*part.rows)] += pairs.multiply_rows(change, parameter, slice(*part.rows))
     return y
 
 
-class Routed:
-    """The routed pairs of a call, in order of their experts, and the experts' products with them.
+class Pairs:
+    """Routed pairs, and the experts' products with them.
 
     Parameters
     ----------
     base : Module
         The stacked experts.
-    top_k_index, top_k_weights : Tensor, (tokens, k)
-        The experts of each token, and by what their outputs are multiplied.
+    tokens, experts : Tensor, (pairs,), int64
+        Of each pair.
+    grouped : bool
+        Whether those of an expert stand together, in order of the experts.
     """
 
-    def __init__(self, base: Any, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        self.base, self.top_k = base, top_k_index.shape[-1]
-        self.order = self._order(top_k_index)
-        self.tokens = self.order // self.top_k
-        self.experts = top_k_index.reshape(-1)[self.order]
-        self.weights = top_k_weights.reshape(-1)[self.order]
-
-    def _order(self, top_k_index: Tensor) -> Tensor:
-        """The pairs, numbered by tokens first, in order of their experts."""
-        return torch.sort(top_k_index.reshape(-1), stable=True).indices
+    def __init__(self, base: Any, tokens: Tensor, experts: Tensor, *, grouped: bool) -> None:
+        self.base, self.tokens, self.experts = base, tokens, experts
+        self._order = None if grouped else torch.sort(experts, stable=True).indices
 
     @cached_property
     def counts(self) -> Tensor:
@@ -193,7 +206,7 @@ class Routed:
 
     @cached_property
     def segments(self) -> list[tuple[int, int, int]]:
-        """Expert, first pair and the pair after its last, for each expert that has any."""
+        """Expert, first pair and the pair after its last, for each that has any, where those of each stand together."""
         found, start = [], 0
         for expert, count in enumerate(self.counts.tolist()):
             if count:
@@ -201,76 +214,105 @@ class Routed:
             start += count
         return found
 
+    def in_groups(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What a function of rows by pairs gives, which are in groups as it is called."""
+        if self._order is None:
+            return function(x)
+        return function(x[self._order])[torch.argsort(self._order)]
+
     def multiply(self, x: Tensor, parameter: str) -> Tensor:
         """W_e x + b_e for each pair's x (pairs, n), bit by bit as the base layer's own way computes it."""
         raise NotImplementedError
 
     def multiply_rows(self, x: Tensor, parameter: str, rows: slice) -> Tensor:
         """Those rows of W_e x."""
-        W = getattr(self.base, parameter)
+        W = self.weight(parameter)
         W = W[:, :, rows] if self.base.is_transposed else W[:, rows].mT
-        return torch.cat([x[start:stop] @ W[expert] for expert, start, stop in self.segments])
+        return self.in_groups(lambda x: torch.cat([x[a:b] @ W[expert] for expert, a, b in self.segments]), x)
 
-    def combined(self, y: Tensor, like: Tensor) -> Tensor:
-        """The weighted sum of each token's pairs (tokens, m), in the dtype of ``like``."""
-        back = torch.empty_like(self.order)
-        back[self.order] = torch.arange(len(back), device=back.device)
-        pairs = (y * self.weights[:, None])[back]
-        return pairs.view(len(like), self.top_k, y.shape[1]).sum(dim=1).to(like.dtype)
-
-    def _bias(self, parameter: str) -> Tensor | None:
-        """b_e of each pair."""
-        found: Tensor | None = getattr(self.base, f"{parameter}_bias")[self.experts] if self.base.has_bias else None
+    def weight(self, parameter: str) -> Tensor:
+        """Of all experts, as it is stored."""
+        found: Tensor = getattr(self.base, parameter)
         return found
 
+    def bias(self, parameter: str) -> Tensor | None:
+        """b_e of each pair."""
+        return self.weight(f"{parameter}_bias")[self.experts] if self.base.has_bias else None
 
-class Grouped(Routed):
-    """transformers' ``grouped_mm``: one product for all pairs."""
 
-    def multiply(self, x: Tensor, parameter: str) -> Tensor:
-        from transformers.integrations.moe import _grouped_linear
+class Routed:
+    """All the pairs of a call, as transformers' functions go through them."""
 
-        ends = torch.cumsum(self.counts, 0, dtype=torch.int32)
-        W = getattr(self.base, parameter)
-        y: Tensor = _grouped_linear(x, W, ends, self._bias(parameter), self.base.is_transposed)
-        return y
+    def __init__(self, base: Any, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        self.base, self.top_k = base, top_k_index.shape[-1]
+        self.experts, self.weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
+
+    def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
+        """The weighted sum of each token's pairs (tokens, m), in the dtype of ``like``, for a function of the pairs."""
+        raise NotImplementedError
+
+    def _sums(self, y: Tensor, like: Tensor) -> Tensor:
+        """The sum of each token's pairs, which stand together."""
+        return y.view(len(like), self.top_k, y.shape[1]).sum(dim=1).to(like.dtype)
 
 
 class Batched(Routed):
     """transformers' ``batched_mm``: a copy of the weight for each pair."""
 
-    def multiply(self, x: Tensor, parameter: str) -> Tensor:
-        from transformers.integrations.moe import _batched_linear
+    def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
+        tokens = torch.arange(len(self.experts), device=self.experts.device) // self.top_k
+        y = function(self.Pairs(self.base, tokens, self.experts, grouped=False))
+        return self._sums(y * self.weights[:, None], like)
 
-        W = getattr(self.base, parameter)[self.experts]
-        y: Tensor = _batched_linear(x, W, self._bias(parameter), self.base.is_transposed)
-        return y
+    class Pairs(Pairs):
+        def multiply(self, x: Tensor, parameter: str) -> Tensor:
+            from transformers.integrations.moe import _batched_linear
+
+            W = self.weight(parameter)[self.experts]
+            y: Tensor = _batched_linear(x, W, self.bias(parameter), self.base.is_transposed)
+            return y
+
+
+class Grouped(Routed):
+    """transformers' ``grouped_mm``: one product for all pairs."""
+
+    def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
+        experts, order = torch.sort(self.experts)
+        y = function(self.Pairs(self.base, order // self.top_k, experts, grouped=True))
+        return self._sums((y * self.weights[order][:, None])[torch.argsort(order)], like)
+
+    class Pairs(Pairs):
+        def multiply(self, x: Tensor, parameter: str) -> Tensor:
+            from transformers.integrations.moe import _grouped_linear
+
+            ends = torch.cumsum(self.counts, 0, dtype=torch.int32)
+            y: Tensor = _grouped_linear(x, self.weight(parameter), ends, self.bias(parameter), self.base.is_transposed)
+            return y
 
 
 class Eager(Routed):
-    """The way that the classes themselves go: expert by expert."""
+    """The way that the classes themselves go: expert by expert, and of each first the pairs that are first choices."""
 
-    def _order(self, top_k_index: Tensor) -> Tensor:
-        tokens, k = top_k_index.shape
-        order = torch.sort(top_k_index.T.reshape(-1), stable=True).indices
-        return order % tokens * k + order // tokens
-
-    def multiply(self, x: Tensor, parameter: str) -> Tensor:
-        W = getattr(self.base, parameter)
-        W = W if self.base.is_transposed else W.mT
-        y = torch.cat([x[start:stop] @ W[expert] for expert, start, stop in self.segments])
-        bias = self._bias(parameter)
-        return y if bias is None else y + bias
-
-    def combined(self, y: Tensor, like: Tensor) -> Tensor:
-        pairs = (y * self.weights[:, None]).to(like.dtype)
-        sums = torch.zeros_like(like[:, :1].expand(-1, y.shape[1]))
-        for _, start, stop in self.segments:  # in this order, so that sums are rounded as the classes' are
-            sums = sums.index_add(0, self.tokens[start:stop], pairs[start:stop])
+    def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
+        by_choice = torch.arange(len(self.experts), device=self.experts.device).view(-1, self.top_k).T.reshape(-1)
+        order = by_choice[torch.sort(self.experts[by_choice], stable=True).indices]
+        sums = torch.zeros_like(like)
+        for _, start, stop in Pairs(self.base, order, self.experts[order], grouped=True).segments:
+            chosen = order[start:stop]
+            pairs = self.Pairs(self.base, chosen // self.top_k, self.experts[chosen], grouped=True)
+            y = function(pairs) * self.weights[chosen][:, None]
+            sums = sums.index_add(0, pairs.tokens, y.to(sums.dtype))
         return sums
 
+    class Pairs(Pairs):
+        def multiply(self, x: Tensor, parameter: str) -> Tensor:
+            (expert, _, _) = self.segments[0]
+            W, bias = self.weight(parameter)[expert], self.bias(parameter)
+            y = x @ (W if self.base.is_transposed else W.T)
+            return y if bias is None else y + bias
 
-_KINDS: dict[str, type[Routed]] = {"batched_mm": Batched, "eager": Eager}
+
+_ROUTED: dict[str, type[Routed]] = {"batched_mm": Batched, "eager": Eager}
 
 
 class _Corrections(torch.autograd.Function):

@@ -15,7 +15,7 @@ from transformers.integrations.moe import use_experts_implementation
 from frodctl.training.experts import ExpertsUpdate, FrodExperts, Part, holds_experts
 from frodctl.training.layer import Basis, Pattern
 
-EXPERTS, HIDDEN, INNER = 5, 12, 8
+EXPERTS, HIDDEN, INNER = 5, 16, 8
 
 
 def experts_class(*, has_gate: bool, has_bias: bool, transposed: bool, concatenated: bool, norm: bool) -> type:
@@ -78,7 +78,8 @@ def parts_of(base: Any, apart: bool) -> list[Part]:
         return [Part("up_proj"), Part("down_proj")]
     if not apart:
         return [Part("gate_up_proj"), Part("down_proj")]
-    halves = [slice(0, INNER), slice(INNER, None)] if base.is_concatenated else [slice(0, None, 2), slice(1, None, 2)]
+    whole = 2 * INNER
+    halves = [(0, INNER, 1), (INNER, whole, 1)] if base.is_concatenated else [(0, whole, 2), (1, whole, 2)]
     return [*(Part("gate_up_proj", rows) for rows in halves), Part("down_proj")]
 
 
@@ -172,7 +173,7 @@ def _trained_weights(exact: Any, layer: FrodExperts) -> tuple[dict[str, Tensor],
         for e in range(EXPERTS):
             S = torch.zeros(len(V), len(V), dtype=torch.float64).index_put((rows, columns), values[e])
             Q = torch.diag(torch.where(scales[e] > 0, 1 / scales[e], 0)) @ (S + torch.diag(delta[e]))
-            chosen = slice(None) if part.rows is None else part.rows
+            chosen = slice(None) if part.rows is None else slice(*part.rows)
             change = W[e][chosen] @ torch.linalg.inv(V).T @ Q @ V.T
             whole = torch.zeros_like(W[e])
             whole[chosen] = 1
