@@ -92,9 +92,13 @@ def state_prefixes(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 
 def _held(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Update]]:
+    """State prefix and update of each weight, in the order of the model's layers."""
     layers = {names.unwrapped(path): layer for path, layer in frod_layers(model).items()}
+    first = {module: places[0] for module, places in require_attachment(model).adapters[adapter_name].places.items()}
+    order = {path: number for number, path in enumerate(layers)}
     found = {}
-    for module, (place, *_) in require_attachment(model).adapters[adapter_name].places.items():
+    for module in sorted(first, key=lambda name: (order[names.unwrapped(first[name].path)], first[name].rows or ())):
+        place = first[module]
         path = names.unwrapped(place.path)
         layer, prefix = layers[path], f"{path}.adapters.{adapter_name}"
         if isinstance(layer, FusedFrodLinear):

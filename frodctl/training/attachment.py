@@ -556,6 +556,6 @@ def _check_is_stored(model: nn.Module, name: str, path: str, module: nn.Module) 
     same = sorted(tuple(tensor.shape) for tensor in stored.values()) == sorted(tuple(t.shape) for t in tensors.values())
     if not same or any(f".{name}." not in f".{key}" for key in stored):
         raise UsageError(
-            f"`modules_to_save` {name}: a checkpoint has it as {next(iter(stored))}, and {path} of the live model cannot be "
-            "saved as that"
+            f"`modules_to_save` {name}: {path} of the live model cannot be saved as a checkpoint has it, "
+            f"{next(iter(stored))}"
         )

@@ -127,7 +127,7 @@ def load(
     adapter = open_adapter(Location(str(folder)))
     if adapter.provenance is not None and adapter.provenance.live_prefix is not None:
         raise InvalidInput(
-            f"{adapter.name}: has a checkpoint's names, as {type(model).__name__} calls some otherwise and PEFT cannot; "
+            f"{adapter.name}: has a checkpoint's names, some of which {type(model).__name__} calls otherwise; "
             "load it with frodctl.load_adapter, or merge it"
         )
     given = None if basis is None else opening.opened(basis)

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -186,7 +187,8 @@ class TestWhatCannotBeTrained:
         base, basis = made("vit")
         model = renamed.live("vit", base)
         with pytest.raises(
-            UsageError, match=r"`modules_to_save` fc1: a checkpoint has it as .* intermediate\.dense\.bias"
+            UsageError,
+            match=r"`modules_to_save` fc1: .* cannot be saved as a checkpoint has it, .*intermediate\.dense\.bias",
         ):
             frodctl.attach(model, basis, target_modules="query", modules_to_save="fc1")
 
@@ -300,3 +302,47 @@ def test_a_checkpoint_under_the_live_models_names_needs_no_mapping(family: str, 
     frodctl.save_adapter(model, tmp_path / "adapter")
     own = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["frodctl"]
     assert own["live_prefix"] is None
+
+
+LLAMA = transformers.LlamaConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=64, initializer_range=0.1, pad_token_id=0, num_labels=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "live", "head"),
+    [
+        (transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification, "score"),
+        (transformers.LlamaForSequenceClassification, transformers.LlamaForCausalLM, "lm_head"),
+        (transformers.LlamaModel, transformers.LlamaForCausalLM, "lm_head"),
+        (transformers.LlamaForCausalLM, transformers.LlamaModel, None),
+        (transformers.ViTModel, transformers.ViTForImageClassification, "classifier"),
+        (transformers.ViTForImageClassification, transformers.ViTModel, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_base_and_head(stored: Any, live: Any, head: str | None, tmp_path: Path) -> None:
+    """A head that the checkpoint lacks goes into it, and its class into config.json."""
+    family = "llama" if "Llama" in live.__name__ else "vit"
+    torch.manual_seed(0)
+    stored(LLAMA if family == "llama" else renamed._config("vit")).save_pretrained(tmp_path / "base")
+    frodctl.decompose(tmp_path / "base", tmp_path / "b.safetensors", target_modules="all-linear", sparsity=0.05)
+    model = live.from_pretrained(tmp_path / "base").eval()
+    frodctl.attach(model, tmp_path / "b.safetensors", modules_to_save=[head] if head else ())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    feed = renamed.inputs(family)
+    with torch.no_grad():
+        expected = model(**feed)[0]
+        again = live.from_pretrained(tmp_path / "base").eval()
+        loaded = frodctl.load_adapter(again, tmp_path / "adapter", tmp_path / "b.safetensors")(**feed)[0]
+        frodctl.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", basis=tmp_path / "b.safetensors")
+        merged = live.from_pretrained(tmp_path / "out").eval()(**feed)[0]
+    torch.testing.assert_close(loaded, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    architectures = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
+    assert architectures == [(live if head else stored).__name__]
