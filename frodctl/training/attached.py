@@ -86,6 +86,12 @@ def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Update]:
     return {module: update for module, (_, update) in _held(model, adapter_name).items()}
 
 
+def every_update(model: nn.Module, adapter_name: str) -> list[Update]:
+    """As `updates_of`, but of a weight that is split one for each layer that has rows of it: they share their numbers."""
+    held = [layer.adapters[adapter_name] for layer in frod_layers(model).values() if adapter_name in layer.adapters]
+    return [module for part in held for module in part.modules() if isinstance(module, Update)]
+
+
 def state_prefixes(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """What the names of their numbers begin with in the model's state (`names.unwrapped`), by the same names."""
     return {module: prefix for module, (prefix, _) in _held(model, adapter_name).items()}

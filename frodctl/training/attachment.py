@@ -26,13 +26,13 @@ from frodctl.training.attached import (
     Attachment,
     added_prefixes,
     attachment_of,
+    every_update,
     forget,
     frod_layers,
     keep,
     require_attachment,
     require_module,
     saved_modules,
-    updates_of,
 )
 from frodctl.training.check import Held, check_gradient, check_layer
 from frodctl.training.choice import choose
@@ -221,7 +221,7 @@ def set_scale(model: nn.Module, scale: values.Number) -> None:
     """Apply s times what the active adapter changes: W + s (W' − W). Modules trained as a whole are not scaled."""
     attachment = require_attachment(model)
     factor = values.share(scale, "scale")
-    for update in updates_of(model, attachment.active).values():
+    for update in every_update(model, attachment.active):
         update.scale = factor
 
 
@@ -475,8 +475,17 @@ def _by_path(model: nn.Module, attached: Attached, updates: Mapping[str, Update]
             )
         if rows and is_transposed(_base_layer(model, path)):
             raise InvalidInput(f"{path}: holds several weights side by side, which are not trained yet")
-        found[path] = Parts([updates[module] for _, module in parts], rows) if rows else updates[parts[0][1]]
+        own = [_for_place(updates[module], place, attached.places[module]) for place, module in parts]
+        found[path] = Parts(own, rows) if rows else own[0]
     return found
+
+
+def _for_place(update: Update, place: Place, places: Sequence[Place]) -> Update:
+    """The update of a weight as one of its places has it: with the same trained numbers, and what it keeps its own."""
+    if place is places[0]:
+        return update
+    shared = (update.basis, update.pattern, update.delta, update.values)
+    return copy.deepcopy(update, {id(one): one for one in shared})
 
 
 def _check_module(path: str, base: nn.Module, n: int, uses: Mapping[int, int]) -> None:

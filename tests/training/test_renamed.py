@@ -346,3 +346,18 @@ def test_base_and_head(stored: Any, live: Any, head: str | None, tmp_path: Path)
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
     architectures = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
     assert architectures == [(live if head else stored).__name__]
+
+
+def test_a_split_weight_s_scale(made: Made) -> None:
+    """All that hold rows of it change by the same share."""
+    base, basis = made("dinov2_swiglu")
+    model = frodctl.attach(renamed.live("dinov2_swiglu", base), basis)
+    before = renamed.logits(model, "dinov2_swiglu")
+    train(model, "dinov2_swiglu")
+    after = renamed.logits(model, "dinov2_swiglu")
+    frodctl.training.set_scale(model, 0)
+    assert torch.equal(renamed.logits(model, "dinov2_swiglu"), before)
+    frodctl.training.set_scale(model, 1)
+    assert torch.equal(renamed.logits(model, "dinov2_swiglu"), after)
+    fused = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert fused == sum(u.delta.numel() + u.values.numel() for u in updates_of(model, "default").values())
