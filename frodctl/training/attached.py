@@ -87,7 +87,7 @@ def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Update]:
 
 
 def every_update(model: nn.Module, adapter_name: str) -> list[Update]:
-    """As `updates_of`, but of a weight that is split one for each layer that has rows of it: they share their numbers."""
+    """As `updates_of`, but of a split weight one for each layer that has rows of it; these share their numbers."""
     held = [layer.adapters[adapter_name] for layer in frod_layers(model).values() if adapter_name in layer.adapters]
     return [module for part in held for module in part.modules() if isinstance(module, Update)]
 
