@@ -397,9 +397,9 @@ def _updates(model: nn.Module, attached: Attached, indices: Mapping[str, HostArr
             shared[key] = basis, Pattern(indices[category], basis.n, device)
         basis, pattern = shared[key]
         updates[module] = Update(basis, pattern, scales.of(record), attached.dropout)
-        others = scales.of_others(record) if attached.live_prefix is not None else ()
+        alike = scales.of_category(category, device) if attached.live_prefix is not None else None
         with _training(layers):
-            _check_layers(model, layers, updates[module], record, str(opened.path), others)
+            _check_layers(model, layers, updates[module], record, str(opened.path), alike)
     return updates
 
 
@@ -408,18 +408,20 @@ class _Scales:
 
     def __init__(self, opened: BasisFile) -> None:
         self.opened = opened
-        self._read: dict[str, torch.Tensor] = {}
+        self._read: dict[str, Tensor] = {}
+        self._together: dict[tuple[str, torch.device], Tensor] = {}
 
-    def of(self, record: ModuleRecord) -> torch.Tensor:
+    def of(self, record: ModuleRecord) -> Tensor:
         if record.name not in self._read:
             self._read[record.name] = to_torch(self.opened.tensor(f"lambda.{record.name}"))
         return self._read[record.name]
 
-    def of_others(self, record: ModuleRecord) -> Iterator[torch.Tensor]:
-        """Of the others of its category."""
-        for other in self.opened.metadata.modules:
-            if other.category == record.category and other.name != record.name:
-                yield self.of(other)
+    def of_category(self, category: str, device: torch.device) -> Tensor:
+        """Of all weights of a category, (N, n)."""
+        if (category, device) not in self._together:
+            of_all = [self.of(record) for record in self.opened.metadata.modules if record.category == category]
+            self._together[category, device] = torch.stack(of_all).to(device)
+        return self._together[category, device]
 
 
 @contextmanager
@@ -441,13 +443,12 @@ def _check_layers(
     update: Update,
     record: ModuleRecord,
     where: str,
-    others: Iterable[torch.Tensor],
+    alike: Tensor | None,
 ) -> None:
     """See that these layers hold the recorded weight, and pass gradients."""
     given = _input_dtype(model, layers[0].base)
     device = update.basis.V.device
-    on_device = (scales.to(device) for scales in others)
-    check_layer(layers, update.basis, update.base_scales, record, given, where, on_device)
+    check_layer(layers, update.basis, update.base_scales, record, given, where, alike)
     for layer in layers:
         if not is_dense(layer.base):
             check_gradient(layer.base, update.basis.n, given, device, layer.place.path)

@@ -69,7 +69,7 @@ def get_peft_model(
     for name, record in choice.modules.items():
         (place, *others) = choice.places[name]
         if others or place.rows is not None:
-            raise InvalidInput(f"{record.name}: {place.path} has rows of several weights, which PEFT cannot train")
+            raise InvalidInput(f"{record.name}: {place.path} has rows of it, or of others too, which PEFT cannot train")
         chosen[place.path] = record
     for path, record in chosen.items():
         if names.peft_category(path) != record.category:

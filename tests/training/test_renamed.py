@@ -18,7 +18,9 @@ from torch import Tensor, nn
 import frodctl
 import frodctl.training
 from frodctl.errors import InvalidInput, UsageError
+from frodctl.training import peft as bridge
 from frodctl.training.attached import frod_layers, updates_of
+from tests.conftest import save_checkpoint
 from tests.training import renamed
 
 FAMILIES = ("vit", "dinov2", "dinov2_swiglu", "swin", "segformer", "nemotron_h", "qwen2_vl", "phi3")
@@ -155,6 +157,20 @@ class TestAnotherWeightInItsPlace:
         with pytest.raises(InvalidInput, match="its weight is not the one that"):
             frodctl.attach(model, basis)
 
+    def test_layers_that_differ_in_the_order_of_their_rows(self, made: Made, tmp_path: Path) -> None:
+        """Whose norms are the same: their bytes tell."""
+        base, _ = made("vit")
+        state = tensors(base)
+        first, second = (f"vit.encoder.layer.{number}.attention.attention.query.weight" for number in (0, 1))
+        state[second] = state[first].flip(0)
+        alike = save_checkpoint(tmp_path / "base", state, json.loads((base / "config.json").read_text()))
+        frodctl.decompose(alike, tmp_path / "basis.safetensors", target_modules="query", sparsity=0.05)
+        model = renamed.live("vit", alike)
+        frodctl.training.detach(frodctl.attach(model, tmp_path / "basis.safetensors"))
+        _exchange(model, "vit.layers.0.attention.q_proj.weight", "vit.layers.1.attention.q_proj.weight")
+        with pytest.raises(InvalidInput, match="its scales are, but its bytes are not"):
+            frodctl.attach(model, tmp_path / "basis.safetensors")
+
     def test_layers_that_are_shifted(self, made: Made) -> None:
         base, basis = made("vit")
         model = renamed.live("vit", base)
@@ -191,6 +207,15 @@ class TestWhatCannotBeTrained:
             match=r"`modules_to_save` fc1: .* cannot be saved as a checkpoint has it, .*intermediate\.dense\.bias",
         ):
             frodctl.attach(model, basis, target_modules="query", modules_to_save="fc1")
+
+    def test_peft_s_model_of_an_adapter(self, made: Made, tmp_path: Path) -> None:
+        base, basis = made("vit")
+        frodctl.save_adapter(frodctl.attach(renamed.live("vit", base), basis), tmp_path / "adapter")
+        with pytest.raises(InvalidInput, match=r"some of which ViTForImageClassification calls otherwise"):
+            bridge.load(renamed.live("vit", base), tmp_path / "adapter", basis)
+        base, basis = made("dinov2_swiglu")
+        with pytest.raises(InvalidInput, match=r"weights_in: .*gate_proj has rows of it, or of others too, which PEFT"):
+            bridge.get_peft_model(renamed.live("dinov2_swiglu", base), basis, target_modules="weights_in")
 
     def test_no_pattern_is_selected_for_parts(self, made: Made) -> None:
         base, basis = made("dinov2_swiglu")
@@ -293,8 +318,6 @@ def test_a_checkpoint_under_the_live_models_names_needs_no_mapping(family: str, 
     base, _ = made(family)
     model = renamed.live(family, base)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    from tests.conftest import save_checkpoint
-
     config = json.loads((base / "config.json").read_text())
     copy = save_checkpoint(tmp_path / "base", state, config)
     frodctl.decompose(copy, tmp_path / "basis.safetensors", target_modules="all-linear", sparsity=0.05)
