@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from frodctl.training.layer import Basis, Pattern, Update, correction_dtype
-from frodctl.training.products import Positions, sampled_product, sparse_product
+from frodctl.adapted.conversion import Place
+from frodctl.training.layer import Basis, FrodLinear, Pattern, Update, correction_dtype
+from frodctl.training.products import Positions, sampled_product, sparse_product, updated_weight
 
 #: The flags of transformers' experts by which it dispatches them.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
@@ -56,6 +57,12 @@ class ExpertsUpdate(Update):
         trained = torch.cat([self.values, self.delta], dim=1).index_select(1, self.pattern.order)
         return trained * (self.scale * self.inverse_scales)[:, self.pattern.rows]
 
+    def merged_expert(self, layer: nn.Linear, expert: int) -> Tensor:
+        """W' of one expert, of which the layer has the weight."""
+        W = layer.weight
+        V, D = self.basis.matrices(W.device, torch.promote_types(W.dtype, torch.float32))
+        return updated_weight(W, self.entries()[expert], V, D, self.pattern.positions, transposed=False)
+
     @property
     def rotation(self) -> object:
         """Equal for updates of which `rotated` is the same: V is, and nothing is dropped."""
@@ -86,49 +93,78 @@ class Part:
     parameter: str  #: of the base layer
     rows: tuple[int, int, int] | None = None  #: of out_features: from, to, step; None: all
 
+    @classmethod
+    def at(cls, place: Place) -> Part:
+        """The one that has an expert's weight."""
+        return cls(place.parameter.rpartition(".")[2], None if place.rows is None else (*place.rows, 1))
+
     @property
     def name(self) -> str:
         """Of the update in the layer: the parameter's, numbered by its first row where it has several parts."""
         return self.parameter if self.rows is None else f"{self.parameter}_{self.rows[0]}"
 
 
-class FrodExperts(nn.Module):
-    """Stacked experts that are left alone, and what is trained of them, for one adapter at a time, or none.
+class Stacks(nn.Module):
+    """What one adapter trains of stacked experts: an update for each part of their parameters."""
 
-    Attributes that it does not have itself are the base layer's.
-
-    Parameters
-    ----------
-    base_layer : Module
-        Of which `holds_experts` holds.
-    """
-
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, updates: Mapping[Part, ExpertsUpdate]) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.parts: dict[str, tuple[Part, ...]] = {}  #: by adapter
-        self.adapters = nn.ModuleDict()
-        self.active = ""
-        self.enabled = True
-        self.train(base_layer.training)
+        self.parts = tuple(updates)
+        self.updates = nn.ModuleDict({part.name: update for part, update in updates.items()})
 
-    def add(self, adapter: str, updates: Mapping[Part, ExpertsUpdate]) -> None:
-        """Hold what an adapter trains of these parts."""
-        self.parts[adapter] = tuple(updates)
-        self.adapters[adapter] = nn.ModuleDict({part.name: update for part, update in updates.items()})
+    def items(self) -> list[tuple[Part, ExpertsUpdate]]:
+        """Parts, and their update."""
+        return [(part, self.update(part)) for part in self.parts]
 
-    def updates(self, adapter: str | None = None) -> dict[Part, ExpertsUpdate]:
+    def update(self, part: Part) -> ExpertsUpdate:
+        """That of a part."""
+        found = self.updates[part.name]
+        assert isinstance(found, ExpertsUpdate)
+        return found
+
+
+@dataclass(frozen=True)
+class OneExpert:
+    """What is trained of one expert, as `Update` has it: views into what is trained of all."""
+
+    of: ExpertsUpdate
+    expert: int
+
+    @property
+    def basis(self) -> Basis:
+        return self.of.basis
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.of.pattern
+
+    @property
+    def delta(self) -> Tensor:
+        return self.of.delta[self.expert]
+
+    @property
+    def values(self) -> Tensor:
+        return self.of.values[self.expert]
+
+    @property
+    def base_scales(self) -> Tensor:
+        return self.of.base_scales[self.expert]
+
+
+class FrodExperts(FrodLinear):
+    """Stacked experts that are left alone, and what is trained of them, for one adapter at a time, or none."""
+
+    def stacks(self, name: str | None = None) -> list[tuple[Part, ExpertsUpdate]]:
         """What the adapter with this name, or the active one, trains."""
-        name = adapter or self.active
-        held: Any = self.adapters[name] if name in self.adapters else {}
-        return {part: held[part.name] for part in self.parts.get(name, ())}
+        name = name or self.active
+        held = self.adapters[name] if name in self.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
+        return held.items() if isinstance(held, Stacks) else []
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        updates = {part: update for part, update in self.updates().items() if update.scale != 0}
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
+        updates = {part: update for part, update in self.stacks() if update.scale != 0} if self.enabled else {}
         base: Any = self.base_layer
-        if not (self.enabled and updates):
-            found: Tensor = base(hidden_states, top_k_index, top_k_weights)
-            return found
+        if not updates:
+            return base(hidden_states, top_k_index, top_k_weights)
         inputs = {part: update for part, update in updates.items() if part.parameter != _OUTPUT}
         outputs = {part: update for part, update in updates.items() if part.parameter == _OUTPUT}
         parameter = "gate_up_proj" if base.has_gate else "up_proj"
@@ -143,14 +179,24 @@ class FrodExperts(nn.Module):
         routed = _ROUTED.get(base.config._experts_implementation, Grouped)(base, top_k_index, top_k_weights)
         return routed.combined(multiplied, hidden_states)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Fold the active adapter into the base layer's weights, each rounded once."""
+        for part, update in self.stacks():
+            for expert in range(len(update.delta)):
+                layer = as_linear(self.base_layer, part, expert)
+                if update.scale and (update.delta[expert].any() or update.values[expert].any()):
+                    weight: Any = layer.weight
+                    weight.copy_(update.merged_expert(layer, expert))
 
-    def extra_repr(self) -> str:
-        return f"active={self.active}, enabled={self.enabled}"
+
+def as_linear(base: Any, part: Part, expert: int) -> nn.Linear:
+    """One expert's rows as a layer, of which the weight is a view."""
+    W = getattr(base, part.parameter).detach()[expert]
+    W = (W.T if base.is_transposed else W)[slice(None) if part.rows is None else slice(*part.rows)]
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(W, requires_grad=False)
+    return layer
 
 
 class Rotated:

@@ -161,9 +161,7 @@ def _job_key(plan: MergePlan, kernels: Kernels) -> str:
         ],
         # V is computed from all of a category's weights
         "projected": [
-            origin(plan, plan.name(w))
-            for w in plan.weights
-            if any(part.source.recompute for part in w.parts)
+            origin(plan, plan.name(w)) for w in plan.weights if any(part.source.recompute for part in w.parts)
         ],
         "replaced": [[name, plan.sources.index(source), info.name] for name, (source, info) in plan.replaced.items()],
     }
