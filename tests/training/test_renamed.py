@@ -23,7 +23,8 @@ from frodctl.training.attached import frod_layers, updates_of
 from tests.conftest import save_checkpoint
 from tests.training import renamed
 
-FAMILIES = ("vit", "dinov2", "dinov2_swiglu", "swin", "segformer", "nemotron_h", "qwen2_vl", "phi3")
+LONG = (pytest.param(family, marks=pytest.mark.long) for family in ("dinov2", "swin", "segformer", "nemotron_h"))
+FAMILIES = ("vit", "dinov2_swiglu", "qwen2_vl", "phi3", *LONG)
 
 
 @pytest.fixture(scope="module")
@@ -384,3 +385,18 @@ def test_a_split_weight_s_scale(made: Made) -> None:
     assert torch.equal(renamed.logits(model, "dinov2_swiglu"), after)
     fused = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert fused == sum(u.delta.numel() + u.values.numel() for u in updates_of(model, "default").values())
+
+
+def test_modules_trained_as_a_whole_whose_path_is_another(made: Made, tmp_path: Path) -> None:
+    base, basis = made("vit")
+    saved = ["layernorm_before", "classifier"]
+    model = frodctl.attach(renamed.live("vit", base), basis, target_modules="query", modules_to_save=saved)
+    train(model, "vit")
+    after = renamed.logits(model, "vit")
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    again = frodctl.load_adapter(renamed.live("vit", base), tmp_path / "adapter", basis)
+    torch.testing.assert_close(renamed.logits(again, "vit"), after, rtol=1e-5, atol=1e-5)
+    frodctl.merge(base, tmp_path / "adapter", tmp_path / "merged", basis=basis)
+    merged = renamed.live("vit", tmp_path / "merged")
+    torch.testing.assert_close(renamed.logits(merged, "vit"), after, rtol=1e-5, atol=1e-5)
+    assert tensors(base).keys() == tensors(tmp_path / "merged").keys()
