@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
-from frodctl.training.experts import ExpertsUpdate, FrodExperts, Part, holds_experts
+from frodctl.training.experts import ExpertsUpdate, FrodExperts, Part, Stacks, holds_experts
 from frodctl.training.layer import Basis, Pattern
 
 EXPERTS, HIDDEN, INNER = 5, 16, 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take longer than such products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def experts_class(*, has_gate: bool, has_bias: bool, transposed: bool, concatenated: bool, norm: bool) -> type:
@@ -96,7 +106,7 @@ def attached(base: Any, parts: list[Part], dtype: torch.dtype = torch.float32) -
         scales[0, 0] = 0  # a null direction
         updates[part] = ExpertsUpdate(basis, Pattern(indices, n, torch.device("cpu")), scales)
     layer = FrodExperts(base)
-    layer.add("default", updates)
+    layer.adapters["default"] = Stacks(updates)
     layer.active = "default"
     return layer
 
@@ -152,7 +162,7 @@ def test_values_and_gradients_are_those_of_the_updated_weights(implementation: s
         y64.square().sum().backward()
         assert _close(y, y64) < 1e-5, (flags, apart)
         assert _close(x.grad, x64.grad) < 1e-5, (flags, apart)
-        for part, update in layer.updates().items():
+        for part, update in layer.stacks():
             delta, values = numbers[part]
             assert _close(update.delta.grad, delta.grad) < 1e-5, (flags, part)
             assert _close(update.values.grad, values.grad) < 1e-5, (flags, part)
@@ -162,7 +172,7 @@ def _trained_weights(exact: Any, layer: FrodExperts) -> tuple[dict[str, Tensor],
     """W' of every parameter in float64, by the definition, and the numbers that it is a function of."""
     found: dict[str, Tensor] = {}
     numbers = {}
-    for part, update in layer.updates().items():
+    for part, update in layer.stacks():
         delta, values = (p.detach().double().requires_grad_() for p in (update.delta, update.values))
         numbers[part] = delta, values
         V, scales = update.basis.V.double(), update.base_scales.double()
