@@ -72,7 +72,8 @@ class ExpertsUpdate(Update):
         """Vᵀx for every row x of (tokens, n)."""
         V, _ = self.basis.matrices(x.device, correction_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
-            return self.dropout(x).to(V.dtype) @ V
+            dropped: Tensor = self.dropout(x)
+            return dropped.to(V.dtype) @ V
 
     def correction(self, Z: Tensor, pairs: Pairs) -> Tensor:
         """D Q_e z for every pair's z = Vᵀx (pairs, n)."""

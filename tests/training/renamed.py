@@ -44,6 +44,12 @@ def _config(family: str) -> Any:
         vision = {"embed_dim": 32, "hidden_size": 32, "depth": 2, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
         tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
         return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+    if family in ("llama4_text", "gpt_oss", "granitemoe", "qwen3_moe"):
+        return _mixture(family)
+    return transformers.Phi3Config(intermediate_size=48, num_key_value_heads=4, **_BLOCKS, **_TEXT)
+
+
+def _mixture(family: str) -> Any:
     if family == "llama4_text":
         return transformers.Llama4TextConfig(
             intermediate_size=48, intermediate_size_mlp=64, num_local_experts=4, num_experts_per_tok=1,
@@ -59,12 +65,10 @@ def _config(family: str) -> Any:
         return transformers.GraniteMoeConfig(
             intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2, **_BLOCKS, **_TEXT
         )
-    if family == "qwen3_moe":
-        return transformers.Qwen3MoeConfig(
-            intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
-            num_key_value_heads=2, head_dim=8, **_BLOCKS, **_TEXT,
-        )  # fmt: skip
-    return transformers.Phi3Config(intermediate_size=48, num_key_value_heads=4, **_BLOCKS, **_TEXT)
+    return transformers.Qwen3MoeConfig(
+        intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+        num_key_value_heads=2, head_dim=8, **_BLOCKS, **_TEXT,
+    )  # fmt: skip
 
 
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
