@@ -48,6 +48,7 @@ from frodctl.training.layer import (
     multiplies,
 )
 from frodctl.training.reads import weight_uses
+from frodctl.training.shared import SharedProduct
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
@@ -411,6 +412,7 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, HostArra
     for record in opened.metadata.modules:
         counts[record.category] = counts.get(record.category, 0) + 1
     shared: dict[tuple[object, ...], tuple[Basis, Pattern]] = {}
+    products: dict[tuple[object, ...], SharedProduct] = {}
     uses = _uses(model)
     updates = {}
     for path, record in attached.modules.items():
@@ -426,7 +428,9 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, HostArra
                 basis = Basis(V, category, recorded, counts[category], dtype, device)
             shared[key] = basis, Pattern(indices[category], basis.n, device)
         basis, pattern = shared[key]
-        updates[path] = Update(basis, pattern, to_torch(opened.tensor(f"lambda.{record.name}")), attached.dropout)
+        scales = to_torch(opened.tensor(f"lambda.{record.name}"))
+        product = products.setdefault((*key, path.rpartition(".")[0]), SharedProduct(category))
+        updates[path] = Update(basis, pattern, scales, attached.dropout, product)
         given, mode = _input_dtype(model, base), base.training
         try:
             base.train()  # in evaluation some quantized layers repack their weights for good

@@ -14,12 +14,14 @@ from frodctl.method.dual import Dual
 from frodctl.method.update import csr_pattern
 from frodctl.training.products import (
     Positions,
+    corrected,
     ignore_beta_warning,
-    input_side,
+    projected,
     trained_weight,
     updated_weight,
     weight_side,
 )
+from frodctl.training.shared import SharedProduct
 from frodctl.training.tensors import kernels_on, tensor_of
 
 if TYPE_CHECKING:
@@ -141,13 +143,24 @@ class Update(KeepsDtype):
         λ, where training begins.
     dropout : float
         Probability with which an element of the correction's input is dropped in training.
+    projection : SharedProduct, optional
+        Of the layers that read the same tensor.
     """
 
     base_scales: Tensor
     inverse_scales: Tensor
 
-    def __init__(self, basis: Basis, pattern: Pattern, scales: Tensor, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        basis: Basis,
+        pattern: Pattern,
+        scales: Tensor,
+        dropout: float = 0.0,
+        projection: SharedProduct | None = None,
+    ) -> None:
         super().__init__()
+        self.projection = projection or SharedProduct(basis.category)
+        self.projection.layers += 1
         self.basis, self.pattern = basis, pattern
         self.scale = 1.0
         self.dropout = nn.Dropout(dropout)
@@ -164,10 +177,10 @@ class Update(KeepsDtype):
 
     def shifted(self, x: Tensor) -> Tensor:
         """x + D Q Vᵀ x, in x's dtype; the correction in float32, or in bfloat16 where the layer works in it."""
-        dtype = _correction_dtype(x)
-        X = self.dropout(x).reshape(-1, x.shape[-1]).to(dtype)
-        V, D = self.basis.matrices(x.device, dtype)
-        correction = input_side(X, self.entries(), V, D, self.pattern.positions)
+        V, D = self.basis.matrices(x.device, _correction_dtype(x))
+        drops = self.dropout.p and self.training
+        Z = projected(self.dropout(x), V) if drops else self.projection.of(self, x, V)
+        correction = corrected(Z, self.entries(), D, self.pattern.positions)
         return (x + correction.view(x.shape)).to(x.dtype)
 
     def product(self, base: nn.Module, x: Tensor) -> Tensor:

@@ -87,36 +87,55 @@ def ignore_beta_warning() -> None:
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
 
 
-def input_side(X: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions) -> Tensor:
-    """D Q Vᵀ x for every row x of X (tokens, n), in the dtype that X, V and D (n, n) share.
-
-    Differentiable in X and in ``entries``, (nnz + n,) of Q.
-    """
-    result: Tensor = _InputSide.apply(X, entries, V, D, positions)  # type: ignore[no-untyped-call]
+def projected(X: Tensor, V: Tensor) -> Tensor:
+    """X V (tokens, n) in V's dtype, for X (…, n). Differentiable in X; nothing is saved for the backward pass."""
+    result: Tensor = _Projected.apply(X.reshape(-1, X.shape[-1]).to(V.dtype), V)  # type: ignore[no-untyped-call]
     return result
 
 
-class _InputSide(torch.autograd.Function):
+class _Projected(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, X: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions) -> Tensor:
+    def forward(ctx: Any, X: Tensor, V: Tensor) -> Tensor:
+        ctx.V = V  # not saved: a checkpoint counts what a layer saves, whichever layer it is that computes this
         with torch.autocast(X.device.type, enabled=False):
-            Z = X @ V
-            ctx.positions = positions
-            ctx.save_for_backward(Z, entries, V, D)
+            return X @ V
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return gradients[0] @ ctx.V.T, None
+
+
+def corrected(Z: Tensor, entries: Tensor, D: Tensor, positions: Positions) -> Tensor:
+    """D Q z for every row z = Vᵀ x of Z (tokens, n), in the dtype that Z and D (n, n) share.
+
+    Differentiable in Z and in ``entries``, (nnz + n,) of Q.
+    """
+    result: Tensor = _Corrected.apply(Z, entries, D, positions)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Corrected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, Z: Tensor, entries: Tensor, D: Tensor, positions: Positions) -> Tensor:
+        ctx.positions = positions
+        ctx.save_for_backward(Z, entries, D)
+        with torch.autocast(Z.device.type, enabled=False):
             return sparse_product(positions, entries, Z) @ D.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        Z, entries, V, D = ctx.saved_tensors
-        of_X = of_entries = None
+        Z, entries, D = ctx.saved_tensors
+        of_Z = of_entries = None
         with torch.autocast(Z.device.type, enabled=False):
             G = gradients[0] @ D
             if ctx.needs_input_grad[0]:
-                of_X = sparse_product(ctx.positions, entries, G, transposed=True) @ V.T
+                of_Z = sparse_product(ctx.positions, entries, G, transposed=True)
             if ctx.needs_input_grad[1]:
                 of_entries = sampled_product(ctx.positions, G.T, Z).to(entries.dtype)
-        return of_X, of_entries, None, None, None
+        return of_Z, of_entries, None, None
 
 
 def weight_side(

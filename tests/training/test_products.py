@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frodctl.arrays import from_torch, to_torch
 from frodctl.method.update import csr_pattern
-from frodctl.training.products import Positions, input_side, sampled_product, sparse_product, weight_side
+from frodctl.training.products import Positions, corrected, projected, sampled_product, sparse_product, weight_side
 
 N, M, TOKENS = 7, 5, 11
 
@@ -82,7 +82,7 @@ def test_a_position_given_twice_counts_twice(capturing: bool) -> None:
 def test_the_input_side(problem: Problem, capturing: bool) -> None:
     p = problem
     expected = p.X @ (p.D @ p.Q @ p.V.T).T
-    assert torch.allclose(input_side(p.X, p.entries, p.V, p.D, p.positions), expected, rtol=1e-12)
+    assert torch.allclose(corrected(projected(p.X, p.V), p.entries, p.D, p.positions), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -105,7 +105,7 @@ def test_gradients(side: str, problem: Problem, capturing: bool) -> None:
 
     def function(X: Tensor, entries: Tensor) -> Any:
         if side == "input":
-            return input_side(X, entries, p.V, p.D, p.positions)
+            return corrected(projected(X, p.V), entries, p.D, p.positions)
         transposed = side == "transposed"
         W = p.W.T.contiguous() if transposed else p.W
         return weight_side(X, entries, W, p.bias, p.V, p.D, p.positions, transposed)
@@ -118,7 +118,7 @@ def test_float32_products_are_not_rounded_to_the_autocast_dtype(problem: Problem
     p = problem
     X, entries, V, D = (tensor.float() for tensor in (p.X * 1e4, p.entries, p.V, p.D))
     with torch.autocast("cpu", torch.float16):
-        found = input_side(X, entries, V, D, p.positions)
+        found = corrected(projected(X, V), entries, D, p.positions)
     expected = (p.X * 1e4) @ (p.D @ p.Q @ p.V.T).T
     assert found.dtype == torch.float32
     assert (found - expected).norm() <= 1e-4 * expected.norm()
