@@ -97,7 +97,7 @@ def test_gradients_are_those_of_separate_products(shared: Case) -> None:
     assert distance(gradients(model, shared.family), expected) <= 1e-5
     with torch.autocast("cpu", torch.bfloat16):
         expected = gradients(apart(model), shared.family)
-        assert distance(gradients(model, shared.family), expected) <= 1e-2
+        assert distance(gradients(model, shared.family), expected) <= 3e-2
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
