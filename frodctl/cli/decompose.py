@@ -124,10 +124,9 @@ def _warn(plan: job.DecomposePlan, report: Reporter) -> None:
             "so it cannot load this basis; frodctl can."
         )
     if plan.share_input:
-        shown = "; ".join(f"{category}: {', '.join(layers)}" for category, layers in plan.share_input.items())
+        shared = ", ".join(plan.share_input)
         report.note(
-            f"Warning: layers that read the same input share a basis here ({shown}), so PEFT cannot load it; "
-            "frodctl can."
+            f"Warning: layers that read the same input share a basis ({shared}), which PEFT cannot load; frodctl can."
         )
 
 
