@@ -26,6 +26,7 @@ class Attached:
     seed: int | None  #: of the pattern; None where the basis file or the adapter has it
     modules_to_save: tuple[str, ...]  #: as asked for
     dropout: float
+    form: str = "auto"  #: how layers are computed; no part of what is saved
     selected: bool = False  #: the pattern is the adapter's own: neither a seed nor the basis file has it
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ from frodctl.training.attached import (
 )
 from frodctl.training.check import check_gradient, check_layer
 from frodctl.training.layer import (
+    FORMS,
     Basis,
     FrodLinear,
     Pattern,
@@ -72,6 +73,7 @@ def attach(
     modules_to_save: values.Names = (),
     dropout: values.Number = 0.0,
     adapter_name: str = "default",
+    form: str = "auto",
 ) -> Model:
     """Make a model trainable at full rank with few numbers: y = W (x + D diag(λ)⁻¹ (S + diag(λ' − λ)) Vᵀ x).
 
@@ -104,6 +106,12 @@ def attach(
         Probability with which an element of a correction's input is dropped in training.
     adapter_name : str
         Attaching again under another name adds a second adapter and makes it the active one.
+    form : {"auto", "input", "weight", "weight+U"}
+        How a layer is computed; all give the same outputs and gradients. ``input``: W (x + …) as above, which works on
+        every layer and keeps nothing of the weight's size. ``weight``: W' x, where W' = W + W D diag(λ)⁻¹ (…) Vᵀ is
+        formed once a step and kept beside W; fewer operations for many tokens, on dense layers only. ``weight+U``:
+        that, with W D = U diag(λ) kept too, which saves up to half of the forming. ``auto``: of the first two the one
+        that takes fewer operations for the tokens at hand. `frodctl.training.print_step_cost` shows what each costs.
 
     Returns
     -------
@@ -115,7 +123,7 @@ def attach(
     UsageError
         Nothing, or one of several names, matches; or an option makes no sense. The model is as it was then.
     InvalidInput
-        The model is not the one that the basis was made from, or has layers that cannot be trained.
+        The model is not the one that the basis was made from, or has layers that cannot be trained, or not in the form.
 
     Examples
     --------
@@ -129,7 +137,7 @@ def attach(
     chosen = choose(model, opened, target_modules, exclude_modules)
     seed, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
     saved = values.names(modules_to_save, "modules_to_save")
-    attached = Attached(opened, chosen, rates, seed, saved, checked_dropout(dropout))
+    attached = Attached(opened, chosen, rates, seed, saved, checked_dropout(dropout), form=checked_form(form, dropout))
     install(model, attached, indices, adapter_name)
     _warn_of_a_frozen_head(model, saved)
     return model
@@ -182,7 +190,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     attachment.active = name
     model.requires_grad_(False)
     for layer in frod_layers(model).values():
-        layer.active = name
+        layer.activate(name)
         if name in layer.adapters:
             layer.adapters[name].requires_grad_(True)
     for module in saved_modules(model).values():
@@ -389,6 +397,14 @@ def checked_dropout(dropout: object) -> float:
     return found
 
 
+def checked_form(form: object, dropout: object) -> str:
+    """How layers are computed; by W' there is no input of a correction to drop elements of."""
+    found = values.choice(*FORMS)(form, "form")
+    drops = checked_dropout(dropout) > 0
+    values.require(not (drops and found.startswith("weight")), "form", found, "has no `dropout`; leave one of them")
+    return found
+
+
 def _check_uses(model: nn.Module, modules: Mapping[str, object]) -> dict[str, bool]:
     """By path whether the layer's weight must be W': not where the model asks for its dtype, device or shape alone."""
     gives = {}
@@ -412,7 +428,7 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, HostArra
     for record in opened.metadata.modules:
         counts[record.category] = counts.get(record.category, 0) + 1
     shared: dict[tuple[object, ...], tuple[Basis, Pattern]] = {}
-    products: dict[tuple[object, ...], SharedProduct] = {}
+    projections: dict[tuple[object, ...], SharedProduct] = {}
     uses = _uses(model)
     updates = {}
     for path, record in attached.modules.items():
@@ -428,9 +444,11 @@ def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, HostArra
                 basis = Basis(V, category, recorded, counts[category], dtype, device)
             shared[key] = basis, Pattern(indices[category], basis.n, device)
         basis, pattern = shared[key]
+        if attached.form.startswith("weight") and not is_dense(base):
+            raise InvalidInput(f"{path}: {type(base).__name__} is no dense layer; leave `form` at auto, or say input")
         scales = to_torch(opened.tensor(f"lambda.{record.name}"))
-        product = products.setdefault((*key, path.rpartition(".")[0]), SharedProduct(category))
-        updates[path] = Update(basis, pattern, scales, attached.dropout, product)
+        projection = projections.setdefault((*key, path.rpartition(".")[0]), SharedProduct(category))
+        updates[path] = Update(basis, pattern, scales, attached.dropout, attached.form, projection)
         given, mode = _input_dtype(model, base), base.training
         try:
             base.train()  # in evaluation some quantized layers repack their weights for good

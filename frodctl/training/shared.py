@@ -52,7 +52,7 @@ class SharedProduct:
 
     def of(self, layer: object, x: Tensor, V: Tensor) -> Tensor:
         """x V (tokens, n) in V's dtype, for x (…, n) as the layer is given it."""
-        if torch.compiler.is_compiling() or x.is_inference():  # a graph is rid of its own repetitions; no versions
+        if torch.compiler.is_compiling() or x.is_inference():  # a compiled graph has it once; no versions
             return projected(x, V)
         kept = self._kept
         if kept is None or not kept.is_of(x, V):
