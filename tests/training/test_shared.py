@@ -71,6 +71,7 @@ def apart(model: Any) -> Any:
     model = copy.deepcopy(model)
     for update in updates_of(model, "default").values():
         update.projection = SharedProduct("own")
+        update.projection.layers = 1
     return model
 
 
