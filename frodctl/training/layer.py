@@ -95,7 +95,7 @@ class Basis(KeepsDtype):
         if torch.compiler.is_compiling():
             return self.V.to(device, dtype), self.D.to(device, dtype)
         if (device, dtype) not in self._copies:
-            with torch.inference_mode(False):  # tensors of that mode could not be trained with later
+            with torch.inference_mode(False), torch.no_grad():  # tensors of that mode could not be trained with later
                 self._copies[device, dtype] = self.V.to(device, dtype), self.D.to(device, dtype)
         return self._copies[device, dtype]
 
@@ -227,7 +227,7 @@ class Update(KeepsDtype):
 
     def kept_weight(self, W: Tensor, entries: Tensor, dtype: torch.dtype, form: Callable[[], Tensor]) -> Tensor:
         """As `frodctl.training.products.Keeper` has it."""
-        with torch.inference_mode(False):  # tensors of that mode could not be trained with later
+        with torch.inference_mode(False), torch.no_grad():  # tensors of that mode could not be trained with later
             return self.kept.weight(Source.of(W, dtype), entries, form)
 
     def whole_gradient(self, gradient: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor | None:
