@@ -203,7 +203,8 @@ def _ratio(turns: dict[str, list[list[float]]], method: str, other: str) -> floa
 def chosen(arguments: argparse.Namespace) -> list[Table]:
     """The default's tables, or those of the cells that were asked for."""
     if arguments.quick:
-        return [Table(64, dtype, cells(64, (1, 4), (1, 2), 1)) for dtype in ("float32", "bfloat16")]
+        quick = cells(64, (1, 4), (1, 2), 1)
+        return [Table(64, "float32", quick), Table(64, "bfloat16", quick, ("full", "weight"))]
     given = (arguments.tokens, arguments.micro_batches)
     tables = [] if any(given) else [*DEFAULT]
     if any(given):

@@ -97,7 +97,8 @@ def inputs(conv: bool) -> Iterator[Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_and_gradients(form: str, m: int, conv: bool) -> None:
     """With and without bias, gradient of x, numbers one by one frozen; twice, the second time with W' at hand."""
-    for bias, x, through_x in product((True,) if conv else (True, False), inputs(conv), (True, False)):
+    for number, (bias, x) in enumerate(product((True,) if conv else (True, False), inputs(conv))):
+        through_x = number % 3 != 1
         p = problem(form, m, conv=conv, bias=bias)
         own, theirs = (x.detach().clone(memory_format=torch.preserve_format) for _ in range(2))
         for given in (own, theirs):
