@@ -27,7 +27,7 @@ from frodctl.training.attached import (
     saved_modules,
     updates_of,
 )
-from frodctl.training.attachment import checked_dropout, checked_name, install
+from frodctl.training.attachment import checked_dropout, checked_form, checked_name, install
 from frodctl.training.choice import obstacle
 from frodctl.training.layer import FrodLinear, SavedModule, is_transposed, out_features
 from frodctl.training.located import Located, live_shapes, locate, pretrained
@@ -45,6 +45,7 @@ def load_adapter(
     *,
     dropout: float = 0.0,
     adapter_name: str = "default",
+    form: str = "auto",
 ) -> Model:
     """Attach a saved adapter, to apply it or to train it further.
 
@@ -58,7 +59,7 @@ def load_adapter(
         The one that it was trained with. By default the adapter's own, if it holds one (``self_contained``), else a
         file in its folder, in the one above, or where the adapter recorded it: the file that has the recorded digests,
         whatever its name; a warning says which.
-    dropout, adapter_name
+    dropout, adapter_name, form
         As for `attach`.
 
     Returns
@@ -74,6 +75,7 @@ def load_adapter(
     """
     require_module(model)
     folder, adapter_name, dropout = values.model(folder, "folder"), checked_name(adapter_name), checked_dropout(dropout)
+    form = checked_form(form, dropout)
     adapter = open_adapter(Location(folder), _sub_folder(folder, adapter_name))
     provenance = adapter.provenance
     if provenance is None or provenance.form != "delta":
@@ -98,6 +100,7 @@ def load_adapter(
         seed=provenance.seed,
         modules_to_save=adapter.modules_to_save,
         dropout=dropout,
+        form=form,
         selected=provenance.seed is None and bool(adapter.indices),
         live_prefix=live_prefix,
     )
