@@ -36,8 +36,8 @@ class Place:
 
     @property
     def path(self) -> str:
-        """Of the module whose weight it is."""
-        return self.parameter.removesuffix(".weight")
+        """Of the module whose weight it is, or that stacks it with others."""
+        return self.parameter.removesuffix(".weight") if self.expert is None else self.parameter.rpartition(".")[0]
 
 
 Places = dict[str, tuple[Place, ...]]
