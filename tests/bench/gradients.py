@@ -53,7 +53,7 @@ def gradients(layer: nn.Module, x: Tensor, G: Tensor, dtype: torch.dtype, autoca
 def attached(weights: list[Tensor], basis: Path, form: str, dtype: torch.dtype) -> nn.Module:
     """The first layer, trained."""
     model = frodctl.attach(model_of(weights, dtype), basis, form=form)
-    layer: FrodLinear = model.layers[0].up_proj  # type: ignore[index, union-attr, assignment]
+    layer: FrodLinear = model.layers[0].up_proj  # type: ignore[index, union-attr]
     update = layer.update()
     assert update is not None
     generator = torch.Generator().manual_seed(1)
