@@ -13,7 +13,7 @@ Q's gradient; so each form is a function of its own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CSR_DTYPES = (torch.float32, torch.float64)
-_BLOCK = 256  # rows or columns, which stay in the cache
+_BLOCK = 256  # rows
+_COLUMNS = 512  # that are multiplied at a time
 
 
 class Positions(NamedTuple):
@@ -65,15 +66,15 @@ def sparse_product(positions: Positions, entries: Tensor, X: Tensor, *, transpos
     return torch.cat([(Q @ rows.to(dtype).T).T.to(X.dtype) for rows in torch.split(X, _BLOCK)])
 
 
-def core(positions: Positions, entries: Tensor, V: Tensor) -> Tensor:
-    """Q Vᵀ (n, n), in V's dtype; fastest where the columns of V are contiguous."""
+def core(positions: Positions, entries: Tensor, V: Tensor) -> Iterator[Tensor]:
+    """Q Vᵀ (n, n) in V's dtype, by so many columns at a time; fastest where the columns of V are contiguous."""
     if not _uses_csr(V):
-        return positions.dense(entries).to(V.dtype) @ V.T
+        yield positions.dense(entries).to(V.dtype) @ V.T
+        return
     dtype = V.dtype if V.dtype in _CSR_DTYPES else torch.float32
-    Q, result = positions.csr(entries.to(dtype)), torch.empty_like(V.T)
-    for target, columns in zip(result.split(_BLOCK, 1), V.T.split(_BLOCK, 1), strict=True):
-        target.copy_(Q @ columns.to(dtype))
-    return result
+    Q = positions.csr(entries.to(dtype))
+    for columns in V.T.split(_COLUMNS, 1):
+        yield (Q @ columns.to(dtype)).to(V.dtype)
 
 
 def sampled_product(positions: Positions, A: Tensor, B: Tensor) -> Tensor:
@@ -177,15 +178,18 @@ class Factors:
         return stored.T if self.transposed else stored
 
     def updated(self, entries: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """W', stored as W is, rounded once to W's dtype or another one."""
+        """W', stored as W is, rounded once to W's dtype or another one; by columns, so that no Q Vᵀ is whole."""
+        result = torch.empty_like(self.W, dtype=dtype or self.W.dtype)
+        at, axis = 0, 0 if self.transposed else 1
         with torch.autocast(self.W.device.type, enabled=False):
-            left, right = self._change(entries)
-            if self.transposed:
-                left, right = right.T, left.T
-            dtype = dtype or self.W.dtype
-            if torch.promote_types(self.W.dtype, left.dtype) == left.dtype:
-                return torch.addmm(self.W.to(left.dtype), left, right).to(dtype)
-            return (self.W + left @ right).to(dtype)  # W must not lose bits before a small change is added
+            left, inner = self._left()
+            for K in core(self.positions, entries, self.V):
+                right = K if inner is None else inner @ K
+                factors = (right.T, left.T) if self.transposed else (left, right)
+                part, target = (stored.narrow(axis, at, K.shape[1]) for stored in (self.W, result))
+                target.copy_(_added(part, *factors))
+                at += K.shape[1]
+        return result
 
     def projected(self, gradient: Tensor) -> Tensor:
         """Bᵀ (∂L/∂W') V at the positions, the entries of ∂L/∂Q, for ∂L/∂W' (m, n)."""
@@ -197,16 +201,22 @@ class Factors:
             columns = dual_columns(W, D) if B is None else B
             return sampled_product(self.positions, columns.T, (V.T @ G.T).T)
 
-    def _change(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Two factors of W D Q Vᵀ (m, n)."""
-        K = core(self.positions, entries, self.V)
+    def _left(self) -> tuple[Tensor, Tensor | None]:
+        """B (m, n), or W and D, whose product it is, where W D (Q Vᵀ) takes less from the right."""
         if self.B is not None:
-            return self.B, K
+            return self.B, None
         W = self._wide_W()
-        return (W, self.D @ K) if _is_tall(W) else (dual_columns(W, self.D), K)
+        return (W, self.D) if _is_tall(W) else (dual_columns(W, self.D), None)
 
     def _wide_W(self) -> Tensor:
         return self.oriented(self.W).to(self.V.dtype)
+
+
+def _added(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """W + A B, in the dtype with more bits: W must not lose any before a small change is added."""
+    if torch.promote_types(W.dtype, A.dtype) == A.dtype:
+        return torch.addmm(W.to(A.dtype), A, B)
+    return W + A @ B
 
 
 def _is_tall(W: Tensor) -> bool:

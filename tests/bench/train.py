@@ -32,7 +32,8 @@ from process import Failed, printed
 import frodctl
 from frodctl.method import step_cost
 
-METHODS = ("full", "LoRA", "PEFT FRoD", "input", "weight", "weight+U")
+METHODS = ("full", "LoRA", "PEFT FRoD", "auto", "input", "weight", "weight+U")
+FEWER = ("full", "LoRA", "PEFT FRoD", "weight", "weight+U")
 SPARSITY, RANK = 0.01, 16
 #: The model of each hidden size: as many layers as two cores bear.
 MODELS = {
@@ -116,10 +117,10 @@ def cells(hidden: int, tokens: Iterable[int], micro_batches: Sequence[int], step
 
 
 DEFAULT = (
-    Table(768, "float32", cells(768, (1, 4), (1, 4), 4)),
-    Table(768, "bfloat16", cells(768, (4,), (1,), 4), ("full", "LoRA", "PEFT FRoD", "weight", "weight+U")),
-    Table(2048, "float32", cells(2048, (1, 4), (1,), 1), ("full", "LoRA", "PEFT FRoD", "weight", "weight+U")),
-    Table(2048, "bfloat16", cells(2048, (1,), (1,), 1), ("full", "LoRA", "PEFT FRoD", "weight", "weight+U")),
+    Table(768, "float32", cells(768, (1, 4), (1, 4), 4), tuple(method for method in METHODS if method != "input")),
+    Table(768, "bfloat16", cells(768, (4,), (1,), 4), FEWER),
+    Table(2048, "float32", cells(2048, (1, 4), (1,), 1), FEWER),
+    Table(2048, "bfloat16", cells(2048, (1,), (1,), 1), FEWER),
 )
 
 
@@ -132,14 +133,16 @@ def flops(method: str, config: dict[str, Any], cell: Cell) -> float:
     total = 0.0
     for m, n in shapes:
         shape = step_cost.Shape(m, n, int(SPARSITY * n * n) + n)
+        by_input, by_weight = step_cost.input_flops(shape, tokens), step_cost.weight_flops(shape, tokens)
         total += {
-            "full": lambda shape=shape: step_cost.full_flops(shape, tokens),
-            "LoRA": lambda shape=shape: step_cost.lora_flops(shape, tokens, RANK),
-            "PEFT FRoD": lambda shape=shape: (4.0 * shape.m + 4.0 * shape.n) * shape.n * tokens,  # U (…) Vᵀ x
-            "input": lambda shape=shape: step_cost.input_flops(shape, tokens),
-            "weight": lambda shape=shape: step_cost.weight_flops(shape, tokens),
-            "weight+U": lambda shape=shape: step_cost.weight_flops(shape, tokens, keeps_U=True),
-        }[method]()
+            "full": step_cost.full_flops(shape, tokens),
+            "LoRA": step_cost.lora_flops(shape, tokens, RANK),
+            "PEFT FRoD": 4.0 * (m + n) * n * tokens,  # U (…) Vᵀ x
+            "auto": min(by_input, by_weight),
+            "input": by_input,
+            "weight": by_weight,
+            "weight+U": step_cost.weight_flops(shape, tokens, keeps_U=True),
+        }[method]
     return total * config["num_hidden_layers"]
 
 
