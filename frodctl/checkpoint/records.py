@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -157,8 +157,11 @@ class Checkpoint:
         return sum(seen.values())
 
 
-def choose_weights(files: Collection[str], where: str) -> str:
-    """The weights' entry point among a folder's file names: an index or a single file."""
+def choose_weights(files: Collection[str], where: str, below: Iterable[str] = ()) -> str:
+    """The weights' entry point among a folder's file names: an index or a single file.
+
+    ``below`` are the paths in its sub-folders, of which the error names those that hold weights.
+    """
     for name in WEIGHT_FILES:
         if name in files:
             return name
@@ -168,8 +171,17 @@ def choose_weights(files: Collection[str], where: str) -> str:
         return single[0]
     if single:
         raise InvalidInput(f"{where}: several safetensors files and no index; name the one you mean")
-    hint = " (it holds an adapter: name its base model)" if "adapter_config.json" in files else ""
-    raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin{hint}")
+    if "adapter_config.json" in files:
+        raise InvalidInput(f"{where}: no weights here (it holds an adapter: name its base model)")
+    folders = sorted({str(path.parent) for path in map(PurePosixPath, below) if path.name in WEIGHT_FILES})
+    if folders:
+        raise InvalidInput(f"{where}: no weights here, but in {', '.join(folders)}: choose one with `subfolder`")
+    raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin")
+
+
+def weights_name(config: Mapping[str, object]) -> str:
+    """What the library of the model calls a file of weights, without its ending: diffusers' have their own name."""
+    return "diffusion_pytorch_model" if "_class_name" in config else "model"
 
 
 def shards_of(index: dict[str, object], where: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from frodctl.checkpoint.codec import TensorSpec
 from frodctl.errors import FrodctlError
 from frodctl.pipeline import in_order
 
-INDEX_FILE = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
 
 _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
@@ -53,10 +53,16 @@ class Shard:
         return places
 
 
-def plan_shards(specs: Iterable[TensorSpec], max_bytes: int) -> tuple[Shard, ...]:
+def index_file(shards: Sequence[Shard]) -> str:
+    """What the index of several files is called."""
+    return re.sub(r"-\d+-of-\d+\.safetensors$", ".safetensors.index.json", shards[0].file)
+
+
+def plan_shards(specs: Iterable[TensorSpec], max_bytes: int, name: str = "model") -> tuple[Shard, ...]:
     """Fill files with the tensors in the order given, none with more than ``max_bytes`` of tensors.
 
-    A tensor larger than that has a file to itself. The files are called as transformers calls them.
+    A tensor larger than that has a file to itself. The files are called ``NAME.safetensors`` or
+    ``NAME-00001-of-00002.safetensors``.
     """
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -67,10 +73,10 @@ def plan_shards(specs: Iterable[TensorSpec], max_bytes: int) -> tuple[Shard, ...
         groups[-1].append(spec)
         filled += spec.nbytes
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(codec.layout(groups[0]))),)
+        return (Shard(f"{name}.safetensors", tuple(codec.layout(groups[0]))),)
     count = len(groups)
     return tuple(
-        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(codec.layout(group)))
+        Shard(f"{name}-{number:05d}-of-{count:05d}.safetensors", tuple(codec.layout(group)))
         for number, group in enumerate(groups, 1)
     )
 
