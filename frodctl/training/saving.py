@@ -26,9 +26,11 @@ from frodctl.training.attached import (
     frod_layers,
     require_attachment,
     saved_modules,
+    state_prefixes,
     updates_of,
 )
 from frodctl.training.layer import Update
+from frodctl.training.located import as_stored
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
@@ -116,13 +118,16 @@ def save_adapter(
     attached = attachment.adapters[name]
     folder = folder if name == "default" else folder / name
     self_contained = self_contained or bool(attached.basis.aliases)
-    updates = {names.unwrapped(path): update for path, update in updates_of(model, name).items()}
+    updates = updates_of(model, name)
     patterns = {update.basis.category: update.pattern for update in updates.values()}
-    tensors = _trained(model, name, updates, trained_state(model) if state_dict is None else state_dict)
+    tensors = _trained(model, name, attached, trained_state(model) if state_dict is None else state_dict)
     if self_contained:
         tensors |= _shared(attached, updates)
     elif attached.selected:
         tensors |= {adapter_format.indices_key(c): pattern.indices() for c, pattern in patterns.items()}
+    shapes: dict[str, list[int]] = {}
+    if attached.live_prefix is not None:
+        shapes = {record.name: list(record.shape) for record in attached.modules.values()}
     provenance = Provenance(
         form="delta",
         V_digests=attached.V_digests,
@@ -133,6 +138,8 @@ def save_adapter(
         pattern={c: digest(_array(pattern.indices())) for c, pattern in patterns.items()},
         dtype={u.basis.category: NAMES[NAMED[dtype_name(u.basis.V)]] for u in updates.values() if u.basis.is_rounded},
         head=_head(model),
+        live_prefix=attached.live_prefix,
+        shapes=shapes,
         basis_file=None if self_contained else _seen_from(folder, attached.basis.path),
     )
     config = _config(model, attached, tensors)
@@ -175,26 +182,28 @@ def _whole(tensor: Any) -> Any:
     return tensor.to(tensor.device_mesh.device_type).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _trained(
-    model: nn.Module, name: str, updates: Mapping[str, Update], state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _trained(model: nn.Module, name: str, attached: Attached, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """λ' and S of an adapter, and the modules that it trained as a whole, by their names in the file."""
     state = {names.unwrapped(key): tensor for key, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
-    for path, update in updates.items():
-        delta, sparse = (_number(state, f"{path}.adapters.{name}.{kind}") for kind in ("delta", "values"))
+    prefixes = state_prefixes(model, name)
+    for module, update in updates_of(model, name).items():
+        delta, sparse = (_number(state, f"{prefixes[module]}.{kind}") for kind in ("delta", "values"))
         scales = update.base_scales.double() + delta.to(update.base_scales.device, torch.float64)
         # rows with λ = 0 drop out here, but PEFT would give them some U
         alive = update.base_scales > 0
         rows = update.pattern.indices()[0]
-        tensors[adapter_format.lambda_key(path)] = torch.where(alive, scales, 0).float()
-        tensors[adapter_format.values_key(path)] = torch.where(alive[rows], sparse.to(alive.device), 0)
-    for wrapped, module in saved_modules(model).items():
-        path = names.unwrapped(wrapped)
-        if name in module.modules_to_save:
-            for key in module.modules_to_save[name].state_dict():
-                tensor = _number(state, f"{path}.modules_to_save.{name}.{key}")
-                tensors[adapter_format.replaced_key(f"{path}.{key}")] = tensor
+        tensors[adapter_format.lambda_key(module)] = torch.where(alive, scales, 0).float()
+        tensors[adapter_format.values_key(module)] = torch.where(alive[rows], sparse.to(alive.device), 0)
+    whole = {
+        f"{path}.{key}": _number(state, f"{path}.modules_to_save.{name}.{key}")
+        for path, saved in ((names.unwrapped(wrapped), saved) for wrapped, saved in saved_modules(model).items())
+        if name in saved.modules_to_save
+        for key in saved.modules_to_save[name].state_dict()
+    }
+    if attached.live_prefix is not None:
+        whole = as_stored(model, whole)
+    tensors |= {adapter_format.replaced_key(key): tensor for key, tensor in whole.items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InvalidInput(f"{key}: holds NaN or Inf; training has diverged")

@@ -1,0 +1,302 @@
+"""Models that transformers loads under other names than their checkpoints have, or in other pieces: every step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import frodctl
+import frodctl.training
+from frodctl.errors import InvalidInput, UsageError
+from frodctl.training.attached import frod_layers, updates_of
+from tests.training import renamed
+
+FAMILIES = ("vit", "dinov2", "dinov2_swiglu", "swin", "segformer", "nemotron_h", "qwen2_vl", "phi3")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Path, Path]]]:
+    """A family's checkpoint and its basis."""
+    found: dict[str, tuple[Path, Path]] = {}
+    with ExitStack() as stack:
+
+        def make(family: str) -> tuple[Path, Path]:
+            if family == "phi3" and family not in found:
+                stack.enter_context(renamed.phi3_in_parts())
+            if family not in found:
+                root = tmp_path_factory.mktemp(family)
+                base = renamed.save_base(family, root / "base")
+                frodctl.decompose(base, root / "basis.safetensors", target_modules="all-linear", sparsity=0.05)
+                found[family] = base, root / "basis.safetensors"
+            return found[family]
+
+        yield make
+
+
+Made = Callable[[str], tuple[Path, Path]]
+
+
+def train(model: Any, family: str, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW(frodctl.parameter_groups(model, rho_lambda=0.05, rho_sparse=0.05))
+    for _ in range(steps):
+        model(**renamed.inputs(family)).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attach_train_save_load_merge(family: str, made: Made, tmp_path: Path) -> None:
+    base, basis = made(family)
+    records = frodctl.open_basis(basis).metadata.modules
+    model = renamed.live(family, base)
+    before = renamed.logits(model, family)
+    frodctl.attach(model, basis)
+    assert len(updates_of(model, "default")) == len(records)
+    assert torch.equal(renamed.logits(model, family), before)
+    train(model, family)
+    after = renamed.logits(model, family)
+    assert (after - before).abs().max() > 1e-3
+    for update in updates_of(model, "default").values():
+        assert update.delta.any()
+        assert update.values.any()
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    again = frodctl.load_adapter(renamed.live(family, base), tmp_path / "adapter", basis)
+    torch.testing.assert_close(renamed.logits(again, family), after, rtol=1e-5, atol=1e-5)
+    frodctl.merge(base, tmp_path / "adapter", tmp_path / "merged", basis=basis)
+    torch.testing.assert_close(
+        renamed.logits(renamed.live(family, tmp_path / "merged"), family), after, rtol=1e-5, atol=1e-5
+    )
+    old, new = tensors(base), tensors(tmp_path / "merged")
+    assert list(old) == list(new)
+    trained = {f"{record.name}.weight" for record in records}
+    assert {name for name in old if not torch.equal(old[name], new[name])} == trained
+    frodctl.training.merge_(model)
+    torch.testing.assert_close(renamed.logits(model, family), after, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["dinov2_swiglu", "phi3"])
+def test_gradients_of_parts_are_those_of_the_merged_weight(family: str, made: Made) -> None:
+    """dL/ds for W' = W (I + s …): a finite difference along what is trained, in float64."""
+    base, basis = made(family)
+    model = frodctl.attach(renamed.live(family, base).double(), basis)
+    generator = torch.Generator().manual_seed(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    directions = [torch.randn(p.shape, generator=generator) for p in trained]
+    feed = {name: x.double() if x.is_floating_point() else x for name, x in renamed.inputs(family).items()}
+
+    def loss() -> Tensor:
+        result: Tensor = model(**feed).logits.square().mean()
+        return result
+
+    loss().backward()
+    expected = sum((p.grad * d).sum().double() for p, d in zip(trained, directions, strict=True))
+    sides = []
+    for step in (1e-3, -1e-3):
+        with torch.no_grad():
+            for p, d in zip(trained, directions, strict=True):
+                p.add_(step * d)
+            sides.append(loss())
+            for p, d in zip(trained, directions, strict=True):
+                p.sub_(step * d)
+    assert float((sides[0] - sides[1]) / 2e-3) == pytest.approx(float(expected), rel=1e-3)
+
+
+def _exchange(model: nn.Module, one: str, other: str) -> None:
+    first, second = model.get_parameter(one), model.get_parameter(other)
+    first.data, second.data = second.data.clone(), first.data.clone()
+
+
+class TestAnotherWeightInItsPlace:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("family", "one", "other"),
+        [
+            ("vit", "vit.layers.0.attention.q_proj.weight", "vit.layers.1.attention.q_proj.weight"),
+            ("vit", "vit.layers.1.attention.q_proj.weight", "vit.layers.1.attention.k_proj.weight"),
+            ("phi3", "model.layers.0.mlp.gate_up_proj.weight", "model.layers.1.mlp.gate_up_proj.weight"),
+        ],
+    )
+    def test_layers_and_roles(self, family: str, one: str, other: str, dtype: torch.dtype, made: Made) -> None:
+        base, basis = made(family)
+        model = renamed.live(family, base).to(dtype)
+        frodctl.training.detach(frodctl.attach(model, basis))
+        _exchange(model, one, other)
+        with pytest.raises(InvalidInput, match="its weight is not the one that"):
+            frodctl.attach(model, basis)
+
+    def test_gate_and_up(self, made: Made) -> None:
+        base, basis = made("phi3")
+        model = renamed.live("phi3", base)
+        weight = model.get_parameter("model.layers.0.mlp.gate_up_proj.weight")
+        weight.data = weight.data.roll(48, dims=0)
+        with pytest.raises(InvalidInput, match=r"gate_up_proj: its weight is not the one that"):
+            frodctl.attach(model, basis)
+
+    def test_rows_of_split_weights(self, made: Made) -> None:
+        """One row too far."""
+        base, basis = made("dinov2_swiglu")
+        model = renamed.live("dinov2_swiglu", base)
+        weight = model.get_parameter("dinov2.encoder.layer.0.mlp.gate_proj.weight")
+        weight.data[0] = weight.data[1]
+        with pytest.raises(InvalidInput, match="its weight is not the one that"):
+            frodctl.attach(model, basis)
+
+    def test_layers_that_are_shifted(self, made: Made) -> None:
+        base, basis = made("vit")
+        model = renamed.live("vit", base)
+        layers = model.vit.layers
+        model.vit.layers = nn.ModuleList([layers[1], layers[2], layers[0]])
+        with pytest.raises(InvalidInput, match="its weight is not the one that"):
+            frodctl.attach(model, basis)
+
+
+class TestWhatCannotBeTrained:
+    def test_experts_are_refused_by_name(self, made: Made) -> None:
+        base, basis = made("qwen3_moe")
+        with pytest.raises(
+            InvalidInput, match=r"experts\.0\.down_proj \(and 35 more\): one of the experts that .*stacks"
+        ):
+            frodctl.attach(renamed.live("qwen3_moe", base), basis)
+        model = frodctl.attach(renamed.live("qwen3_moe", base), basis, exclude_modules=r".*experts.*")
+        assert len(updates_of(model, "default")) == 12
+
+    def test_what_can_be_trained_is_taken_if_asked_for(self, made: Made) -> None:
+        base, basis = made("qwen3_moe")
+        model = renamed.live("qwen3_moe", base)
+        with pytest.warns(UserWarning, match=r"left out: .*experts\.3\.up_proj.*: one of the experts"):
+            frodctl.attach(model, basis, only_available=True)
+        assert len(updates_of(model, "default")) == 12
+        with pytest.raises(InvalidInput, match="one of the experts"):
+            frodctl.attach(renamed.live("qwen3_moe", base), basis, target_modules="down_proj", only_available=True)
+
+    def test_modules_to_save_that_a_checkpoint_calls_otherwise(self, made: Made) -> None:
+        base, basis = made("vit")
+        model = renamed.live("vit", base)
+        with pytest.raises(
+            UsageError, match=r"`modules_to_save` fc1: a checkpoint has it as .* intermediate\.dense\.bias"
+        ):
+            frodctl.attach(model, basis, target_modules="query", modules_to_save="fc1")
+
+    def test_no_pattern_is_selected_for_parts(self, made: Made) -> None:
+        base, basis = made("dinov2_swiglu")
+        model = frodctl.attach(renamed.live("dinov2_swiglu", base), basis)
+        with pytest.raises(UsageError, match="for which no pattern can be selected"):
+            frodctl.select_pattern(model, [renamed.inputs("dinov2_swiglu")])
+
+
+def test_targets_by_the_names_of_either_side(made: Made) -> None:
+    base, basis = made("vit")
+    by_checkpoint = frodctl.attach(renamed.live("vit", base), basis, target_modules="query,value")
+    by_model = frodctl.attach(renamed.live("vit", base), basis, target_modules="q_proj,v_proj")
+    assert updates_of(by_checkpoint, "default").keys() == updates_of(by_model, "default").keys()
+    assert frod_layers(by_model).keys() == {f"vit.layers.{i}.attention.{p}_proj" for i in range(3) for p in "qv"}
+
+
+def test_a_part_alone(made: Made) -> None:
+    """A basis that has some of what a layer joins."""
+    base, basis = made("phi3")
+    model = renamed.live("phi3", base)
+    before = renamed.logits(model, "phi3")
+    some = basis.with_name("some.safetensors")
+    frodctl.decompose(base, some, target_modules="k_proj,v_proj,gate_proj", sparsity=0.05, force=True)
+    frodctl.attach(model, some)
+    assert torch.equal(renamed.logits(model, "phi3"), before)
+    train(model, "phi3")
+    after = renamed.logits(model, "phi3")
+    frodctl.training.merge_(model)
+    torch.testing.assert_close(renamed.logits(model, "phi3"), after, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_that_holds_its_basis(made: Made, tmp_path: Path) -> None:
+    base, basis = made("dinov2_swiglu")
+    model = frodctl.attach(renamed.live("dinov2_swiglu", base), basis, modules_to_save="classifier")
+    train(model, "dinov2_swiglu")
+    after = renamed.logits(model, "dinov2_swiglu")
+    frodctl.save_adapter(model, tmp_path / "adapter", self_contained=True)
+    again = frodctl.load_adapter(renamed.live("dinov2_swiglu", base), tmp_path / "adapter")
+    torch.testing.assert_close(renamed.logits(again, "dinov2_swiglu"), after, rtol=1e-5, atol=1e-5)
+    frodctl.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = renamed.live("dinov2_swiglu", tmp_path / "merged")
+    torch.testing.assert_close(renamed.logits(merged, "dinov2_swiglu"), after, rtol=1e-5, atol=1e-5)
+
+
+def peft_adapter(family: str, base: Path, folder: Path, targets: list[str], **more: Any) -> Any:
+    """PEFT's own, trained for three steps; the live model."""
+    config = peft.FrodConfig(target_modules=targets, sparse_rate=0.05, progressbar=False, **more)
+    model = peft.get_peft_model(renamed.live(family, base), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(3):
+        model(**renamed.inputs(family)).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "more"),
+    [
+        ("vit", ["q_proj", "v_proj", "fc1"], {"bias": "all", "modules_to_save": ["classifier"]}),
+        ("qwen2_vl", ["q_proj", "v_proj"], {}),
+    ],
+)
+def test_peft_s_adapter_merges(
+    family: str, targets: list[str], more: dict[str, Any], made: Made, tmp_path: Path
+) -> None:
+    base, _ = made(family)
+    model = peft_adapter(family, base, tmp_path / "adapter", targets, **more)
+    frodctl.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = renamed.live(family, tmp_path / "merged")
+    torch.testing.assert_close(renamed.logits(merged, family), renamed.logits(model, family), rtol=1e-4, atol=1e-4)
+
+
+class TestPeftsAdapterIsRefused:
+    def test_of_a_part(self, made: Made, tmp_path: Path) -> None:
+        base, _ = made("dinov2_swiglu")
+        peft_adapter("dinov2_swiglu", base, tmp_path / "adapter", ["gate_proj"])
+        with pytest.raises(InvalidInput, match=r"gate_proj\.weight is made from \(parts of\) .*weights_in\.weight"):
+            frodctl.merge(base, tmp_path / "adapter", tmp_path / "merged")
+
+    @pytest.mark.parametrize(
+        "changes", [{"architectures": ["MyViT"]}, {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}]
+    )
+    def test_where_transformers_has_no_such_class(self, changes: dict[str, Any], made: Made, tmp_path: Path) -> None:
+        base, _ = made("vit")
+        peft_adapter("vit", base, tmp_path / "adapter", ["q_proj"], task_type="FEATURE_EXTRACTION")
+        config = json.loads((base / "config.json").read_text())
+        copy = tmp_path / "base"
+        copy.mkdir()
+        (copy / "config.json").write_text(json.dumps(config | changes))
+        (copy / "model.safetensors").symlink_to(base / "model.safetensors")
+        with pytest.raises(InvalidInput, match=r"transformers has no model of type .*; code that comes .* is not run"):
+            frodctl.merge(copy, tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["vit", "qwen2_vl"])
+def test_a_checkpoint_under_the_live_models_names_needs_no_mapping(family: str, made: Made, tmp_path: Path) -> None:
+    """As version 4 saved the newest of them, or as a state_dict is."""
+    base, _ = made(family)
+    model = renamed.live(family, base)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    from tests.conftest import save_checkpoint
+
+    config = json.loads((base / "config.json").read_text())
+    copy = save_checkpoint(tmp_path / "base", state, config)
+    frodctl.decompose(copy, tmp_path / "basis.safetensors", target_modules="all-linear", sparsity=0.05)
+    frodctl.attach(model, tmp_path / "basis.safetensors")
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    own = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["frodctl"]
+    assert own["live_prefix"] is None
