@@ -2,7 +2,7 @@
 
     python tests/families/matrix.py --output families.jsonl --write
 
-Each family runs in a process of its own, two at a time, in about ten minutes altogether on two cores. --output has a
+Each family runs in a process of its own, two at a time, in about three minutes altogether on two cores. --output has a
 line of JSON for every finished family, and a run that is started again with it goes on from there; --only NAME (again
 and again) runs these anew. --write puts the table into docs/models.md.
 """
@@ -20,19 +20,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # where `tests` is, when this is run as a script
 
-from tests.families.recipes import FAMILIES, Family  # noqa: E402
+from tests.families.recipes import FAMILIES, STEPS, Family  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "models.md"
 BLOCK = re.compile(
     r"(?<=<!-- written by tests/families/matrix\.py -->\n\n).*(?=\n<!-- end of what it wrote -->)", re.DOTALL
 )
-COLUMNS = ("decompose", "experts", "attach", "train", "load", "merge")
 LIMIT_SECONDS = 300
 
 Row = dict[str, Any]
@@ -111,11 +111,11 @@ def _record(family: Family, folder: str) -> None:
 
 
 def _outcomes(row: Row) -> list[str]:
-    return [row[column] for column in COLUMNS if column in row]
+    return [row[step] for step in STEPS if step in row]
 
 
 def _line(row: Row) -> str:
-    outcomes = ", ".join(f"{column} {row[column]}" for column in COLUMNS if column in row)
+    outcomes = ", ".join(f"{step} {row[step]}" for step in STEPS if step in row)
     note = f" ({row['note']})" if row["note"] else ""
     return f"{row['family']}: {row['layers']} layers, {outcomes}{note}, {row['seconds']} s"
 
@@ -129,26 +129,28 @@ def _block(rows: Sequence[Row]) -> str:
                 reasons.setdefault(_general(outcome), []).append(row["family"])
     numbers = {reason: number for number, reason in enumerate(reasons, 1)}
 
-    def cell(row: Row, column: str) -> str:
-        outcome = row.get(column, "")
+    def cell(row: Row, step: str) -> str:
+        outcome = row.get(step, "")
         return outcome if outcome in ("", "ok") else f"{outcome.partition(':')[0]} ({numbers[_general(outcome)]})"
 
     whole = sum(all(outcome == "ok" for outcome in _outcomes({**row, "experts": "ok"})) for row in rows)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
     lines = [
-        f"{len(rows)} families, {whole} ok in every column but the experts'.\n",
-        f"| family | class | layers | {' | '.join(COLUMNS)} |",
-        f"|---|---|---|{'---|' * len(COLUMNS)}",
+        f"{len(rows)} models, {whole} of them ok in every step but the experts', with {libraries}:\n",
+        f"| family | class | layers | {' | '.join(STEPS)} |",
+        f"|---|---|---|{'---|' * len(STEPS)}",
     ]
     for row in rows:
-        cells = [row["family"], f"`{row['class']}`", str(row["layers"]), *(cell(row, column) for column in COLUMNS)]
+        cells = [row["family"], f"`{row['class']}`", str(row["layers"]), *(cell(row, step) for step in STEPS)]
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"{number}. {reason}" for reason, number in numbers.items()]
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def _general(outcome: str) -> str:
-    """A sentence without the names and folders of one model, so that equal reasons are one."""
-    return re.sub(r"/\S*/", "", re.sub(r"\b\w+(\.\w+)*\.\d+\.[\w.\[\]]+", "…", outcome))
+    """A sentence without the names and numbers of one model, so that equal reasons are one."""
+    nameless = re.sub(r"\b\w+(\.\w+)*\.\d+\.[\w.\[\]]+", "…", outcome)
+    return re.sub(r"\(and \d+ more\)", "(and more)", nameless)
 
 
 if __name__ == "__main__":

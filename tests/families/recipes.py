@@ -7,6 +7,9 @@ from typing import Any
 
 Values = dict[str, Any]
 
+#: What is tried, in order. To attach with the experts is a step of its own: its refusal leaves the others to try.
+STEPS = ("decompose", "experts", "attach", "train", "load", "merge")
+
 #: Lists are numbers as they are; tuples are shapes, to be filled with random ones.
 TEXT: Values = {"input_ids": [[3, 9, 11, 17, 23, 31, 40, 52], [3, 52, 8, 33, 33, 21, 10, 60]]}
 TO_TEXT: Values = {**TEXT, "decoder_input_ids": [[0, 7, 9, 12], [0, 44, 13, 50]]}
@@ -104,6 +107,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("cohere", "CohereForCausalLM", LM),
     Family("stablelm", "StableLmForCausalLM", LM),
     Family("starcoder2", "Starcoder2ForCausalLM", LM),
+    Family("molmo2_text", "Molmo2TextModel", {**LM8, "additional_vocab_size": 8}),
     Family("gpt2", "GPT2LMHeadModel", GPT2),
     Family("gpt_neox", "GPTNeoXForCausalLM", HEADS),
     Family("gptj", "GPTJForCausalLM", ROTARY),
@@ -176,6 +180,14 @@ FAMILIES: tuple[Family, ...] = (
          "intermediate_size": 48, "max_position_embeddings": 64, "num_local_experts": 4, **SPECIAL},
         experts=FUSED,
     ),
+    Family(
+        "inkling2_text",
+        "Inkling2ForCausalLM",
+        {**MOE, "unpadded_vocab_size": 60, "n_routed_experts": 4, "swa_num_attention_heads": 4,
+         "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4, "rel_extent": 16,
+         "layer_types": ["sliding_attention", "full_attention"], "n_layers_per_attn_res_block": 1},
+        experts=FUSED,
+    ),
     # state spaces, and hybrids of them with attention
     Family("mamba", "MambaForCausalLM", MAMBA),
     Family("falcon_mamba", "FalconMambaForCausalLM", MAMBA),
@@ -211,6 +223,15 @@ FAMILIES: tuple[Family, ...] = (
         {**MOE, "layer_types": ["conv", "full_attention"], "num_experts": 4, "num_dense_layers": 1},
         experts=EXPERTS,
     ),
+    Family("olmo_hybrid", "OlmoHybridForCausalLM", {**LM, **DELTA}),
+    Family(
+        "kimi_linear",
+        "KimiLinearForCausalLM",
+        {**{key: value for key, value in LATENT.items() if key not in ("first_k_dense_replace", "n_routed_experts")},
+         "q_lora_rank": None, "num_local_experts": 4, "linear_head_dim": 8, "linear_num_heads": 4,
+         "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+        experts=EXPERTS,
+    ),
     Family(
         "granitemoehybrid",
         "GraniteMoeHybridForCausalLM",
@@ -239,6 +260,8 @@ FAMILIES: tuple[Family, ...] = (
         {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
     ),
     Family("layoutlm", "LayoutLMForTokenClassification", ENCODER),
+    Family("nomic_bert", "NomicBertForMaskedLM", HEADS),
+    Family("gte", "GteForMaskedLM", HEADS),
     Family("deberta", "DebertaForMaskedLM", DEBERTA),
     Family("deberta-v2", "DebertaV2ForMaskedLM", DEBERTA),
     Family("modernbert", "ModernBertForMaskedLM", {**ENCODER, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2}),
@@ -274,6 +297,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("dinov2", "Dinov2ForImageClassification", {**VIT, "mlp_ratio": 2}, PIXELS),
     Family("dinov2, SwiGLU", "Dinov2Model", {**VIT, "mlp_ratio": 2, "use_swiglu_ffn": True}, PIXELS),
+    Family("dinov2_with_registers", "Dinov2WithRegistersForImageClassification", {**VIT, "mlp_ratio": 2}, PIXELS),
+    Family("dinov3_vit", "DINOv3ViTModel", VIT, PIXELS),
     Family(
         "swin",
         "SwinForImageClassification",

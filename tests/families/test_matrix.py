@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.families.recipes import FAMILIES, Family
-from tests.families.trial import STEPS, tried
+from tests.families import matrix
+from tests.families.recipes import FAMILIES, STEPS, Family
+from tests.families.trial import tried
 
 #: Plain names; Conv1D; tied towers; a prefix and all names changed in loading; a tensor split, or fused; experts; a
 #: weight that is read and not called; two towers.
@@ -33,3 +35,20 @@ def test_the_families_of_every_day_are_there_and_no_name_twice() -> None:
     names = [family.name for family in FAMILIES]
     assert set(EVERY_DAY) <= set(names)
     assert len(set(names)) == len(names)
+
+
+def test_the_table_of_a_run_that_goes_on_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All families are in the file already, and after them half a line of a run that was killed."""
+    done = {"class": "X", "layers": 2, "note": "", "seconds": 1.0} | dict.fromkeys(STEPS, "ok")
+    rows = [{**done, "family": family.name} for family in FAMILIES]
+    rows[0] |= {"merge": "refused: model.layers.7.q_proj: too tall (and 3 more)"}
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join([lines[1], *lines]) + '\n{"family": "lla')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["matrix.py", "--output", str(tmp_path / "rows.jsonl")])
+        assert matrix.main() == 0
+    shown = capsys.readouterr().out
+    assert f"{len(FAMILIES)} models, {len(FAMILIES) - 1} of them ok" in shown
+    assert shown.count("`X`") == len(FAMILIES)
+    assert "| refused (1) |" in shown
+    assert "1. refused: …: too tall (and more)" in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,8 @@ from transformers import PreTrainedModel
 
 import frodctl
 from frodctl.training.attached import updates_of
-from tests.families.recipes import Family, Values
+from tests.families.recipes import STEPS, Family, Values
 
-#: Attach with the experts is a step of its own, which is expected to be refused as long as nothing trains them.
-STEPS = ("decompose", "experts", "attach", "train", "load", "merge")
 STEPS_OF_TRAINING = 3
 #: How far two outputs that are equal but for rounding may be apart, of their size.
 TOLERANCE = 1e-5
@@ -41,7 +40,7 @@ def tried(family: Family, folder: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             row[step] = _outcome(trial, step)
-        row |= {"layers": len(trial.modules), "note": trial.note}
+        row |= {"layers": len(trial.wanted), "note": trial.note}
         if row[step] != "ok" and step != "experts":
             break
     return row
@@ -64,16 +63,18 @@ class Trial:
         self.family, self.folder = family, folder
         self.base, self.basis = folder / "base", folder / "basis.safetensors"
         self.inputs = given(family.inputs)
-        self.modules: list[str] = []
+        self.wanted: set[str] = set()  # the tensors to train
         self.note = ""
 
     def decompose(self) -> None:
         """Everything that is linear, with nothing left out without a reason."""
         saved_model(self.family, self.base)
         plan = frodctl.decompose(self.base, self.basis, target_modules="all-linear").plan
-        inside = {target.tensor.name for category in plan.categories for target in category.targets}
+        targets = [target for category in plan.categories for target in category.targets]
+        inside = {target.tensor.name for target in targets}
         matrices = {name for name, info in plan.checkpoint.tensors.items() if len(info.shape) > 1}
         require(matrices == inside | {item.name for item in plan.left_out}, "a matrix is left out without a reason")
+        self.wanted = {t.tensor.name for t in targets if not re.fullmatch(self.family.experts, t.module)}
 
     def experts(self) -> None:
         """All of the basis, experts and all."""
@@ -84,7 +85,6 @@ class Trial:
         self.model = self.loaded(self.base)
         self.before = self.outputs(self.model)
         frodctl.attach(self.model, self.basis, exclude_modules=self.family.experts or None)
-        self.modules = list(updates_of(self.model, "default"))
         after = self.outputs(self.model)
         require(all(map(torch.equal, self.before, after)), "the outputs are not the base's, bit for bit")
 
@@ -113,6 +113,7 @@ class Trial:
         out = self.folder / "merged"
         result = frodctl.merge(self.base, self.folder / "adapter", out, basis=self.basis)
         merged = {weight.target.tensor.name for weight in result.plan.weights}
+        require(merged == self.wanted, f"{', '.join(sorted(self.wanted - merged))}: decomposed, but not trained")
         before, after = tensors_in(self.base), tensors_in(out)
         require(before.keys() == after.keys(), "the merged checkpoint has other tensors")
         changed = {name for name, tensor in before.items() if not same_bytes(tensor, after[name])}
@@ -124,7 +125,7 @@ class Trial:
         require(far <= TOLERANCE, f"{what} are {far:.1e} of their size from those of the trained model")
 
     def loaded(self, folder: Path) -> PreTrainedModel:
-        kind = getattr(transformers, self.family.model)
+        kind: type[PreTrainedModel] = getattr(transformers, self.family.model)
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         wrong = {key: sorted(names) for key, names in report.items() if names and key != "unexpected_keys"}
         require(not wrong, f"transformers loads {folder.name} with {json.dumps(wrong)}")
@@ -156,7 +157,7 @@ def saved_model(family: Family, folder: Path) -> Any:
             if parameter.dim() > 1:
                 # no direction that a layer nearly lacks: there rounding would count for more than it does in a model
                 torch.nn.init.orthogonal_(parameter)
-                parameter.add_(torch.randn(parameter.shape), alpha=0.3 * parameter[0].numel() ** -0.5)
+                parameter.add_(torch.randn(parameter.shape), alpha=0.3 * max(1, parameter[:1].numel()) ** -0.5)
             else:
                 parameter.add_(torch.randn(parameter.shape), alpha=0.1)
     model.save_pretrained(folder)
