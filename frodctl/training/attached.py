@@ -86,15 +86,25 @@ def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Update]:
     return {module: update for module, (_, update) in _held(model, adapter_name).items()}
 
 
+def every_update(model: nn.Module, adapter_name: str) -> list[Update]:
+    """As `updates_of`, but of a split weight one for each layer that has rows of it; these share their numbers."""
+    held = [layer.adapters[adapter_name] for layer in frod_layers(model).values() if adapter_name in layer.adapters]
+    return [module for part in held for module in part.modules() if isinstance(module, Update)]
+
+
 def state_prefixes(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """What the names of their numbers begin with in the model's state (`names.unwrapped`), by the same names."""
     return {module: prefix for module, (prefix, _) in _held(model, adapter_name).items()}
 
 
 def _held(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Update]]:
+    """State prefix and update of each weight, in the order of the model's layers."""
     layers = {names.unwrapped(path): layer for path, layer in frod_layers(model).items()}
+    first = {module: places[0] for module, places in require_attachment(model).adapters[adapter_name].places.items()}
+    order = {path: number for number, path in enumerate(layers)}
     found = {}
-    for module, (place, *_) in require_attachment(model).adapters[adapter_name].places.items():
+    for module in sorted(first, key=lambda name: (order[names.unwrapped(first[name].path)], first[name].rows or ())):
+        place = first[module]
         path = names.unwrapped(place.path)
         layer, prefix = layers[path], f"{path}.adapters.{adapter_name}"
         if isinstance(layer, FusedFrodLinear):

@@ -26,13 +26,13 @@ from frodctl.training.attached import (
     Attachment,
     added_prefixes,
     attachment_of,
+    every_update,
     forget,
     frod_layers,
     keep,
     require_attachment,
     require_module,
     saved_modules,
-    updates_of,
 )
 from frodctl.training.check import Held, check_gradient, check_layer
 from frodctl.training.choice import choose
@@ -221,7 +221,7 @@ def set_scale(model: nn.Module, scale: values.Number) -> None:
     """Apply s times what the active adapter changes: W + s (W' − W). Modules trained as a whole are not scaled."""
     attachment = require_attachment(model)
     factor = values.share(scale, "scale")
-    for update in updates_of(model, attachment.active).values():
+    for update in every_update(model, attachment.active):
         update.scale = factor
 
 
@@ -397,9 +397,9 @@ def _updates(model: nn.Module, attached: Attached, indices: Mapping[str, HostArr
             shared[key] = basis, Pattern(indices[category], basis.n, device)
         basis, pattern = shared[key]
         updates[module] = Update(basis, pattern, scales.of(record), attached.dropout)
-        others = scales.of_others(record) if attached.live_prefix is not None else ()
+        alike = scales.of_category(category, device) if attached.live_prefix is not None else None
         with _training(layers):
-            _check_layers(model, layers, updates[module], record, str(opened.path), others)
+            _check_layers(model, layers, updates[module], record, str(opened.path), alike)
     return updates
 
 
@@ -408,18 +408,20 @@ class _Scales:
 
     def __init__(self, opened: BasisFile) -> None:
         self.opened = opened
-        self._read: dict[str, torch.Tensor] = {}
+        self._read: dict[str, Tensor] = {}
+        self._together: dict[tuple[str, torch.device], Tensor] = {}
 
-    def of(self, record: ModuleRecord) -> torch.Tensor:
+    def of(self, record: ModuleRecord) -> Tensor:
         if record.name not in self._read:
             self._read[record.name] = to_torch(self.opened.tensor(f"lambda.{record.name}"))
         return self._read[record.name]
 
-    def of_others(self, record: ModuleRecord) -> Iterator[torch.Tensor]:
-        """Of the others of its category."""
-        for other in self.opened.metadata.modules:
-            if other.category == record.category and other.name != record.name:
-                yield self.of(other)
+    def of_category(self, category: str, device: torch.device) -> Tensor:
+        """Of all weights of a category, (N, n)."""
+        if (category, device) not in self._together:
+            of_all = [self.of(record) for record in self.opened.metadata.modules if record.category == category]
+            self._together[category, device] = torch.stack(of_all).to(device)
+        return self._together[category, device]
 
 
 @contextmanager
@@ -441,13 +443,12 @@ def _check_layers(
     update: Update,
     record: ModuleRecord,
     where: str,
-    others: Iterable[torch.Tensor],
+    alike: Tensor | None,
 ) -> None:
     """See that these layers hold the recorded weight, and pass gradients."""
     given = _input_dtype(model, layers[0].base)
     device = update.basis.V.device
-    on_device = (scales.to(device) for scales in others)
-    check_layer(layers, update.basis, update.base_scales, record, given, where, on_device)
+    check_layer(layers, update.basis, update.base_scales, record, given, where, alike)
     for layer in layers:
         if not is_dense(layer.base):
             check_gradient(layer.base, update.basis.n, given, device, layer.place.path)
@@ -475,8 +476,17 @@ def _by_path(model: nn.Module, attached: Attached, updates: Mapping[str, Update]
             )
         if rows and is_transposed(_base_layer(model, path)):
             raise InvalidInput(f"{path}: holds several weights side by side, which are not trained yet")
-        found[path] = Parts([updates[module] for _, module in parts], rows) if rows else updates[parts[0][1]]
+        own = [_for_place(updates[module], place, attached.places[module]) for place, module in parts]
+        found[path] = Parts(own, rows) if rows else own[0]
     return found
+
+
+def _for_place(update: Update, place: Place, places: Sequence[Place]) -> Update:
+    """The update of a weight as one of its places has it: with the same trained numbers, and what it keeps its own."""
+    if place is places[0]:
+        return update
+    shared = (update.basis, update.pattern, update.delta, update.values)
+    return copy.deepcopy(update, {id(one): one for one in shared})
 
 
 def _check_module(path: str, base: nn.Module, n: int, uses: Mapping[int, int]) -> None:
@@ -556,6 +566,6 @@ def _check_is_stored(model: nn.Module, name: str, path: str, module: nn.Module) 
     same = sorted(tuple(tensor.shape) for tensor in stored.values()) == sorted(tuple(t.shape) for t in tensors.values())
     if not same or any(f".{name}." not in f".{key}" for key in stored):
         raise UsageError(
-            f"`modules_to_save` {name}: a checkpoint has it as {next(iter(stored))}, and {path} of the live model cannot be "
-            "saved as that"
+            f"`modules_to_save` {name}: {path} of the live model cannot be saved as a checkpoint has it, "
+            f"{next(iter(stored))}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def check_layer(
     record: ModuleRecord,
     dtype: torch.dtype,
     where: str,
-    others: Iterable[Tensor] = (),
+    alike: Tensor | None = None,
 ) -> None:
     """Compare ‖W D[:, k]‖ with λ_k on a few columns k; where they differ, find out whether that is rounding.
 
@@ -93,8 +93,8 @@ def check_layer(
         Of the layers' input.
     where : str
         The basis file, for the message.
-    others : iterable of Tensor, (n,)
-        λ of the category's other weights: norms that agree with one of them too settle nothing, and the digest must.
+    alike : Tensor, (N, n), optional
+        λ of all of the category's weights: norms that agree with several of them settle nothing, and the digest must.
 
     Raises
     ------
@@ -106,10 +106,10 @@ def check_layer(
     allowed = _TOLERANCE[kept]
     chosen = _columns(scales, basis.D.abs().amax(dim=0))
     norms = _norms(held, basis, chosen, dtype)
-    error = _error(norms, scales[chosen])
+    error = float(_error(norms, scales[chosen]))
     if error <= allowed:
-        twins = any(_error(norms, other[chosen]) <= allowed for other in others)
-        if twins and kept is not None and _is_recorded(held, record) is False:
+        several = alike is not None and int((_error(norms, alike[:, chosen]) <= allowed).sum()) > 1
+        if several and kept is not None and _is_recorded(held, record) is False:
             raise _another(held, where, "its scales are, but its bytes are not")
         return
     spread = _spread(basis, scales)
@@ -117,7 +117,7 @@ def check_layer(
     ratio = float((spread[chosen] / scales[chosen]).nan_to_num(0).double().square().mean().sqrt())
     recorded = _is_recorded(held, record) if kept is not None else None
     if recorded is None:
-        error = _error(_norms(held, basis, chosen, dtype), scales[chosen])
+        error = float(_error(_norms(held, basis, chosen, dtype), scales[chosen]))
         noise = ratio * (_QUANTIZATION if kept is None else torch.finfo(kept).eps / 2)
         allowed = max(allowed, _tolerance(noise, record))
     if not (recorded or error <= allowed):
@@ -157,11 +157,11 @@ def _norms(held: Sequence[Held], basis: Basis, chosen: Tensor, dtype: torch.dtyp
     return norms
 
 
-def _error(norms: Tensor, expected: Tensor) -> float:
-    """(‖W D[:, k]‖ − λ_k)/λ_k, root mean square."""
+def _error(norms: Tensor, expected: Tensor) -> Tensor:
+    """(‖W D[:, k]‖ − λ_k)/λ_k, root mean square over k, the last dimension of ``expected``."""
     expected = expected.to(norms)
     differences = torch.where(norms == expected, 0, norms - expected) / expected
-    return float(differences.nan_to_num(nan=0, posinf=math.inf).square().mean().sqrt())
+    return differences.nan_to_num(nan=0, posinf=math.inf).square().mean(dim=-1).sqrt()
 
 
 def _dense_products(base: nn.Module, columns: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class FusedFrodLinear(FrodLinear):
     output is at first the base's, bit for bit.
     """
 
+    def update(self, name: str | None = None) -> None:
+        """There is not one update of such a layer."""
+
     def parts(self, name: str | None = None) -> Parts:
         """Those of the adapter with this name, or of the active one; none where it leaves this layer alone."""
         name = name or self.active

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from frodctl.adapted import conversion, matching
 from frodctl.adapted.conversion import Place, Places
-from frodctl.checkpoint import names
 from frodctl.formats.basis_file import ModuleRecord
 from frodctl.training.attached import added_prefixes, frod_layers, saved_modules
 
@@ -84,7 +83,7 @@ def live_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         for name, tensor in tensors:
             if not name.startswith(added):
                 prefix = next(filter(name.startswith, kept), "")
-                found[names.unwrapped(kept.get(prefix, "") + name.removeprefix(prefix))] = _shape(model, name, tensor)
+                found[kept.get(prefix, "") + name.removeprefix(prefix)] = _shape(model, name, tensor)
     return found
 
 

@@ -69,7 +69,7 @@ def get_peft_model(
     for name, record in choice.modules.items():
         (place, *others) = choice.places[name]
         if others or place.rows is not None:
-            raise InvalidInput(f"{record.name}: {place.path} has rows of several weights, which PEFT cannot train")
+            raise InvalidInput(f"{record.name}: {place.path} has rows of it, or of others too, which PEFT cannot train")
         chosen[place.path] = record
     for path, record in chosen.items():
         if names.peft_category(path) != record.category:
@@ -127,7 +127,7 @@ def load(
     adapter = open_adapter(Location(str(folder)))
     if adapter.provenance is not None and adapter.provenance.live_prefix is not None:
         raise InvalidInput(
-            f"{adapter.name}: has a checkpoint's names, as {type(model).__name__} calls some otherwise and PEFT cannot; "
+            f"{adapter.name}: has a checkpoint's names, some of which {type(model).__name__} calls otherwise; "
             "load it with frodctl.load_adapter, or merge it"
         )
     given = None if basis is None else opening.opened(basis)

@@ -43,6 +43,8 @@ _TASKS = {
     r"(ForCausalLM|LMHeadModel)$": "CAUSAL_LM",
     r"(?<!LMHead)(?<!DoubleHeads)Model$": "FEATURE_EXTRACTION",
 }
+#: The classes whose heads a checkpoint of the bare model lacks.
+_WITH_A_HEAD = re.compile(r"(Classification|QuestionAnswering|ForCausalLM|LMHeadModel)$")
 #: How many folders up, and down again, the way to a basis file may lead to be recorded.
 _NEAR = 2
 _CARD = """---
@@ -247,10 +249,10 @@ def _seen_from(folder: Path, basis: Path) -> str:
 
 
 def _head(model: nn.Module) -> dict[str, object]:
-    """The class of a model that labels what it is given, and the labels, as its config.json has them."""
+    """The class of a model with a head, which its checkpoint may lack, and the labels, as config.json has them."""
     config: Any = getattr(model, "config", None)
     labels, kind = getattr(config, "id2label", None), type(model).__name__
-    if not isinstance(labels, dict) or not re.search("Classification$|QuestionAnswering$", kind):
+    if not isinstance(labels, dict) or not _WITH_A_HEAD.search(kind):
         return {}
     found: dict[str, object] = {"architecture": kind}
     if kind.endswith("Classification"):

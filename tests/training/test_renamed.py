@@ -11,13 +11,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import frodctl
 import frodctl.training
 from frodctl.errors import InvalidInput, UsageError
+from frodctl.training import peft as bridge
 from frodctl.training.attached import frod_layers, updates_of
+from tests.conftest import save_checkpoint
 from tests.training import renamed
 
 FAMILIES = ("vit", "dinov2", "dinov2_swiglu", "swin", "segformer", "nemotron_h", "qwen2_vl", "phi3")
@@ -154,6 +157,20 @@ class TestAnotherWeightInItsPlace:
         with pytest.raises(InvalidInput, match="its weight is not the one that"):
             frodctl.attach(model, basis)
 
+    def test_layers_that_differ_in_the_order_of_their_rows(self, made: Made, tmp_path: Path) -> None:
+        """Whose norms are the same: their bytes tell."""
+        base, _ = made("vit")
+        state = tensors(base)
+        first, second = (f"vit.encoder.layer.{number}.attention.attention.query.weight" for number in (0, 1))
+        state[second] = state[first].flip(0)
+        alike = save_checkpoint(tmp_path / "base", state, json.loads((base / "config.json").read_text()))
+        frodctl.decompose(alike, tmp_path / "basis.safetensors", target_modules="query", sparsity=0.05)
+        model = renamed.live("vit", alike)
+        frodctl.training.detach(frodctl.attach(model, tmp_path / "basis.safetensors"))
+        _exchange(model, "vit.layers.0.attention.q_proj.weight", "vit.layers.1.attention.q_proj.weight")
+        with pytest.raises(InvalidInput, match="its scales are, but its bytes are not"):
+            frodctl.attach(model, tmp_path / "basis.safetensors")
+
     def test_layers_that_are_shifted(self, made: Made) -> None:
         base, basis = made("vit")
         model = renamed.live("vit", base)
@@ -186,9 +203,19 @@ class TestWhatCannotBeTrained:
         base, basis = made("vit")
         model = renamed.live("vit", base)
         with pytest.raises(
-            UsageError, match=r"`modules_to_save` fc1: a checkpoint has it as .* intermediate\.dense\.bias"
+            UsageError,
+            match=r"`modules_to_save` fc1: .* cannot be saved as a checkpoint has it, .*intermediate\.dense\.bias",
         ):
             frodctl.attach(model, basis, target_modules="query", modules_to_save="fc1")
+
+    def test_peft_s_model_of_an_adapter(self, made: Made, tmp_path: Path) -> None:
+        base, basis = made("vit")
+        frodctl.save_adapter(frodctl.attach(renamed.live("vit", base), basis), tmp_path / "adapter")
+        with pytest.raises(InvalidInput, match=r"some of which ViTForImageClassification calls otherwise"):
+            bridge.load(renamed.live("vit", base), tmp_path / "adapter", basis)
+        base, basis = made("dinov2_swiglu")
+        with pytest.raises(InvalidInput, match=r"weights_in: .*gate_proj has rows of it, or of others too, which PEFT"):
+            bridge.get_peft_model(renamed.live("dinov2_swiglu", base), basis, target_modules="weights_in")
 
     def test_no_pattern_is_selected_for_parts(self, made: Made) -> None:
         base, basis = made("dinov2_swiglu")
@@ -291,8 +318,6 @@ def test_a_checkpoint_under_the_live_models_names_needs_no_mapping(family: str, 
     base, _ = made(family)
     model = renamed.live(family, base)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    from tests.conftest import save_checkpoint
-
     config = json.loads((base / "config.json").read_text())
     copy = save_checkpoint(tmp_path / "base", state, config)
     frodctl.decompose(copy, tmp_path / "basis.safetensors", target_modules="all-linear", sparsity=0.05)
@@ -300,3 +325,77 @@ def test_a_checkpoint_under_the_live_models_names_needs_no_mapping(family: str, 
     frodctl.save_adapter(model, tmp_path / "adapter")
     own = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["frodctl"]
     assert own["live_prefix"] is None
+
+
+LLAMA = transformers.LlamaConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=64, initializer_range=0.1, pad_token_id=0, num_labels=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "live", "head"),
+    [
+        (transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification, "score"),
+        (transformers.LlamaForSequenceClassification, transformers.LlamaForCausalLM, "lm_head"),
+        (transformers.LlamaModel, transformers.LlamaForCausalLM, "lm_head"),
+        (transformers.LlamaForCausalLM, transformers.LlamaModel, None),
+        (transformers.ViTModel, transformers.ViTForImageClassification, "classifier"),
+        (transformers.ViTForImageClassification, transformers.ViTModel, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_base_and_head(stored: Any, live: Any, head: str | None, tmp_path: Path) -> None:
+    """A head that the checkpoint lacks goes into it, and its class into config.json."""
+    family = "llama" if "Llama" in live.__name__ else "vit"
+    torch.manual_seed(0)
+    stored(LLAMA if family == "llama" else renamed._config("vit")).save_pretrained(tmp_path / "base")
+    frodctl.decompose(tmp_path / "base", tmp_path / "b.safetensors", target_modules="all-linear", sparsity=0.05)
+    model = live.from_pretrained(tmp_path / "base").eval()
+    frodctl.attach(model, tmp_path / "b.safetensors", modules_to_save=[head] if head else ())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    feed = renamed.inputs(family)
+    with torch.no_grad():
+        expected = model(**feed)[0]
+        again = live.from_pretrained(tmp_path / "base").eval()
+        loaded = frodctl.load_adapter(again, tmp_path / "adapter", tmp_path / "b.safetensors")(**feed)[0]
+        frodctl.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", basis=tmp_path / "b.safetensors")
+        merged = live.from_pretrained(tmp_path / "out").eval()(**feed)[0]
+    torch.testing.assert_close(loaded, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    architectures = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
+    assert architectures == [(live if head else stored).__name__]
+
+
+def test_a_split_weight_s_scale(made: Made) -> None:
+    """All that hold rows of it change by the same share."""
+    base, basis = made("dinov2_swiglu")
+    model = frodctl.attach(renamed.live("dinov2_swiglu", base), basis)
+    before = renamed.logits(model, "dinov2_swiglu")
+    train(model, "dinov2_swiglu")
+    after = renamed.logits(model, "dinov2_swiglu")
+    frodctl.training.set_scale(model, 0)
+    assert torch.equal(renamed.logits(model, "dinov2_swiglu"), before)
+    frodctl.training.set_scale(model, 1)
+    assert torch.equal(renamed.logits(model, "dinov2_swiglu"), after)
+    fused = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert fused == sum(u.delta.numel() + u.values.numel() for u in updates_of(model, "default").values())
+
+
+def test_modules_trained_as_a_whole_whose_path_is_another(made: Made, tmp_path: Path) -> None:
+    base, basis = made("vit")
+    saved = ["layernorm_before", "classifier"]
+    model = frodctl.attach(renamed.live("vit", base), basis, target_modules="query", modules_to_save=saved)
+    train(model, "vit")
+    after = renamed.logits(model, "vit")
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    again = frodctl.load_adapter(renamed.live("vit", base), tmp_path / "adapter", basis)
+    torch.testing.assert_close(renamed.logits(again, "vit"), after, rtol=1e-5, atol=1e-5)
+    frodctl.merge(base, tmp_path / "adapter", tmp_path / "merged", basis=basis)
+    merged = renamed.live("vit", tmp_path / "merged")
+    torch.testing.assert_close(renamed.logits(merged, "vit"), after, rtol=1e-5, atol=1e-5)
+    assert tensors(base).keys() == tensors(tmp_path / "merged").keys()
