@@ -55,7 +55,16 @@ ROUTER = re.compile(r".*\.(router|router\.layer|shared_expert_gate)")
 #: Why PEFT's other layers are left out; the second for a layer before all blocks that is called as tables are.
 OUTSIDE = ("outside the repeated blocks", "an embedding")
 #: Live layers that are one weight in the checkpoint, where frodctl takes that.
-IN_ONE_WEIGHT = {"dinov2, SwiGLU": {"mlp.weights_in": ("mlp.gate_proj", "mlp.up_proj")}}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+IN_ONE_WEIGHT = {
+    "dinov2, SwiGLU": {"mlp.weights_in": GATE_UP},
+    "molmo2_text": {"self_attn.att_proj": QKV, "mlp.ff_proj": GATE_UP},
+    "nomic_bert": {"attn.Wqkv": QKV},
+    "gte": {"attention.qkv_proj": QKV, "mlp.up_gate_proj": GATE_UP},
+}
+#: Live layers whose tensor in the checkpoint is not called a weight.
+NO_WEIGHT = {"inkling2_text": ("sconv.weight_proj",)}
 
 
 @by_name(FAMILIES)
@@ -64,20 +73,24 @@ def test_all_linear_is_pefts_in_the_blocks_and_the_rest_of_pefts_is_left_out_wit
 ) -> None:
     model = saved_model(family, tmp_path)
     config: Any = FrodConfig(target_modules="all-linear")
-    pefts = {*_maybe_include_all_linear_layers(config, model).target_modules}
+    pefts = set(_maybe_include_all_linear_layers(config, model).target_modules)
     selection = select(open_checkpoint(Location(str(tmp_path))), "all-linear")
-    split = IN_ONE_WEIGHT.get(family.name, {})
-    parts = tuple(part for whole in split.values() for part in whole)
-    inside = {
-        path for path in pefts if names.in_block(path) and not ROUTER.fullmatch(path) and not path.endswith(parts)
-    }
-    ours = [t for t in selection.targets if not re.fullmatch(family.experts, t.module)]
-    whole = [target for target in ours if target.module.endswith(tuple(split))]
-    assert stored_layers(ours) - stored_layers(whole) == live_layers(model, inside)
-    assert len(parts) * len(whole) == sum(path.endswith(parts) for path in pefts)
+    ours = [target for target in selection.targets if not re.fullmatch(family.experts, target.module)]
+    inside = {path for path in pefts if names.in_block(path) and not ROUTER.fullmatch(path)}
+    inside -= ending(inside, *NO_WEIGHT.get(family.name, ()))
+    for whole, parts in IN_ONE_WEIGHT.get(family.name, {}).items():
+        split, joined = ending(inside, *parts), ending({target.module for target in ours}, whole)
+        assert len(split) == len(parts) * len(joined) > 0
+        inside -= split
+        ours = [target for target in ours if target.module not in joined]
+    assert stored_layers(ours) == live_layers(model, inside)
     outside = {path for path in pefts if not names.in_block(path)}
     left = [item for item in selection.left_out if item.reason in OUTSIDE]
     assert live_layers(model, outside) <= Counter((numbers(item.name), *item.shape) for item in left)
+
+
+def ending(paths: set[str], *endings: str) -> set[str]:
+    return {path for path in paths if path.endswith(endings)}
 
 
 WITH_DEFAULTS = [family for family in FAMILIES if family.name in DEFAULT_TARGETS]
