@@ -268,8 +268,8 @@ class LiveNames:
             (name, place), *others = self._holders[live]
             if others or self._split[name] or place.rows or place.expert is not None or place.transposed:
                 raise InvalidInput(
-                    f"{self.checkpoint.model}: {parameter} is made from (parts of) {name} as it is loaded; what was "
-                    "trained of it alone cannot be merged"
+                    f"{self.checkpoint.model}: {parameter} is made from (parts of) {name} as it is loaded, and "
+                    "what was trained of it alone cannot be merged there; merge it in the live model (merge_and_unload)"
                 )
             found[parameter] = name
         return found
@@ -308,5 +308,10 @@ def _meta_model(checkpoint: Checkpoint, classes: Sequence[str]) -> Any:
             f"{checkpoint.model}: its tensors may have other names in the live model, but transformers has no model of "
             f"type {kind or 'none'} and class {' or '.join(classes) or 'none'}; code that comes with a model is not run"
         )
-    with device("meta"):
-        return chosen(CONFIG_MAPPING[kind].from_dict(dict(checkpoint.config)))
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its remarks on the config are for who uses the model
+    try:
+        with device("meta"):
+            return chosen(CONFIG_MAPPING[kind].from_dict(dict(checkpoint.config)))
+    finally:
+        transformers.logging.set_verbosity(level)

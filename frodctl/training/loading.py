@@ -17,6 +17,7 @@ from frodctl import values
 from frodctl.adapted import conversion, matching, opening
 from frodctl.adapted.positions import positions_of
 from frodctl.arrays import to_torch
+from frodctl.checkpoint import names
 from frodctl.checkpoint.records import Location
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
@@ -188,10 +189,12 @@ def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, HostArray]:
 
 
 def _by_live_names(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter with the names in this model of what was trained as a whole, where it has a checkpoint's."""
-    if adapter.provenance is None or adapter.provenance.live_prefix is None:
+    """The adapter with the names in this model of what was trained as a whole, where it has others."""
+    matched = names.match(adapter.replaced, live_shapes(model))
+    by_checkpoint = adapter.provenance is not None and adapter.provenance.live_prefix is not None
+    stored = {n: info.shape for n, info in adapter.replaced.items() if by_checkpoint or matched[n] is None}
+    if not stored:
         return adapter
-    stored = {name: info.shape for name, info in adapter.replaced.items()}
     live: dict[str, str] = {}
     for root, inner in pretrained(model):
         found, _ = conversion.places(inner, stored, live_shapes(inner))

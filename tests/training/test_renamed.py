@@ -23,7 +23,8 @@ from frodctl.training.attached import frod_layers, updates_of
 from tests.conftest import save_checkpoint
 from tests.training import renamed
 
-FAMILIES = ("vit", "dinov2", "dinov2_swiglu", "swin", "segformer", "nemotron_h", "qwen2_vl", "phi3")
+LONG = (pytest.param(family, marks=pytest.mark.long) for family in ("dinov2", "swin", "segformer", "nemotron_h"))
+FAMILIES = ("vit", "dinov2_swiglu", "qwen2_vl", "phi3", *LONG)
 
 
 @pytest.fixture(scope="module")
