@@ -35,6 +35,7 @@ WEIGHT_FILES = (
 )
 #: What PEFT calls an adapter's config and weights.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_MOST_NAMED = 8  #: sub-folders in a message
 _URL = re.compile(r"[a-z]+://|(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 
 
@@ -175,7 +176,8 @@ def choose_weights(files: Collection[str], where: str, below: Iterable[str] = ()
         raise InvalidInput(f"{where}: no weights here (it holds an adapter: name its base model)")
     folders = sorted({str(path.parent) for path in map(PurePosixPath, below) if path.name in WEIGHT_FILES})
     if folders:
-        raise InvalidInput(f"{where}: no weights here, but in {', '.join(folders)}: choose one with `subfolder`")
+        named = ", ".join([*folders[:_MOST_NAMED], *(["…"] if len(folders) > _MOST_NAMED else [])])
+        raise InvalidInput(f"{where}: no weights here, but in {named}: choose one with `subfolder`")
     raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin")
 
 
