@@ -11,7 +11,7 @@ from frodctl.checkpoint import codec, names, ties
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.records import Checkpoint, Location, TensorInfo
-from frodctl.checkpoint.targets import Target, linear_layer
+from frodctl.checkpoint.targets import Target, linear_layer, linear_layers
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import LABELLING_TASKS, Adapter, TrainedModule
 
@@ -155,7 +155,7 @@ def _weights(
     checkpoint: Checkpoint, sources: Sequence[Source], live_names: Sequence[LiveNames]
 ) -> tuple[tuple[Weight, ...], str]:
     """The weights to merge, and the prefix that their live names have over the checkpoint's."""
-    matrices = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
+    matrices = linear_layers(checkpoint)
     parts: dict[str, list[Part]] = {}
     prefixes = set()
     for source, live in zip(sources, live_names, strict=True):
@@ -172,14 +172,14 @@ def _weights(
             parts.setdefault(name, []).append(Part(source, module))
     weights = []
     for name, items in parts.items():
-        target = linear_layer(checkpoint.tensors[f"{name}.weight"], checkpoint)
+        target = linear_layer(*matrices[name], checkpoint)
         if any(part.source.adapter.config.get("fan_in_fan_out") is True for part in items) and target.named_conv1d:
             target = replace(target, transposed=True)  # PEFT saw the module; the config may not tell
         for part in items:
             if part.trained.n != target.n:
                 raise InvalidInput(
                     f"{part.source.adapter.name}: {part.trained.scales.name} has {part.trained.n} scales, but "
-                    f"{name}.weight of {checkpoint.model} has {target.n} columns: another base?"
+                    f"{target.stored.name} of {checkpoint.model} has {target.n} columns: another base?"
                 )
         weights.append(Weight(target, tuple(items)))
     order = {id(source): number for number, source in enumerate(sources)}

@@ -12,6 +12,7 @@ from frodctl.adapted.conversion import Place
 from frodctl.checkpoint import names
 from frodctl.errors import UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
+from frodctl.training.experts import FrodExperts, OneExpert, Part
 from frodctl.training.fused import FusedFrodLinear
 from frodctl.training.layer import FrodLinear, SavedModule, Update
 
@@ -81,7 +82,7 @@ def frod_layers(model: nn.Module) -> dict[str, FrodLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, FrodLinear)}
 
 
-def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Update]:
+def updates_of(model: nn.Module, adapter_name: str) -> dict[str, Update | OneExpert]:
     """What the adapter trains of each of the checkpoint's weights, by what that is called in a saved adapter."""
     return {module: update for module, (_, update) in _held(model, adapter_name).items()}
 
@@ -93,17 +94,24 @@ def every_update(model: nn.Module, adapter_name: str) -> list[Update]:
 
 
 def state_prefixes(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """What the names of their numbers begin with in the model's state (`names.unwrapped`), by the same names."""
+    """What the names of their numbers begin with in the model's state (`names.unwrapped`), by the same names; of an
+    expert the numbers are one row of those.
+    """
     return {module: prefix for module, (prefix, _) in _held(model, adapter_name).items()}
 
 
-def _held(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Update]]:
+def _held(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Update | OneExpert]]:
     """State prefix and update of each weight, in the order of the model's layers."""
     layers = {names.unwrapped(path): layer for path, layer in frod_layers(model).items()}
     first = {module: places[0] for module, places in require_attachment(model).adapters[adapter_name].places.items()}
     order = {path: number for number, path in enumerate(layers)}
-    found = {}
-    for module in sorted(first, key=lambda name: (order[names.unwrapped(first[name].path)], first[name].rows or ())):
+    found: dict[str, tuple[str, Update | OneExpert]] = {}
+
+    def place_in_model(name: str) -> tuple[object, ...]:
+        place = first[name]
+        return order[names.unwrapped(place.path)], place.parameter, place.rows or (), place.expert or 0
+
+    for module in sorted(first, key=place_in_model):
         place = first[module]
         path = names.unwrapped(place.path)
         layer, prefix = layers[path], f"{path}.adapters.{adapter_name}"
@@ -111,6 +119,10 @@ def _held(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Update]]:
             parts = layer.parts(adapter_name)
             number = parts.rows.index(place.rows)
             found[module] = f"{prefix}.updates.{number}", parts.update(number)
+        elif isinstance(layer, FrodExperts):
+            part, stacks = Part.at(place), dict(layer.stacks(adapter_name))
+            assert place.expert is not None
+            found[module] = f"{prefix}.updates.{part.name}", OneExpert(stacks[part], place.expert)
         elif update := layer.update(adapter_name):
             found[module] = prefix, update
     return found

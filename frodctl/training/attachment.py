@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +20,7 @@ from frodctl.adapted.positions import drawn
 from frodctl.arrays import to_torch
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
-from frodctl.training import trainer
+from frodctl.training import stacks, trainer
 from frodctl.training.attached import (
     Attached,
     Attachment,
@@ -36,6 +36,7 @@ from frodctl.training.attached import (
 )
 from frodctl.training.check import Held, check_gradient, check_layer
 from frodctl.training.choice import choose
+from frodctl.training.experts import ExpertsUpdate, FrodExperts, Part, Stacks
 from frodctl.training.fused import FusedFrodLinear, Parts, changes
 from frodctl.training.layer import (
     Basis,
@@ -175,9 +176,9 @@ def install(model: Model, attached: Attached, indices: Mapping[str, HostArray], 
     attachment = attachment_of(model)
     if checked_name(adapter_name) in (attachment.adapters if attachment else ()):
         raise UsageError(f"an adapter called {adapter_name} is attached already; give another `adapter_name`")
-    paths = [place.path for places in attached.places.values() for place in places]
-    gives_weight = _check_uses(model, paths)
-    layers = _by_path(model, attached, _updates(model, attached, indices))
+    gives_weight = _check_uses(model, attached)
+    bases = _Bases(model, attached, indices)
+    layers = _by_path(model, attached, _updates(model, attached, bases)) | _stacks(model, attached, bases)
     saved = _saved_modules(model, attached)
     if attachment is None:
         attachment = Attachment(frozenset(n for n, p in model.named_parameters() if p.requires_grad))
@@ -186,8 +187,7 @@ def install(model: Model, attached: Attached, indices: Mapping[str, HostArray], 
     for path, update in layers.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, FrodLinear):
-            kind = FusedFrodLinear if isinstance(update, Parts) else FrodLinear
-            layer = _replace(model, path, kind(layer, gives_weight[path]))
+            layer = _replace(model, path, _kind(update)(layer, gives_weight.get(path, True)))
         layer.adapters[adapter_name] = update
     for path in saved:
         module = model.get_submodule(path)
@@ -198,6 +198,13 @@ def install(model: Model, attached: Attached, indices: Mapping[str, HostArray], 
     trainer.leave_buffers_to_each_process(model)
     set_adapter(model, adapter_name)
     return model
+
+
+def _kind(update: Update | Parts | Stacks) -> type[FrodLinear]:
+    """The layer that is trained so."""
+    if isinstance(update, Stacks):
+        return FrodExperts
+    return FusedFrodLinear if isinstance(update, Parts) else FrodLinear
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -270,6 +277,8 @@ def merge_(model: Model) -> Model:
     layers = {path: layer for path, layer in frod_layers(model).items() if attachment.active in layer.adapters}
     for path, layer in layers.items():
         base = layer.base_layer
+        if isinstance(layer, FrodExperts):
+            continue
         if not holds_matrix(base):
             raise UsageError(f"{path}: not a floating-point weight; merge the saved adapter instead (frodctl merge)")
         if not multiplies(base):
@@ -278,7 +287,9 @@ def merge_(model: Model) -> Model:
                 f"{path}: {kind} does not compute W x + b; merge the saved adapter instead (frodctl merge)"
             )
     for layer in layers.values():
-        if isinstance(layer, FusedFrodLinear):
+        if isinstance(layer, FrodExperts):
+            layer.merge_()
+        elif isinstance(layer, FusedFrodLinear):
             _copy(layer.base_layer, layer.merged_weight(attachment.active))
         elif (update := layer.update(attachment.active)) and changes(update):
             _copy(layer.base_layer, update.merged_weight(layer.base_layer))
@@ -355,10 +366,10 @@ def checked_dropout(dropout: object) -> float:
     return found
 
 
-def _check_uses(model: nn.Module, paths: Iterable[str]) -> dict[str, bool]:
+def _check_uses(model: nn.Module, attached: Attached) -> dict[str, bool]:
     """By path whether the layer's weight must be W': not where the model asks for its dtype, device or shape alone."""
     gives = {}
-    for path in paths:
+    for path in (p.path for places in attached.places.values() for p in places if p.expert is None):
         uses = weight_uses(model, path)
         gives[path] = "values" in uses or "description" not in uses
         if "values" in uses and "layer" not in uses and not holds_matrix(_base_layer(model, path)):
@@ -370,37 +381,73 @@ def _check_uses(model: nn.Module, paths: Iterable[str]) -> dict[str, bool]:
     return gives
 
 
-def _updates(model: nn.Module, attached: Attached, indices: Mapping[str, HostArray]) -> dict[str, Update]:
-    """An update for each weight, its layers checked; V and D are taken from the model where it has them already."""
+def _updates(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, Update]:
+    """An update for each weight that layers of its own hold, which are checked."""
     opened = attached.basis
-    held = {(b.digest, b.V.dtype, b.V.device): b for b in model.modules() if isinstance(b, Basis)}
-    counts: dict[str, int] = {}
-    for record in opened.metadata.modules:
-        counts[record.category] = counts.get(record.category, 0) + 1
-    shared: dict[tuple[object, ...], tuple[Basis, Pattern]] = {}
     scales = _Scales(opened)
     uses = _uses(model)
     updates = {}
     for module, record in attached.modules.items():
         category, places = record.category, attached.places[module]
+        if places[0].expert is not None:
+            continue
         layers = [Held(_base_layer(model, place.path), place) for place in places]
         for layer in layers:
             _check_module(layer.place.path, layer.base, opened.width(category), uses)
         dtype, device = _placement(model, layers)
-        key = category, dtype, device
-        if key not in shared:
-            recorded = attached.V_digests[category]
-            basis = held.get((recorded, dtype, device))
-            if basis is None:
-                V = opened.tensor(f"V.{category}")
-                basis = Basis(V, category, recorded, counts[category], dtype, device)
-            shared[key] = basis, Pattern(indices[category], basis.n, device)
-        basis, pattern = shared[key]
+        basis, pattern = bases.of(category, dtype, device)
         updates[module] = Update(basis, pattern, scales.of(record), attached.dropout)
         alike = scales.of_category(category, device) if attached.live_prefix is not None else None
         with _training(layers):
             _check_layers(model, layers, updates[module], record, str(opened.path), alike)
     return updates
+
+
+def _stacks(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, Stacks]:
+    """What is trained of each layer of stacked experts, by its path; every expert's weight is checked."""
+    opened = attached.basis
+    scales = _Scales(opened)
+
+    def make(base: nn.Module, part: Part, records: Sequence[ModuleRecord]) -> ExpertsUpdate:
+        category = records[0].category
+        layers = stacks.layers_of(base, part)
+        weight: Tensor = layers[0].weight
+        if weight.shape[1] != opened.width(category):
+            raise InvalidInput(
+                f"{records[0].name}: takes {weight.shape[1]} features here, but its basis is of width "
+                f"{opened.width(category)}: another model"
+            )
+        dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        basis, pattern = bases.of(category, dtype, weight.device)
+        update = ExpertsUpdate(basis, pattern, torch.stack(list(map(scales.of, records))), attached.dropout)
+        alike = scales.of_category(category, weight.device)
+        for layer, record, own in zip(layers, records, update.base_scales, strict=True):
+            held = [Held(layer, Place(f"{record.name}.weight"))]
+            check_layer(held, basis, own, record, weight.dtype, str(opened.path), alike)
+        return update
+
+    held = {m: (record, attached.places[m][0]) for m, record in attached.modules.items()}
+    return stacks.trained(model, {m: found for m, found in held.items() if found[1].expert is not None}, make)
+
+
+class _Bases:
+    """V, D and positions of each category, made once, or taken from the model where it has them already."""
+
+    def __init__(self, model: nn.Module, attached: Attached, indices: Mapping[str, HostArray]) -> None:
+        self.attached, self.indices = attached, indices
+        self._there = {(b.digest, b.V.dtype, b.V.device): b for b in model.modules() if isinstance(b, Basis)}
+        self._made: dict[tuple[object, ...], tuple[Basis, Pattern]] = {}
+
+    def of(self, category: str, dtype: torch.dtype, device: torch.device) -> tuple[Basis, Pattern]:
+        key = category, dtype, device
+        if key not in self._made:
+            recorded, opened = self.attached.V_digests[category], self.attached.basis
+            basis = self._there.get((recorded, dtype, device))
+            if basis is None:
+                layers = sum(record.category == category for record in opened.metadata.modules)
+                basis = Basis(opened.tensor(f"V.{category}"), category, recorded, layers, dtype, device)
+            self._made[key] = basis, Pattern(self.indices[category], basis.n, device)
+        return self._made[key]
 
 
 class _Scales:
@@ -454,13 +501,13 @@ def _check_layers(
             check_gradient(layer.base, update.basis.n, given, device, layer.place.path)
 
 
-def _by_path(model: nn.Module, attached: Attached, updates: Mapping[str, Update]) -> dict[str, Update | Parts]:
+def _by_path(model: nn.Module, attached: Attached, updates: Mapping[str, Update]) -> dict[str, Update | Parts | Stacks]:
     """What is trained of each layer: an update of its weight, or one for each of several parts."""
     held: dict[str, list[tuple[Place, str]]] = {}
-    for module, places in attached.places.items():
-        for place in places:
+    for module in updates:
+        for place in attached.places[module]:
             held.setdefault(place.path, []).append((place, module))
-    found: dict[str, Update | Parts] = {}
+    found: dict[str, Update | Parts | Stacks] = {}
     for path, parts in held.items():
         parts.sort(key=lambda part: part[0].rows or (0, 0))
         rows = [place.rows for place, _ in parts if place.rows is not None]

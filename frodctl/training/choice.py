@@ -14,6 +14,7 @@ from frodctl.checkpoint.requests import comma_hint, module_matcher
 from frodctl.checkpoint.targets import DEFAULT_TARGETS
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
+from frodctl.training import stacks
 from frodctl.training.located import Located, locate
 
 _NAME = re.compile(r"[\w.\-]+")
@@ -76,13 +77,11 @@ def choose(
 
 def obstacle(model: nn.Module, record: ModuleRecord, located: Located) -> str | None:
     """Why a module cannot be trained in this model; None if it can."""
-    if record.name.endswith("]"):
-        return "a slice of fused experts, which is no module of its own"
     places = located.places.get(record.name)
     if places is None:
         return located.refused.get(record.name, f"{type(model).__name__} has no such module, or several")
     if any(place.expert is not None for place in places):
-        return f"one of the experts that {places[0].path} stacks, which is no module of its own"
+        return stacks.obstacle(model, record, places)
     if record.transposed and any(place.rows or place.taken is not None for place in places):
         return f"{places[0].path} has rows of it, which is stored transposed"
     if not all(place.parameter == f"{place.path}.weight" for place in places):

@@ -39,7 +39,10 @@ class Located:
 def locate(model: nn.Module, records: Mapping[str, ModuleRecord]) -> Located:
     """Find the checkpoint's modules in a live model: by transformers' mapping, where that loaded it, else by name."""
     by_name: Places = {name: (Place(f"{path}.weight"),) for name, path in _live_paths(model, records).items()}
-    shapes = {f"{name}.weight": record.shape for name, record in records.items() if not name.endswith("]")}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": record.shape for name, record in records.items() if not name.endswith("]")
+    }
+    shapes |= _stacked(records)
     mapped: dict[str, list[tuple[Place, ...]]] = {}
     refused: dict[str, str] = {}
     prefix = ""
@@ -49,9 +52,33 @@ def locate(model: nn.Module, records: Mapping[str, ModuleRecord]) -> Located:
         prefix = conversion.base_prefix(inner, found)
         for name, places in found.items():
             from_root = tuple(replace(place, parameter=f"{root}{place.parameter}") for place in places)
-            mapped.setdefault(name.removesuffix(".weight"), []).append(from_root)
+            for module, held in _expert_by_expert(name, shapes.get(name, ()), from_root):
+                mapped.setdefault(module, []).append(held)
     once = {name: places[0] for name, places in mapped.items() if len(places) == 1}
     return Located({**by_name, **once}, by_name, refused, prefix)
+
+
+def _stacked(records: Mapping[str, ModuleRecord]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the checkpoint's tensors that stack matrices, under either name that they may have."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, record in records.items():
+        tensor, _, number = name.removesuffix("]").partition("[")
+        if number:
+            count = max(int(number) + 1, *(found[tensor][:1] if tensor in found else (0,)))
+            found |= dict.fromkeys((tensor, f"{tensor}.weight"), (count, *record.shape))
+    return found
+
+
+def _expert_by_expert(
+    name: str, shape: tuple[int, ...], places: tuple[Place, ...]
+) -> Iterator[tuple[str, tuple[Place, ...]]]:
+    """Modules of the checkpoint and their places, for a tensor that is one, or that stacks several."""
+    module = name.removesuffix(".weight")
+    if len(shape) < 3 or any(place.expert is not None for place in places):
+        yield module, places
+        return
+    for number in range(shape[0]):
+        yield f"{module}[{number}]", tuple(replace(place, expert=number) for place in places)
 
 
 def _live_paths(model: nn.Module, known: Mapping[str, object]) -> dict[str, str]:

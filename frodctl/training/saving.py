@@ -29,6 +29,7 @@ from frodctl.training.attached import (
     state_prefixes,
     updates_of,
 )
+from frodctl.training.experts import OneExpert
 from frodctl.training.layer import Update
 from frodctl.training.located import as_stored
 
@@ -191,6 +192,8 @@ def _trained(model: nn.Module, name: str, attached: Attached, state: Mapping[str
     prefixes = state_prefixes(model, name)
     for module, update in updates_of(model, name).items():
         delta, sparse = (_number(state, f"{prefixes[module]}.{kind}") for kind in ("delta", "values"))
+        if isinstance(update, OneExpert):
+            delta, sparse = delta[update.expert], sparse[update.expert]
         scales = update.base_scales.double() + delta.to(update.base_scales.device, torch.float64)
         # rows with λ = 0 drop out here, but PEFT would give them some U
         alive = update.base_scales > 0
@@ -219,7 +222,7 @@ def _number(state: Mapping[str, Tensor], name: str) -> Tensor:
     return state[name].detach()
 
 
-def _shared(attached: Attached, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+def _shared(attached: Attached, updates: Mapping[str, Update | OneExpert]) -> dict[str, Tensor]:
     """V as the basis file has it, pattern and λ."""
     basis = attached.basis
     opened = replace(basis, header=codec.read_header(basis.path))  # it may have been written again

@@ -97,13 +97,13 @@ def select_pattern(
     force = values.flag(force, "force")
     output = None if output is None else values.path(output, "output")
     attached = attachment.adapters[attachment.active]
-    updates = updates_of(model, attachment.active)
     for module, places in attached.places.items():
-        if len(places) > 1 or places[0].rows is not None:
+        if len(places) > 1 or places[0].rows is not None or places[0].expert is not None:
             raise UsageError(
                 f"{module}: {places[0].path} has rows of it, or of others too, for which no pattern can "
                 "be selected; leave them out as you attach (`exclude_modules`)"
             )
+    updates = {name: u for name, u in updates_of(model, attachment.active).items() if isinstance(u, Update)}
     for path, update in updates.items():
         if update.delta.any() or update.values.any():
             raise UsageError(f"{path}: trained already; select the pattern right after attach")

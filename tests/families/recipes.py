@@ -76,7 +76,7 @@ class Family:
     model: str  #: transformers' class
     config: Values
     inputs: Values = field(default_factory=lambda: TEXT)
-    experts: str = ""  #: a regular expression for the weights that the live model has fused over experts
+    experts: str = ""  #: a regular expression for the experts, which may be refused
 
 
 EXPERTS = r".*\.experts\..*"

@@ -63,8 +63,14 @@ class Trial:
         self.family, self.folder = family, folder
         self.base, self.basis = folder / "base", folder / "basis.safetensors"
         self.inputs = given(family.inputs)
-        self.wanted: set[str] = set()  # the tensors to train
+        self.exclude = family.experts
+        self.targets: dict[str, str] = {}  # the tensors by module
         self.note = ""
+
+    @property
+    def wanted(self) -> list[str]:
+        """The modules to train."""
+        return [module for module in self.targets if not re.fullmatch(self.exclude, module)]
 
     def decompose(self) -> None:
         """Everything that is linear, with nothing left out without a reason."""
@@ -74,17 +80,18 @@ class Trial:
         inside = {target.tensor.name for target in targets}
         matrices = {name for name, info in plan.checkpoint.tensors.items() if len(info.shape) > 1}
         require(matrices == inside | {item.name for item in plan.left_out}, "a matrix is left out without a reason")
-        self.wanted = {t.tensor.name for t in targets if not re.fullmatch(self.family.experts, t.module)}
+        self.targets = {target.module: target.tensor.name for target in targets}
 
     def experts(self) -> None:
         """All of the basis, experts and all."""
         frodctl.attach(self.loaded(self.base), self.basis)
+        self.exclude = ""
 
     def attach(self) -> None:
-        """All of the basis but the experts; the outputs are the base's, bit for bit."""
+        """All of the basis, or all but the experts where they were refused; the outputs are the base's, bit for bit."""
         self.model = self.loaded(self.base)
         self.before = self.outputs(self.model)
-        frodctl.attach(self.model, self.basis, exclude_modules=self.family.experts or None)
+        frodctl.attach(self.model, self.basis, exclude_modules=self.exclude or None)
         after = self.outputs(self.model)
         require(all(map(torch.equal, self.before, after)), "the outputs are not the base's, bit for bit")
 
@@ -113,7 +120,8 @@ class Trial:
         out = self.folder / "merged"
         result = frodctl.merge(self.base, self.folder / "adapter", out, basis=self.basis)
         merged = {weight.target.tensor.name for weight in result.plan.weights}
-        require(merged == self.wanted, f"{', '.join(sorted(self.wanted - merged))}: decomposed, but not trained")
+        wanted = {self.targets[module] for module in self.wanted}
+        require(merged == wanted, f"{', '.join(sorted(wanted - merged))}: decomposed, but not trained")
         before, after = tensors_in(self.base), tensors_in(out)
         require(before.keys() == after.keys(), "the merged checkpoint has other tensors")
         changed = {name for name, tensor in before.items() if not same_bytes(tensor, after[name])}

@@ -44,12 +44,31 @@ def _config(family: str) -> Any:
         vision = {"embed_dim": 32, "hidden_size": 32, "depth": 2, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
         tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
         return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
-    if family == "qwen3_moe":
-        return transformers.Qwen3MoeConfig(
-            intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+    if family in ("llama4_text", "gpt_oss", "granitemoe", "qwen3_moe"):
+        return _mixture(family)
+    return transformers.Phi3Config(intermediate_size=48, num_key_value_heads=4, **_BLOCKS, **_TEXT)
+
+
+def _mixture(family: str) -> Any:
+    if family == "llama4_text":
+        return transformers.Llama4TextConfig(
+            intermediate_size=48, intermediate_size_mlp=64, num_local_experts=4, num_experts_per_tok=1,
             num_key_value_heads=2, head_dim=8, **_BLOCKS, **_TEXT,
         )  # fmt: skip
-    return transformers.Phi3Config(intermediate_size=48, num_key_value_heads=4, **_BLOCKS, **_TEXT)
+    if family == "gpt_oss":
+        kinds = ["full_attention"] * _BLOCKS["num_hidden_layers"]
+        return transformers.GptOssConfig(
+            intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2, head_dim=8,
+            layer_types=kinds, **_BLOCKS, **_TEXT,
+        )  # fmt: skip
+    if family == "granitemoe":
+        return transformers.GraniteMoeConfig(
+            intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2, **_BLOCKS, **_TEXT
+        )
+    return transformers.Qwen3MoeConfig(
+        intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+        num_key_value_heads=2, head_dim=8, **_BLOCKS, **_TEXT,
+    )  # fmt: skip
 
 
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
@@ -62,6 +81,9 @@ _CLASSES = {
     "nemotron_h": transformers.NemotronHForCausalLM,
     "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
     "qwen3_moe": transformers.Qwen3MoeForCausalLM,
+    "gpt_oss": transformers.GptOssForCausalLM,
+    "granitemoe": transformers.GraniteMoeForCausalLM,
+    "llama4_text": transformers.Llama4ForCausalLM,
     "phi3": transformers.Phi3ForCausalLM,
 }
 

@@ -23,8 +23,11 @@ from frodctl.training.attached import frod_layers, updates_of
 from tests.conftest import save_checkpoint
 from tests.training import renamed
 
-LONG = (pytest.param(family, marks=pytest.mark.long) for family in ("dinov2", "swin", "segformer", "nemotron_h"))
-FAMILIES = ("vit", "dinov2_swiglu", "qwen2_vl", "phi3", *LONG)
+LONG = (
+    pytest.param(family, marks=pytest.mark.long)
+    for family in ("dinov2", "swin", "segformer", "nemotron_h", "granitemoe")
+)
+FAMILIES = ("vit", "dinov2_swiglu", "qwen2_vl", "phi3", "qwen3_moe", "gpt_oss", *LONG)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +88,8 @@ def test_attach_train_save_load_merge(family: str, made: Made, tmp_path: Path) -
     )
     old, new = tensors(base), tensors(tmp_path / "merged")
     assert list(old) == list(new)
-    trained = {f"{record.name}.weight" for record in records}
-    assert {name for name in old if not torch.equal(old[name], new[name])} == trained
+    trained = {record.name.partition("[")[0] for record in records}  # experts may be one tensor
+    assert {name.removesuffix(".weight") for name in old if not torch.equal(old[name], new[name])} == trained
     frodctl.training.merge_(model)
     torch.testing.assert_close(renamed.logits(model, family), after, rtol=1e-5, atol=1e-5)
 
@@ -183,22 +186,21 @@ class TestAnotherWeightInItsPlace:
 
 class TestWhatCannotBeTrained:
     def test_experts_are_refused_by_name(self, made: Made) -> None:
-        base, basis = made("qwen3_moe")
-        with pytest.raises(
-            InvalidInput, match=r"experts\.0\.down_proj \(and 35 more\): one of the experts that .*stacks"
-        ):
-            frodctl.attach(renamed.live("qwen3_moe", base), basis)
-        model = frodctl.attach(renamed.live("qwen3_moe", base), basis, exclude_modules=r".*experts.*")
-        assert len(updates_of(model, "default")) == 12
+        base, basis = made("llama4_text")
+        message = r"experts\.down_proj\[0\] \(and 23 more\): one of the experts that .*stacks, a Llama4TextExperts"
+        with pytest.raises(InvalidInput, match=message):
+            frodctl.attach(renamed.live("llama4_text", base), basis)
+        model = frodctl.attach(renamed.live("llama4_text", base), basis, exclude_modules=r".*\.experts\..*")
+        assert len(updates_of(model, "default")) == 21
 
     def test_what_can_be_trained_is_taken_if_asked_for(self, made: Made) -> None:
-        base, basis = made("qwen3_moe")
-        model = renamed.live("qwen3_moe", base)
-        with pytest.warns(UserWarning, match=r"left out: .*experts\.3\.up_proj.*: one of the experts"):
+        base, basis = made("llama4_text")
+        model = renamed.live("llama4_text", base)
+        with pytest.warns(UserWarning, match=r"left out: .*experts\.gate_up_proj\[3\].*: one of the experts"):
             frodctl.attach(model, basis, only_available=True)
-        assert len(updates_of(model, "default")) == 12
+        assert len(updates_of(model, "default")) == 21
         with pytest.raises(InvalidInput, match="one of the experts"):
-            frodctl.attach(renamed.live("qwen3_moe", base), basis, target_modules="down_proj", only_available=True)
+            frodctl.attach(renamed.live("llama4_text", base), basis, target_modules="gate_up_proj", only_available=True)
 
     def test_modules_to_save_that_a_checkpoint_calls_otherwise(self, made: Made) -> None:
         base, basis = made("vit")
@@ -400,3 +402,18 @@ def test_modules_trained_as_a_whole_whose_path_is_another(made: Made, tmp_path: 
     merged = renamed.live("vit", tmp_path / "merged")
     torch.testing.assert_close(renamed.logits(merged, "vit"), after, rtol=1e-5, atol=1e-5)
     assert tensors(base).keys() == tensors(tmp_path / "merged").keys()
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}])
+def test_a_new_head_of_peft_s(more: dict[str, Any], tmp_path: Path) -> None:
+    """Over a checkpoint of the bare model, whose names get the prefix that the class with the head has."""
+    torch.manual_seed(0)
+    transformers.ViTModel(renamed._config("vit")).save_pretrained(tmp_path / "base")
+    model = peft_adapter("vit", tmp_path / "base", tmp_path / "adapter", ["q_proj"], **more)
+    frodctl.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = renamed.live("vit", tmp_path / "merged")
+    torch.testing.assert_close(renamed.logits(merged, "vit"), renamed.logits(model, "vit"), rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["ViTForImageClassification"]
+    own = {name for name in tensors(tmp_path / "merged") if not name.startswith("vit.")}
+    assert own == {"classifier.weight", "classifier.bias"}
