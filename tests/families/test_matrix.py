@@ -17,6 +17,8 @@ EVERY_DAY = (
     "llama", "gpt2", "t5", "qwen2_vl", "vit", "dinov2, SwiGLU", "mixtral", "gpt_oss", "deepseek_v3", "mamba",
     "nemotron_h", "clip",
 )  # fmt: skip
+#: Whose experts are computed by code of their own, or lie in several places: refused in words, and the rest trained.
+WITHOUT_THEIR_EXPERTS = ("llama4", "llama4_text", "jetmoe", "inkling2_text")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,8 @@ def test_a_family_comes_through_every_step_or_is_refused_in_words(family: Family
     row = tried(family, tmp_path)
     outcomes = {step: row.get(step, "not reached") for step in STEPS if step != "experts"}
     assert outcomes == dict.fromkeys(outcomes, "ok")
-    assert row.get("experts", "ok").startswith(("ok", "refused: "))
+    expected = "refused" if family.name in WITHOUT_THEIR_EXPERTS else "ok"
+    assert row.get("experts", "ok").partition(":")[0] == expected
     assert row["layers"] > 0
 
 
