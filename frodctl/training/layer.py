@@ -316,10 +316,10 @@ class FrodLinear(nn.Module):
     def activate(self, name: str) -> None:
         """Apply this adapter from now on, and keep nothing of another one's."""
         self.active = name
-        for other in self.adapters:
-            update = self.update(other)
-            if update is not None and other != name:
-                update.kept.clear()
+        others = (module for other, held in self.adapters.items() if other != name for module in held.modules())
+        for module in others:
+            if isinstance(module, Update):
+                module.kept.clear()
 
     @property
     def weight(self) -> Tensor:
