@@ -133,12 +133,13 @@ class Trial:
         require(far <= TOLERANCE, f"{what} are {far:.1e} of their size from those of the trained model")
 
     def loaded(self, folder: Path) -> PreTrainedModel:
-        kind: type[PreTrainedModel] = getattr(transformers, self.family.model)
+        kind: Any = getattr(transformers, self.family.model)
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         wrong = {key: sorted(names) for key, names in report.items() if names and key != "unexpected_keys"}
         require(not wrong, f"transformers loads {folder.name} with {json.dumps(wrong)}")
         # frozen, as attach leaves it: torch.matmul multiplies otherwise where a gradient is asked for
-        return without_cache(model).eval().requires_grad_(False)
+        frozen: PreTrainedModel = without_cache(model).eval().requires_grad_(False)
+        return frozen
 
     def outputs(self, model: Any, *, grad: bool = False) -> list[torch.Tensor]:
         """Everything in floating point that the model gives."""
