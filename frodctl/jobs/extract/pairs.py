@@ -58,7 +58,7 @@ class Pairs:
         if not self.elsewhere:
             return ()
         more = f" and {len(self.elsewhere) - 1} more tensors" if len(self.elsewhere) > 1 else ""
-        return (f"{self.elsewhere[0]}{more} differ too, and are not in the adapter",)
+        return (f"{self.elsewhere[0]}{more}: different too, but not in the adapter",)
 
     def read(self, number: int) -> tuple[tuple[Pair, HostArray, HostArray], str]:
         """A pair with its weights as they are stored, and a digest of both."""

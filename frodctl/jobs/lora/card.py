@@ -18,8 +18,7 @@ def model_card(plan: LoraPlan, rows: Sequence[Mapping[str, Json]], overall: Fide
     """README.md: base, origin, ranks and the error of every layer, without any path of this machine."""
     base = plan.setting.base if is_hub_id(plan.setting.base) else None
     rank = max(row["rank"] for row in rows)
-    limit = lora.served_rank(rank)
-    refusals = plan.refusals(rank)
+    refusals = [f"{text[0].upper()}{text[1:]}." for text in plan.refusals(rank)]
     lines = [
         *front_matter({}, base, library="peft", relation="adapter"),
         "",
@@ -28,10 +27,8 @@ def model_card(plan: LoraPlan, rows: Sequence[Mapping[str, Json]], overall: Fide
         f"A LoRA adapter of rank {rank} for `{base or public_name(plan.base)}`: the nearest to {plan.described}.",
         f"It has {_share(overall.kept)} of the change's squared norm, at a distance of {_share(overall.distance)}.",
         "",
-        f"PEFT loads it (`PeftModel.from_pretrained`), and llama.cpp's convert_lora_to_gguf.py{_served(limit)}.",
+        " ".join(["PEFT loads it (`PeftModel.from_pretrained`).", *(refusals or [_others(rank)])]),
         "",
-        *(f"{refusal[0].upper()}{refusal[1:]}." for refusal in refusals),
-        *([""] if refusals else []),
         *_TABLE_HEAD,
         *(f"| {r['module']} | {r['rank']} | {_share(r['kept'])} | {_share(r['distance'])} |" for r in rows),
         "",
@@ -40,8 +37,8 @@ def model_card(plan: LoraPlan, rows: Sequence[Mapping[str, Json]], overall: Fide
     return "\n".join(lines) + "\n"
 
 
-def _served(limit: int | None) -> str:
-    return f"; vLLM does with max_lora_rank {limit}" if limit else ""
+def _others(rank: int) -> str:
+    return f"So do vLLM, with max_lora_rank {lora.served_rank(rank)}, and llama.cpp, by convert_lora_to_gguf.py."
 
 
 def _share(value: float | None) -> str:
