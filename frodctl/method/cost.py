@@ -231,10 +231,10 @@ def joint_basis_calls(
     yield Call("move", "", (n * n,), _STORING)
 
 
-def update_calls(shapes: Sequence[tuple[int, int]]) -> Iterator[Call]:
-    """What updating the weights of one category takes, (m_i, n) each, in float32."""
+def update_calls(shapes: Sequence[tuple[int, int]], inverted: str) -> Iterator[Call]:
+    """What updating the weights of one category takes, (m_i, n) each, in float32; ``inverted`` is V⁻ᵀ's dtype."""
     n = shapes[0][1]
-    yield Call("inverse", "float64", (n,))
+    yield Call("inverse", inverted, (n,))
     for m, _ in shapes:
         yield Call("gemm", "float32", (m, n, n), 2)
         yield Call("move", "float32", (_UPDATING * m * n,))

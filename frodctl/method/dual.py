@@ -1,4 +1,4 @@
-"""V⁻ᵀ of a stored V, and where products with it may be taken in float32."""
+"""V⁻ᵀ of a stored V, and where it may be computed, and products with it taken, in float32."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What V must be for a product W V⁻ᵀ in float32 to do; else it is taken in float64."""
+    """What V must be for V⁻ᵀ and a product W V⁻ᵀ in float32 to do; else they are taken in float64."""
 
     condition: float  #: cond(V) at most
     width: int = 0  #: n at least
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")  #: of V as stored
 
+    def may_hold(self, stored: str, n: int) -> bool:
+        """Whether its condition number decides."""
+        return stored in self.dtypes and n >= self.width
 
-#: U is rounded to V's dtype afterwards: about one of its entries in 4,000 is then rounded to the other neighbour, which
-#: only a small matrix would feel.
+
+#: U is rounded to V's dtype afterwards: at n = 2048 one entry in 40 is then rounded to the other neighbour, and one in
+#: 60 where PEFT solves for it, in float32 too. Rounding of W' to bfloat16 is five times as large as what comes of
+#: that; only a small matrix would feel it.
 ROUNDED_AFTERWARDS = Accuracy(condition=16, width=512, dtypes=("bfloat16",))
 #: U is to be right to about 1e-6 (and the weight has a share in each of V's directions).
 TO_A_MILLIONTH = Accuracy(condition=64)
@@ -34,7 +39,7 @@ TO_A_MILLIONTH = Accuracy(condition=64)
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """V and V⁻¹ (n, n) in float64 on a device; where V is singular the pseudo-inverse."""
+    """V and V⁻¹ (n, n) on a device, in float64 unless less was asked for; where V is singular the pseudo-inverse."""
 
     V: Array
     inverse: Array
@@ -43,14 +48,24 @@ class Dual:
     kernels: Kernels
 
     @classmethod
-    def of(cls, V: Array, kernels: Kernels) -> Dual:
-        """Of V (n, n) as it is stored, computed on the device."""
+    def of(cls, V: Array, kernels: Kernels, enough: Accuracy | None = None) -> Dual:
+        """Of V (n, n) as it is stored, computed on the device; in float32 where that is accurate ``enough``."""
+        if enough is not None and enough.may_hold(dtype_name(V), len(V)):
+            found = cls._inverted(V, kernels, "float32")
+            if found is not None and found.condition <= enough.condition:
+                return found
+        found = cls._inverted(V, kernels, "float64")
+        if found is not None:
+            return found
         exact = kernels.put(V, "float64")
-        inverse = kernels.inverse(kernels.copy(exact, kernels.empty(tuple(V.shape), "float64")))
-        regular = inverse is not None
-        if inverse is None:
-            inverse = kernels.put(np.linalg.pinv(kernels.get(exact), 1e-6))
-        return cls(exact, inverse, dtype_name(V), regular, kernels)
+        return cls(exact, kernels.put(np.linalg.pinv(kernels.get(exact), 1e-6)), dtype_name(V), False, kernels)
+
+    @classmethod
+    def _inverted(cls, V: Array, kernels: Kernels, dtype: str) -> Dual | None:
+        """V and its inverse in the dtype; None where it has none."""
+        exact = kernels.put(V, dtype)
+        inverse = kernels.inverse(kernels.copy(exact, kernels.empty(tuple(V.shape), dtype)))
+        return None if inverse is None else cls(exact, inverse, dtype_name(V), True, kernels)
 
     @property
     def D(self) -> Array:
@@ -64,14 +79,14 @@ class Dual:
 
     def work(self, accuracy: Accuracy) -> str:
         """The dtype in which products W V⁻ᵀ are taken."""
-        cheap = self.stored in accuracy.dtypes and len(self.V) >= accuracy.width
-        return "float32" if cheap and self.condition <= accuracy.condition else "float64"
+        cheap = accuracy.may_hold(self.stored, len(self.V)) and self.condition <= accuracy.condition
+        return "float32" if cheap else "float64"
 
     def _norm(self, A: Array) -> float:
-        kernels, n = self.kernels, len(A)
+        kernels, n, dtype = self.kernels, len(A), dtype_name(A)
 
         def times(X: Array, *, transpose: bool) -> Array:
-            return kernels.gemm(X, A, kernels.empty(tuple(X.shape), "float64"), transpose_b=transpose)
+            return kernels.gemm(X, A, kernels.empty(tuple(X.shape), dtype), transpose_b=transpose)
 
         forward, adjoint = (lambda X: times(X, transpose=False)), (lambda X: times(X, transpose=True))
-        return spectral_norm(forward, adjoint, n, kernels, "float64")
+        return spectral_norm(forward, adjoint, n, kernels, dtype)

@@ -77,7 +77,8 @@ class CategoryUpdate:
         self.kernels = kernels
         self.scratch = Scratch(kernels)
         self.work = "float64" if self.dtype == "float64" else "float32"
-        dual = Dual.of(V, kernels)
+        # copies that were trained with are those of the exact inverse
+        dual = Dual.of(V, kernels, None if held_in else ROUNDED_AFTERWARDS)
         self.precision = dual.work(ROUNDED_AFTERWARDS)  #: of the products W V⁻ᵀ
         self.Vt = kernels.copy(kernels.put(dual.V, held_in).T, kernels.empty((self.n, self.n), self.work))
         self.inverse = kernels.put(kernels.put(dual.inverse, held_in), self.precision)

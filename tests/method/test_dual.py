@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frodctl.arrays import NAMED, HostArray
+from frodctl.arrays import NAMED, HostArray, dtype_name
 from frodctl.method.dual import ROUNDED_AFTERWARDS, TO_A_MILLIONTH, Accuracy, Dual
 from frodctl.method.kernels import kernels_of
 
@@ -50,9 +50,14 @@ def test_a_singular_basis_has_the_pseudo_inverse_and_is_computed_with_in_float64
 @pytest.mark.parametrize("n", [24, 48])
 def test_float32_does_only_where_the_accuracy_says_so(dtype: str, condition: float, n: int) -> None:
     asked = Accuracy(condition=100, width=32, dtypes=("float32", "bfloat16"))
-    found = Dual.of(conditioned(n, condition).astype(NAMED[dtype]), CPU).work(asked)
+    V = conditioned(n, condition).astype(NAMED[dtype])
     allowed = dtype in asked.dtypes and condition < asked.condition and n >= asked.width
-    assert found == ("float32" if allowed else "float64")
+    expected = "float32" if allowed else "float64"
+    assert Dual.of(V, CPU).work(asked) == expected
+    dual = Dual.of(V, CPU, asked)
+    assert (dual.work(asked), dtype_name(dual.V), dtype_name(dual.inverse)) == (expected, expected, expected)
+    residual = np.linalg.norm(dual.D.T.astype(np.float64) @ V.astype(np.float64) - np.eye(n))
+    assert residual <= np.finfo(expected).eps * n * condition
 
 
 def test_products_in_float32_are_right_to_a_millionth_where_that_is_asked_for() -> None:

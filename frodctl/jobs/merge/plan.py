@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from frodctl import values
 from frodctl.adapted import opening
-from frodctl.adapted.matching import Match, Weight, match
+from frodctl.adapted.matching import Match, Part, Weight, match
 from frodctl.adapted.opening import Source
 from frodctl.checkpoint import codec, shards, sink
 from frodctl.checkpoint.companions import copied_files
@@ -245,10 +245,13 @@ def adapters_as_json(sources: Sequence[Source]) -> list[dict[str, Json]]:
 def update_calls(weights: Sequence[Weight]) -> list[cost.Call]:
     """What computing the updates takes: each category's basis is made ready once."""
     groups: dict[object, list[tuple[int, int]]] = {}
+    inverted: dict[object, str] = {}
     for weight in weights:
         for part in weight.parts:
-            groups.setdefault((id(part.source), weight.group), []).append((weight.target.m, weight.target.n))
-    return list(itertools.chain(*map(cost.update_calls, groups.values())))
+            key = id(part.source), weight.group
+            groups.setdefault(key, []).append((weight.target.m, weight.target.n))
+            inverted[key] = _inverted(part)
+    return list(itertools.chain(*(cost.update_calls(shapes, inverted[key]) for key, shapes in groups.items())))
 
 
 def update_memory_bytes(weights: Sequence[Weight]) -> int:
@@ -264,6 +267,18 @@ def _seconds_estimate(plan: MergePlan) -> float | None:
         return None
     copied = cost.Call("move", "", (sum(info.nbytes for info in plan.copied.values()),), 4)
     return rates.seconds([copied, *update_calls(plan.weights)])
+
+
+def _inverted(part: Part) -> str:
+    """The dtype in which V of an adapter is inverted, unless it is badly conditioned."""
+    from frodctl.arrays import DTYPES
+    from frodctl.method.dual import ROUNDED_AFTERWARDS
+
+    adapter, category = part.source.adapter, part.trained.category
+    if adapter.provenance is not None or category not in adapter.V:
+        return "float64"
+    stored = adapter.V[category].dtype
+    return "float32" if ROUNDED_AFTERWARDS.may_hold(DTYPES[stored].name, part.trained.n) else "float64"
 
 
 def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool, progress: Callback) -> tuple[Source, ...]:
