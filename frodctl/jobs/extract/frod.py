@@ -104,8 +104,8 @@ class FrodPlan:
         """What the arithmetic takes."""
         found = []
         for pair in self.pairs.chosen:
-            m, n, k = pair.target.m, pair.target.n, min(pair.target.m, pair.target.n)
-            found += [Call("gemm", "float64", (m, n, n), 7), Call("syevd", "float64", (k,))]
+            m, n = pair.target.m, pair.target.n
+            found += [Call("gemm", "float64", (m, n, n), 7)]
             found += [
                 Call("gemm", "float64", (n, n, n), _STEPS),
                 Call("csrmm", "float64", (self.count(pair) + n, n), _STEPS),
@@ -315,7 +315,7 @@ class _Work:
         elif count:
             total = np.zeros(V.shape)
             for _, U, change in self._layers(fit, numbers, "choosing positions"):
-                total += fit.contributions(U, change)
+                total += fit.explained(U, change)
             positions = best_positions(total, count)
         else:
             positions = best_positions(V, 0)
