@@ -117,9 +117,8 @@ def _run(arguments: list[str], *, own_process: bool) -> int:
 
 def _interrupted(arguments: list[str], code: int) -> int:
     """Say that the work was interrupted, and what becomes of it."""
-    resumes = arguments[:1] in (["decompose"], ["merge"], ["extract"]) and not {"--no-resume", "--dry-run"} & set(
-        arguments
-    )
+    keeps = arguments[:1] in (["decompose"], ["merge"]) or (arguments[:1] == ["extract"] and "frod" not in arguments)
+    resumes = keeps and not {"--no-resume", "--dry-run"} & set(arguments)
     with suppress(OSError):
         click.echo(f"Interrupted{'; the same command resumes' if resumes else ''}.", err=True)
     return code

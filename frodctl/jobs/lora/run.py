@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -122,12 +123,17 @@ def run_lora(
         tree = staging.path(_TREE)
         tree.mkdir(exist_ok=True)
         work = _Work(plan, changes, kernels, progress, profile)
-        with memory_errors(kernels.name), profile.step("other arithmetic"):
-            ranks = work.ranks()
-            shard = plan.shard(ranks)
-            with shards.ShardWriter(tree, [shard], staging.path(_JOURNAL), partial(_origin, plan, changes)) as writer:
-                resumed, found = work.write(writer, ranks, _Notes(staging.path(_FIGURES)))
-                digests = dict(writer.digests)
+        origin = partial(_origin, plan, changes)
+        try:
+            with memory_errors(kernels.name), profile.step("other arithmetic"):
+                ranks = work.ranks()
+                shard = plan.shard(ranks)
+                with shards.ShardWriter(tree, [shard], staging.path(_JOURNAL), origin) as writer:
+                    resumed, found = work.write(writer, ranks, _Notes(staging.path(_FIGURES)))
+                    digests = dict(writer.digests)
+        except InvalidInput:  # a rerun would come to the same
+            shutil.rmtree(staging.folder)
+            raise
         result = LoraResult(
             plan, plan.output, shard.nbytes, tuple(ranks), tuple(found), resumed, plan.options.verify, kernels.name, 0.0
         )
