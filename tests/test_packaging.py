@@ -59,7 +59,7 @@ def test_the_wheel_holds_the_package_alone(built: tuple[Path, Path]) -> None:
     assert "frodctl = frodctl.cli.main:main" in entries
     assert f"\nVersion: {frodctl.__version__}\n" in metadata
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.MULTILINE))
-    assert extras == {"dev", "peft", "plot", "quantized", "test", "train"}
+    assert extras == {"dev", "peft", "plot", "quantized", "test", "train", "transformers"}
     assert (ROOT / "README.md").read_text() in metadata  # what an index shows
 
 

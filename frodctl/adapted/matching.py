@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from frodctl.adapted.conversion import LiveNames
 from frodctl.adapted.opening import Source, find_base
 from frodctl.checkpoint import codec, names, ties
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
 from frodctl.checkpoint.records import Checkpoint, Location, TensorInfo
-from frodctl.checkpoint.targets import Target, linear_layer
+from frodctl.checkpoint.targets import Target, linear_layer, linear_layers
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import LABELLING_TASKS, Adapter, TrainedModule
 
@@ -45,6 +46,7 @@ class Match:
     weights: tuple[Weight, ...]  #: those of one group stand together
     prefix: str  #: that the adapters' names have over the checkpoint's
     warnings: tuple[str, ...]
+    live_names: tuple[LiveNames, ...] = field(repr=False, compare=False)  #: of the sources, in their order
 
     def replaced(self) -> dict[str, tuple[Source, TensorInfo]]:
         """The tensors that were trained as a whole, by their names in the checkpoint or, if new, in the live model.
@@ -56,8 +58,8 @@ class Match:
         """
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         found: dict[str, tuple[Source, TensorInfo]] = {}
-        for source in self.sources:
-            adapter = source.adapter
+        for source, live_names in zip(self.sources, self.live_names, strict=True):
+            adapter = _by_stored_names(source.adapter, shapes, live_names)
             for name, info in whole_tensors(adapter, shapes, self.checkpoint.model, new_head=True).items():
                 if name in found:
                     other = found[name][0].adapter.name
@@ -97,8 +99,9 @@ def match(
     location, warnings = find_base(base, sources[0].adapter)
     checkpoint = open_checkpoint(location, headers_only=headers_only, everything=True, progress=progress)
     refuse_quantized(checkpoint)
-    weights, prefix = _weights(checkpoint, sources)
-    return Match(checkpoint, sources, weights, prefix, tuple(warnings))
+    live_names = tuple(LiveNames(checkpoint, _classes(source.adapter)) for source in sources)
+    weights, prefix = _weights(checkpoint, sources, live_names)
+    return Match(checkpoint, sources, weights, prefix, tuple(warnings), live_names)
 
 
 def live_paths(paths: Iterable[str], known: Collection[str]) -> dict[str, str]:
@@ -148,14 +151,16 @@ def whole_tensors(
     return found
 
 
-def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[Weight, ...], str]:
+def _weights(
+    checkpoint: Checkpoint, sources: Sequence[Source], live_names: Sequence[LiveNames]
+) -> tuple[tuple[Weight, ...], str]:
     """The weights to merge, and the prefix that their live names have over the checkpoint's."""
-    matrices = {name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")}
+    matrices = linear_layers(checkpoint)
     parts: dict[str, list[Part]] = {}
     prefixes = set()
-    for source in sources:
-        matched = names.match([module.module for module in source.adapter.modules], matrices)
-        prefixes.add(names.live_prefix(matched))
+    for source, live in zip(sources, live_names, strict=True):
+        matched = _modules(source.adapter, matrices, live)
+        prefixes.add(_prefix(source.adapter, matched, live))
         found: dict[str, str] = {}
         for module in source.adapter.modules:
             name = matched[module.module]
@@ -167,14 +172,14 @@ def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[W
             parts.setdefault(name, []).append(Part(source, module))
     weights = []
     for name, items in parts.items():
-        target = linear_layer(checkpoint.tensors[f"{name}.weight"], checkpoint)
+        target = linear_layer(*matrices[name], checkpoint)
         if any(part.source.adapter.config.get("fan_in_fan_out") is True for part in items) and target.named_conv1d:
             target = replace(target, transposed=True)  # PEFT saw the module; the config may not tell
         for part in items:
             if part.trained.n != target.n:
                 raise InvalidInput(
                     f"{part.source.adapter.name}: {part.trained.scales.name} has {part.trained.n} scales, but "
-                    f"{name}.weight of {checkpoint.model} has {target.n} columns: another base?"
+                    f"{target.stored.name} of {checkpoint.model} has {target.n} columns: another base?"
                 )
         weights.append(Weight(target, tuple(items)))
     order = {id(source): number for number, source in enumerate(sources)}
@@ -185,6 +190,46 @@ def _weights(checkpoint: Checkpoint, sources: Sequence[Source]) -> tuple[tuple[W
         )
     )
     return tuple(weights), prefixes.pop() if len(prefixes) == 1 else ""
+
+
+def _modules(adapter: Adapter, matrices: Collection[str], live_names: LiveNames) -> dict[str, str | None]:
+    """The checkpoint's module that each trained module of an adapter is.
+
+    PEFT's adapters have the live model's names, which may be others than the checkpoint's.
+    """
+    matched = names.match([module.module for module in adapter.modules], matrices)
+    missing = [f"{path}.weight" for path, name in matched.items() if name is None]
+    if missing and adapter.provenance is None and live_names.classes:
+        found = live_names.stored(missing)
+        matched |= {path.removesuffix(".weight"): name.removesuffix(".weight") for path, name in found.items()}
+    return matched
+
+
+def _prefix(adapter: Adapter, matched: Mapping[str, str | None], live_names: LiveNames) -> str:
+    """What the live model's names have before the checkpoint's."""
+    own = adapter.provenance.live_prefix if adapter.provenance else live_names.prefix
+    return names.live_prefix(matched) if own is None else own
+
+
+def _classes(adapter: Adapter) -> list[str]:
+    """The class of the live model that PEFT trained, where it says it."""
+    mapping = adapter.config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return [named] if isinstance(named, str) else []
+
+
+def _by_stored_names(adapter: Adapter, shapes: Mapping[str, Sequence[int]], live_names: LiveNames) -> Adapter:
+    """The adapter with the checkpoint's names of what was trained as a whole, where a live model's are others."""
+    matched = names.match(adapter.replaced, shapes)
+    # what seems to be new may only be renamed, in a model that renames others
+    asked = live_names.prefix is not None
+    missing = [
+        name for name, found in matched.items() if found is None and (asked or not adapter.is_saved_module(name))
+    ]
+    if not missing or adapter.provenance is not None or not live_names.classes:
+        return adapter
+    stored = live_names.stored(missing)
+    return replace(adapter, replaced={stored.get(name, name): info for name, info in adapter.replaced.items()})
 
 
 def _unmatched(tensor: str, module: str, where: str, adapter: Adapter) -> InvalidInput:

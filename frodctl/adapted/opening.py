@@ -18,7 +18,7 @@ from frodctl.checkpoint import codec, names
 from frodctl.checkpoint.inputs import kind_of
 from frodctl.checkpoint.records import ADAPTER_FILES, MODEL_DTYPES, Location
 from frodctl.errors import FrodctlError, InvalidInput
-from frodctl.formats.adapter import Adapter, TrainedModule, base_scales_key, shared_keys
+from frodctl.formats.adapter import Adapter, Provenance, TrainedModule, base_scales_key, shared_keys
 from frodctl.formats.basis_file import BasisFile, BasisMetadata, ModuleRecord, open_basis
 from frodctl.formats.fields import is_alpha, is_seed
 from frodctl.values import PathLike
@@ -278,16 +278,17 @@ def own_basis(adapter: Adapter) -> BasisFile | None:
         sparsity={category: own.sparsity.get(category, 0.0) for category in adapter.categories},
         precision="auto",
         V_digests={category: own.V_digests[category] for category in adapter.categories},
-        modules=[_record(module, transposed) for module in adapter.modules],
+        modules=[_record(module, own, transposed) for module in adapter.modules],
         digests={name: own.digests[key] for name, key in aliases.items() if key in own.digests},
     )
     return BasisFile(path, metadata, codec.read_header(path), aliases)
 
 
-def _record(module: TrainedModule, transposed: bool) -> ModuleRecord:
+def _record(module: TrainedModule, own: Provenance, transposed: bool) -> ModuleRecord:
     assert module.checkpoint_path is not None
     assert module.digest is not None
-    shape = (module.n, 0) if transposed else (0, module.n)  # m is not recorded
+    known = own.shapes.get(module.checkpoint_path)
+    shape = tuple(known) if known else (module.n, 0) if transposed else (0, module.n)  # then m is not recorded
     layer = names.layer_index(module.checkpoint_path)
     return ModuleRecord(module.checkpoint_path, module.category, layer, shape, transposed, module.digest)
 

@@ -62,7 +62,7 @@ class Projections:
         for number, module in enumerate(source.adapter.modules):
             if module.category == category:  # PEFT keeps the last where a layer has several
                 target = targets[module.module]
-                weight = stream.read_tensor(self.checkpoint.root, target.tensor)
+                weight = stream.read_tensor(self.checkpoint.root, target.stored)
                 layer = names.layer_index(module.module)
                 W = weight.T if target.transposed else weight
                 layers[number if layer is None else layer] = to_torch(W.astype(np.float32))

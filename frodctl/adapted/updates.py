@@ -94,7 +94,7 @@ class WeightUpdates:
 
     def stored(self, weight: Weight, buffer: HostArray | None = None) -> HostArray:
         """The weight as the base stores it."""
-        return stream.read_tensor(self.root, weight.target.tensor, buffer=buffer)
+        return stream.read_tensor(self.root, weight.target.stored, buffer=buffer)
 
     def digest(self, task: Task) -> str:
         """Of the weight as it is stored: the recorded one, with which `read` has compared it, or one made now."""
@@ -119,7 +119,7 @@ class WeightUpdates:
         found = stream.digest(stored) if recorded else ""
         for where, digest in recorded:
             if digest != found:
-                info = weight.target.tensor
+                info = weight.target.stored
                 raise InvalidInput(
                     f"{self.root / info.file}: tensor {info.name} is not the one that {where} was made from (digests "
                     "differ); give that base"

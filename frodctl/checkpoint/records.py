@@ -63,13 +63,16 @@ class TensorInfo:
         return elements * codec.DTYPE_BITS[self.dtype] // 8
 
     def slice(self, index: int) -> TensorInfo:
-        """One slice of the first dimension."""
+        """One slice of the first dimension, as a tensor called ``name[index]``."""
         if self.stride is None:
             step, stride = prod(self.shape[1:]), None
         else:
             step, stride = self.stride[0], self.stride[1:]
         offset = self.offset + index * step * codec.DTYPE_BITS[self.dtype] // 8
-        return replace(self, shape=self.shape[1:], offset=offset, stride=stride)
+        data = None if self.data is None else self.data[index]
+        return replace(
+            self, name=f"{self.name}[{index}]", shape=self.shape[1:], offset=offset, stride=stride, data=data
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ class Shard:
 
     file: str
     specs: tuple[TensorSpec, ...]
+    sliced: frozenset[str] = frozenset()  #: tensors of which each slice of the first dimension is written by itself
 
     @property
     def header(self) -> bytes:
@@ -52,12 +53,31 @@ class Shard:
             position += spec.nbytes
         return places
 
+    def pieces(self) -> Iterator[tuple[TensorSpec, int]]:
+        """What is written at once, and where it begins: tensors, and slices called ``name[index]``."""
+        offsets = self.offsets()
+        for spec in self.specs:
+            for number, piece in enumerate(_slices(spec) if spec.name in self.sliced else [spec]):
+                yield piece, offsets[spec.name] + number * piece.nbytes
 
-def plan_shards(specs: Iterable[TensorSpec], max_bytes: int) -> tuple[Shard, ...]:
+
+def _slices(spec: TensorSpec) -> list[TensorSpec]:
+    """Of the first dimension."""
+    return [TensorSpec(f"{spec.name}[{index}]", spec.dtype, spec.shape[1:]) for index in range(spec.shape[0])]
+
+
+def plan_shards(
+    specs: Iterable[TensorSpec], max_bytes: int, sliced: Collection[str] = frozenset()
+) -> tuple[Shard, ...]:
     """Fill files with the tensors in the order given, none with more than ``max_bytes`` of tensors.
 
-    A tensor larger than that has a file to itself. The files are called as transformers calls them.
+    A tensor larger than that has a file to itself. The files are called as transformers calls them. Those that are
+    ``sliced`` are written slice by slice.
     """
+
+    def shard(file: str, group: Sequence[TensorSpec]) -> Shard:
+        return Shard(file, tuple(codec.layout(group)), frozenset(sliced) & {spec.name for spec in group})
+
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
@@ -67,11 +87,10 @@ def plan_shards(specs: Iterable[TensorSpec], max_bytes: int) -> tuple[Shard, ...
         groups[-1].append(spec)
         filled += spec.nbytes
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(codec.layout(groups[0]))),)
+        return (shard("model.safetensors", groups[0]),)
     count = len(groups)
     return tuple(
-        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(codec.layout(group)))
-        for number, group in enumerate(groups, 1)
+        shard(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)
     )
 
 
@@ -102,11 +121,7 @@ class ShardWriter:
     ) -> None:
         self.folder = folder
         self.shards = shards
-        self.places = {
-            name: (shard.file, offset, spec)
-            for shard in shards
-            for (name, offset), spec in zip(shard.offsets().items(), shard.specs, strict=True)
-        }
+        self.places = {spec.name: (shard.file, offset, spec) for shard in shards for spec, offset in shard.pieces()}
         self._handles: dict[str, int] = {}
         for shard in shards:
             handle = self._handles[shard.file] = os.open(folder / shard.file, _FLAGS, 0o666)
@@ -198,7 +213,7 @@ def verify(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str]) ->
         offsets = shard.offsets()
         if found != {spec.name: (spec, offsets[spec.name]) for spec in shard.specs}:
             raise FrodctlError(f"{shard.file}: the header read back is not the one written; check the disk")
-        places.update({name: (shard.file, offset, spec) for name, (spec, offset) in found.items()})
+        places.update({spec.name: (shard.file, offset, spec) for spec, offset in shard.pieces()})
     for name, digest in _digests(folder, places).items():
         if digests[name] != digest:
             raise FrodctlError(f"{places[name][0]}: tensor {name} reads back differently from what was written")

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 _PIECE = 1 << 18  # elements
 
 
-def read_tensor(
-    source: Source | Path, info: TensorInfo, index: int | None = None, buffer: HostArray | None = None
-) -> HostArray:
-    """Read one tensor, or slice ``index`` of its first dimension, in its stored dtype and shape.
+def read_tensor(source: Source | Path, info: TensorInfo, buffer: HostArray | None = None) -> HostArray:
+    """Read one tensor, or a slice of one (`TensorInfo.slice`), in its stored dtype and shape.
 
     ``source`` may be the folder of its file. The bytes go to the beginning of ``buffer`` (uint8) if one is given, else
     to fresh memory. The result is contiguous (except where a pickled tensor was stored with other strides) and aligned
@@ -39,10 +37,7 @@ def read_tensor(
         There is no memory for it.
     """
     if info.data is not None:
-        whole: HostArray = info.data
-        return whole if index is None else whole[index]
-    if index is not None:
-        info = info.slice(index)
+        return info.data
     if isinstance(source, Path):
         source = Folder(source)
     nbytes = info.nbytes

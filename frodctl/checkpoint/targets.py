@@ -71,6 +71,11 @@ class Target:
         return self.shape[0] if self.transposed else self.shape[1]
 
     @property
+    def stored(self) -> TensorInfo:
+        """The tensor that holds it and nothing else: the slice, of a fused one."""
+        return self.tensor if self.index is None else self.tensor.slice(self.index)
+
+    @property
     def named_conv1d(self) -> bool:
         """Whether it is called as transformers calls its transposed layers."""
         return self.module.rsplit(".", 1)[-1] in CONV1D_NAMES
@@ -78,7 +83,7 @@ class Target:
     @property
     def nbytes(self) -> int:
         """Bytes it takes in its file."""
-        return self.tensor.nbytes if self.index is None else self.tensor.slice(self.index).nbytes
+        return self.stored.nbytes
 
     @property
     def layer(self) -> int | None:
@@ -146,18 +151,30 @@ def select(
     return Selection(tuple(targets), tuple(left_out))
 
 
-def linear_layer(info: TensorInfo, checkpoint: Checkpoint) -> Target:
-    """The tensor as the weight of a linear layer.
+def linear_layers(checkpoint: Checkpoint) -> dict[str, tuple[TensorInfo, int | None]]:
+    """What may be the weight of a linear layer, or of one of several experts, by its module: the tensor, and which."""
+    found: dict[str, tuple[TensorInfo, int | None]] = {}
+    for name, info in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        if is_fused_experts(info):
+            found |= {f"{module}[{index}]": (info, index) for index in range(info.shape[0])}
+        elif name.endswith(".weight"):
+            found[module] = info, None
+    return found
+
+
+def linear_layer(info: TensorInfo, index: int | None, checkpoint: Checkpoint) -> Target:
+    """The tensor, or one that it stacks, as the weight of a linear layer.
 
     Raises
     ------
     InvalidInput
         It is no floating-point matrix.
     """
-    if len(info.shape) != 2 or info.dtype not in FLOAT_DTYPES:
+    if len(info.shape) != (2 if index is None else 3) or info.dtype not in FLOAT_DTYPES:
         what = f"{info.dtype} {list(info.shape)}"
         raise InvalidInput(f"{checkpoint.model}: tensor {info.name} is {what}, not the weight of a linear layer")
-    return _targets(info, checkpoint)[0]
+    return _targets(info, checkpoint)[index or 0]
 
 
 def is_fused_experts(info: TensorInfo) -> bool:

@@ -60,6 +60,9 @@ class Provenance:
     dtype: Mapping[str, str]  #: by category, of V and V⁻ᵀ in training (the safetensors format's name), if not as stored
     head: Mapping[str, Json] = field(default_factory=dict)  #: the class that has it, and its labels, as a config.json
     basis_file: str | None = None  #: where it was, seen from the adapter's folder, or its name alone
+    #: modules and tensors have the checkpoint's names, and the live model has this before them; None: they have its own
+    live_prefix: str | None = None
+    shapes: Mapping[str, Json] = field(default_factory=dict)  #: then, of the weights as the checkpoint stores them
     digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
     version: int = VERSION
 
@@ -69,7 +72,8 @@ class Provenance:
         try:
             check_version(value.get("version", 1), VERSION, f"{where}: adapter")
             maps: dict[str, Json] = {name: dict(value.get(_key(name)) or {}) for name in _MAPPINGS}
-            found = cls(form=value["form"], seed=value.get("seed"), basis_file=value.get("basis_file"), **maps)
+            texts: dict[str, Json] = {name: value.get(name) for name in ("basis_file", "live_prefix")}
+            found = cls(form=value["form"], seed=value.get("seed"), **texts, **maps)
         except (TypeError, KeyError, ValueError, AttributeError):
             raise InvalidInput(f"{where}: damaged frodctl object") from None
         for key, holds in found._fields_hold():
@@ -87,12 +91,14 @@ class Provenance:
     def _fields_hold(self) -> Iterator[tuple[str, bool]]:
         yield "form", self.form in ("delta", "reconstruct")
         yield "seed", self.seed is None or is_seed(self.seed)
-        yield "basis_file", self.basis_file is None or isinstance(self.basis_file, str)
+        for name in ("basis_file", "live_prefix"):
+            yield name, isinstance(getattr(self, name), str | None)
         for name in ("V_digests", "base_digests", "categories", "pattern", "digests"):
             yield _key(name), is_text_map(getattr(self, name))
         yield "dtype", all(name in FLOAT_DTYPES for name in self.dtype.values())
         yield "sparsity", all(is_rate(rate) for rate in self.sparsity.values())
         yield "head", _is_head(self.head)
+        yield "shapes", all(map(_is_shape, self.shapes.values()))
 
 
 def _key(field: str) -> str:
@@ -110,7 +116,11 @@ LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 #: What a config.json, and so `Provenance.head`, says of a head's labels.
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 #: Those fields of `Provenance` that are JSON objects.
-_MAPPINGS = ("V_digests", "base_digests", "sparsity", "categories", "pattern", "dtype", "head", "digests")
+_MAPPINGS = ("V_digests", "base_digests", "sparsity", "categories", "pattern", "dtype", "head", "digests", "shapes")
+
+
+def _is_shape(shape: Json) -> bool:
+    return isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
 
 
 def _is_head(head: Mapping[str, Json]) -> bool:

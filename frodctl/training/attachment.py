@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,28 +15,29 @@ from torch import Tensor, nn
 
 from frodctl import values
 from frodctl.adapted import opening
+from frodctl.adapted.conversion import Place
 from frodctl.adapted.positions import drawn
 from frodctl.arrays import to_torch
-from frodctl.checkpoint.requests import comma_hint, module_matcher
-from frodctl.checkpoint.targets import DEFAULT_TARGETS
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
-from frodctl.training import trainer
+from frodctl.training import stacks, trainer
 from frodctl.training.attached import (
     Attached,
     Attachment,
     added_prefixes,
     attachment_of,
+    every_update,
     forget,
     frod_layers,
     keep,
-    live_paths,
     require_attachment,
     require_module,
     saved_modules,
-    updates_of,
 )
-from frodctl.training.check import check_gradient, check_layer
+from frodctl.training.check import Held, check_gradient, check_layer
+from frodctl.training.choice import choose
+from frodctl.training.experts import ExpertsUpdate, FrodExperts, Part, Stacks
+from frodctl.training.fused import FusedFrodLinear, Parts, changes
 from frodctl.training.layer import (
     Basis,
     FrodLinear,
@@ -45,8 +47,10 @@ from frodctl.training.layer import (
     holds_matrix,
     in_features,
     is_dense,
+    is_transposed,
     multiplies,
 )
+from frodctl.training.located import as_stored
 from frodctl.training.reads import weight_uses
 
 if TYPE_CHECKING:
@@ -57,7 +61,6 @@ _HEADS = ("classifier", "score", "qa_outputs")
 _WITH_A_NEW_HEAD = re.compile(r"For(Sequence|Token|Image|Audio)Classification$|ForQuestionAnswering$")
 
 Model = TypeVar("Model", bound=nn.Module)
-_NAME = re.compile(r"[\w.\-]+")
 
 
 def attach(
@@ -71,6 +74,7 @@ def attach(
     modules_to_save: values.Names = (),
     dropout: values.Number = 0.0,
     adapter_name: str = "default",
+    only_available: bool = False,
 ) -> Model:
     """Make a model trainable at full rank with few numbers: y = W (x + D diag(λ)⁻¹ (S + diag(λ' − λ)) Vᵀ x).
 
@@ -103,6 +107,8 @@ def attach(
         Probability with which an element of a correction's input is dropped in training.
     adapter_name : str
         Attaching again under another name adds a second adapter and makes it the active one.
+    only_available : bool
+        Train what can be trained of what is asked for, and warn of the rest, instead of refusing all of it.
 
     Returns
     -------
@@ -125,13 +131,33 @@ def attach(
     opened = opening.opened(basis)
     if note := opening.without_digests(opened):
         warnings.warn(note, stacklevel=2)
-    chosen = choose(model, opened, target_modules, exclude_modules)
-    seed, rates, indices = _patterns(opened, {r.category for r in chosen.values()}, sparsity, seed)
+    only_available = values.flag(only_available, "only_available")
+    chosen = choose(model, opened, target_modules, exclude_modules, only_available=only_available)
+    seed, rates, indices = _patterns(opened, {r.category for r in chosen.modules.values()}, sparsity, seed)
     saved = values.names(modules_to_save, "modules_to_save")
-    attached = Attached(opened, chosen, rates, seed, saved, checked_dropout(dropout))
+    attached = Attached(
+        basis=opened,
+        modules=chosen.modules,
+        places=chosen.places,
+        sparsity=rates,
+        seed=seed,
+        modules_to_save=saved,
+        dropout=checked_dropout(dropout),
+        live_prefix=chosen.live_prefix,
+    )
     install(model, attached, indices, adapter_name)
+    _warn_of_what_is_left_out(chosen.left_out)
     _warn_of_a_frozen_head(model, saved)
     return model
+
+
+def _warn_of_what_is_left_out(left_out: Mapping[str, str]) -> None:
+    """Say which modules are not trained, grouped by why not."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, modules in by_reason.items():
+        warnings.warn(f"left out: {', '.join(modules)}: {reason}", stacklevel=3)
 
 
 def _warn_of_a_frozen_head(model: nn.Module, saved: tuple[str, ...]) -> None:
@@ -150,8 +176,9 @@ def install(model: Model, attached: Attached, indices: Mapping[str, HostArray], 
     attachment = attachment_of(model)
     if checked_name(adapter_name) in (attachment.adapters if attachment else ()):
         raise UsageError(f"an adapter called {adapter_name} is attached already; give another `adapter_name`")
-    gives_weight = _check_uses(model, attached.modules)
-    layers = _layers(model, attached, indices)
+    gives_weight = _check_uses(model, attached)
+    bases = _Bases(model, attached, indices)
+    layers = _by_path(model, attached, _updates(model, attached, bases)) | _stacks(model, attached, bases)
     saved = _saved_modules(model, attached)
     if attachment is None:
         attachment = Attachment(frozenset(n for n, p in model.named_parameters() if p.requires_grad))
@@ -160,7 +187,7 @@ def install(model: Model, attached: Attached, indices: Mapping[str, HostArray], 
     for path, update in layers.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, FrodLinear):
-            layer = _replace(model, path, FrodLinear(layer, gives_weight[path]))
+            layer = _replace(model, path, _kind(update)(layer, gives_weight.get(path, True)))
         layer.adapters[adapter_name] = update
     for path in saved:
         module = model.get_submodule(path)
@@ -171,6 +198,13 @@ def install(model: Model, attached: Attached, indices: Mapping[str, HostArray], 
     trainer.leave_buffers_to_each_process(model)
     set_adapter(model, adapter_name)
     return model
+
+
+def _kind(update: Update | Parts | Stacks) -> type[FrodLinear]:
+    """The layer that is trained so."""
+    if isinstance(update, Stacks):
+        return FrodExperts
+    return FusedFrodLinear if isinstance(update, Parts) else FrodLinear
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -194,7 +228,7 @@ def set_scale(model: nn.Module, scale: values.Number) -> None:
     """Apply s times what the active adapter changes: W + s (W' − W). Modules trained as a whole are not scaled."""
     attachment = require_attachment(model)
     factor = values.share(scale, "scale")
-    for update in updates_of(model, attachment.active).values():
+    for update in every_update(model, attachment.active):
         update.scale = factor
 
 
@@ -240,9 +274,11 @@ def merge_(model: Model) -> Model:
         merge the saved adapter into the checkpoint instead (`frodctl.merge`). Nothing is changed then.
     """
     attachment = require_attachment(model)
-    layers = updates_of(model, attachment.active)
-    for path in layers:
-        base = _base_layer(model, path)
+    layers = {path: layer for path, layer in frod_layers(model).items() if attachment.active in layer.adapters}
+    for path, layer in layers.items():
+        base = layer.base_layer
+        if isinstance(layer, FrodExperts):
+            continue
         if not holds_matrix(base):
             raise UsageError(f"{path}: not a floating-point weight; merge the saved adapter instead (frodctl merge)")
         if not multiplies(base):
@@ -250,14 +286,21 @@ def merge_(model: Model) -> Model:
             raise UsageError(
                 f"{path}: {kind} does not compute W x + b; merge the saved adapter instead (frodctl merge)"
             )
-    for path, update in layers.items():
-        base = _base_layer(model, path)
-        if update.scale and (update.delta.any() or update.values.any()):
-            weight: Any = base.weight
-            weight.copy_(update.merged_weight(base))
+    for layer in layers.values():
+        if isinstance(layer, FrodExperts):
+            layer.merge_()
+        elif isinstance(layer, FusedFrodLinear):
+            _copy(layer.base_layer, layer.merged_weight(attachment.active))
+        elif (update := layer.update(attachment.active)) and changes(update):
+            _copy(layer.base_layer, update.merged_weight(layer.base_layer))
     for module in saved_modules(model).values():
         module.original_module = module.chosen()
     return detach(model)
+
+
+def _copy(base: nn.Module, merged: torch.Tensor) -> None:
+    weight: Any = base.weight
+    weight.copy_(merged)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -283,71 +326,6 @@ def _replace(model: nn.Module, path: str, module: Any) -> Any:
 def _base_layer(model: nn.Module, path: str) -> nn.Module:
     found = model.get_submodule(path)
     return found.base_layer if isinstance(found, FrodLinear) else found
-
-
-def choose(
-    model: nn.Module,
-    opened: BasisFile,
-    target_modules: values.Names | None,
-    exclude_modules: values.Names | None = None,
-) -> dict[str, ModuleRecord]:
-    """The modules to train, by path in the model."""
-    records = {record.name: record for record in opened.metadata.modules}
-    live = live_paths(model, records)
-
-    def matching(given: values.Names, parameter: str) -> set[str]:
-        found: set[str] = set()
-        for part, matches in _tests(given, parameter, model):
-            fits = {n for n in records if matches(re.sub(r"\[\d+\]$", "", n)) or matches(live.get(n, n))}
-            said = filter(None, (f"matches no module of {opened.path}", comma_hint(part)))
-            values.require(bool(fits), parameter, part, "; ".join(said))
-            found |= fits
-        return found
-
-    wanted = set(records) if target_modules is None else matching(target_modules, "target_modules")
-    if exclude_modules is not None:
-        wanted -= matching(exclude_modules, "exclude_modules")
-    if not wanted:
-        raise UsageError("`target_modules`, `exclude_modules`: no module is left to train")
-    for name in (name for name in records if name in wanted):
-        if name.endswith("]"):
-            raise InvalidInput(
-                f"{name}: a slice of fused experts, which is no module of its own; leave it out with `exclude_modules`"
-            )
-        if name not in live:
-            raise InvalidInput(
-                f"{name}: {type(model).__name__} has no such module, or several; leave it out with `exclude_modules`, "
-                f"or give the basis of this model instead of {opened.path}"
-            )
-    return {live[name]: record for name, record in records.items() if name in wanted}
-
-
-def _tests(given: values.Names, parameter: str, model: nn.Module) -> list[tuple[str, Callable[[str], bool]]]:
-    """What is asked for, part by part, each with its test for a module's path."""
-    if isinstance(given, str):
-        text = values.text(given, parameter).strip()
-        if text == "all-linear":
-            return [(text, lambda path: True)]
-        if text == "default":
-            return [(text, module_matcher(_default_targets(model, parameter)))]
-        split = [part.strip() for part in text.split(",")]
-        parts = split if all(map(_NAME.fullmatch, split)) else [text]
-    else:
-        parts = list(values.names(given, parameter))
-        values.require(bool(parts), parameter, given, "names no module")
-    try:
-        return [(part, module_matcher(part)) for part in parts]
-    except UsageError as error:
-        raise UsageError(f"`{parameter}`: {error}") from None
-
-
-def _default_targets(model: nn.Module, parameter: str) -> str:
-    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    if model_type not in DEFAULT_TARGETS:
-        raise UsageError(
-            f"`{parameter}` default: there is none for model type {model_type!r}; say all-linear, or names of modules"
-        )
-    return DEFAULT_TARGETS[model_type]
 
 
 def _patterns(
@@ -388,10 +366,10 @@ def checked_dropout(dropout: object) -> float:
     return found
 
 
-def _check_uses(model: nn.Module, modules: Mapping[str, object]) -> dict[str, bool]:
+def _check_uses(model: nn.Module, attached: Attached) -> dict[str, bool]:
     """By path whether the layer's weight must be W': not where the model asks for its dtype, device or shape alone."""
     gives = {}
-    for path in modules:
+    for path in (p.path for places in attached.places.values() for p in places if p.expert is None):
         uses = weight_uses(model, path)
         gives[path] = "values" in uses or "description" not in uses
         if "values" in uses and "layer" not in uses and not holds_matrix(_base_layer(model, path)):
@@ -403,42 +381,162 @@ def _check_uses(model: nn.Module, modules: Mapping[str, object]) -> dict[str, bo
     return gives
 
 
-def _layers(model: nn.Module, attached: Attached, indices: Mapping[str, HostArray]) -> dict[str, Update]:
-    """An update for each module, its base checked; V and D are taken from the model where it has them already."""
+def _updates(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, Update]:
+    """An update for each weight that layers of its own hold, which are checked."""
     opened = attached.basis
-    held = {(b.digest, b.V.dtype, b.V.device): b for b in model.modules() if isinstance(b, Basis)}
-    counts: dict[str, int] = {}
-    for record in opened.metadata.modules:
-        counts[record.category] = counts.get(record.category, 0) + 1
-    shared: dict[tuple[object, ...], tuple[Basis, Pattern]] = {}
+    scales = _Scales(opened)
     uses = _uses(model)
     updates = {}
-    for path, record in attached.modules.items():
-        base, category = _base_layer(model, path), record.category
-        _check_module(model, path, base, opened.width(category), uses)
-        dtype, device = _placement(model, base, path)
-        key = category, dtype, device
-        if key not in shared:
-            recorded = attached.V_digests[category]
-            basis = held.get((recorded, dtype, device))
-            if basis is None:
-                V = opened.tensor(f"V.{category}")
-                basis = Basis(V, category, recorded, counts[category], dtype, device)
-            shared[key] = basis, Pattern(indices[category], basis.n, device)
-        basis, pattern = shared[key]
-        updates[path] = Update(basis, pattern, to_torch(opened.tensor(f"lambda.{record.name}")), attached.dropout)
-        given, mode = _input_dtype(model, base), base.training
-        try:
-            base.train()  # in evaluation some quantized layers repack their weights for good
-            check_layer(base, basis, updates[path].base_scales, record, given, path, str(opened.path))
-            if not is_dense(base):
-                check_gradient(base, basis.n, given, device, path)
-        finally:
-            base.train(mode)
+    for module, record in attached.modules.items():
+        category, places = record.category, attached.places[module]
+        if places[0].expert is not None:
+            continue
+        layers = [Held(_base_layer(model, place.path), place) for place in places]
+        for layer in layers:
+            _check_module(layer.place.path, layer.base, opened.width(category), uses)
+        dtype, device = _placement(model, layers)
+        basis, pattern = bases.of(category, dtype, device)
+        updates[module] = Update(basis, pattern, scales.of(record), attached.dropout)
+        alike = scales.of_category(category, device) if attached.live_prefix is not None else None
+        with _training(layers):
+            _check_layers(model, layers, updates[module], record, str(opened.path), alike)
     return updates
 
 
-def _check_module(model: nn.Module, path: str, base: nn.Module, n: int, uses: Mapping[int, int]) -> None:
+def _stacks(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, Stacks]:
+    """What is trained of each layer of stacked experts, by its path; every expert's weight is checked."""
+    opened = attached.basis
+    scales = _Scales(opened)
+
+    def make(base: nn.Module, part: Part, records: Sequence[ModuleRecord]) -> ExpertsUpdate:
+        category = records[0].category
+        layers = stacks.layers_of(base, part)
+        weight: Tensor = layers[0].weight
+        if weight.shape[1] != opened.width(category):
+            raise InvalidInput(
+                f"{records[0].name}: takes {weight.shape[1]} features here, but its basis is of width "
+                f"{opened.width(category)}: another model"
+            )
+        dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        basis, pattern = bases.of(category, dtype, weight.device)
+        update = ExpertsUpdate(basis, pattern, torch.stack(list(map(scales.of, records))), attached.dropout)
+        alike = scales.of_category(category, weight.device)
+        for layer, record, own in zip(layers, records, update.base_scales, strict=True):
+            held = [Held(layer, Place(f"{record.name}.weight"))]
+            check_layer(held, basis, own, record, weight.dtype, str(opened.path), alike)
+        return update
+
+    held = {m: (record, attached.places[m][0]) for m, record in attached.modules.items()}
+    return stacks.trained(model, {m: found for m, found in held.items() if found[1].expert is not None}, make)
+
+
+class _Bases:
+    """V, D and positions of each category, made once, or taken from the model where it has them already."""
+
+    def __init__(self, model: nn.Module, attached: Attached, indices: Mapping[str, HostArray]) -> None:
+        self.attached, self.indices = attached, indices
+        self._there = {(b.digest, b.V.dtype, b.V.device): b for b in model.modules() if isinstance(b, Basis)}
+        self._made: dict[tuple[object, ...], tuple[Basis, Pattern]] = {}
+
+    def of(self, category: str, dtype: torch.dtype, device: torch.device) -> tuple[Basis, Pattern]:
+        key = category, dtype, device
+        if key not in self._made:
+            recorded, opened = self.attached.V_digests[category], self.attached.basis
+            basis = self._there.get((recorded, dtype, device))
+            if basis is None:
+                layers = sum(record.category == category for record in opened.metadata.modules)
+                basis = Basis(opened.tensor(f"V.{category}"), category, recorded, layers, dtype, device)
+            self._made[key] = basis, Pattern(self.indices[category], basis.n, device)
+        return self._made[key]
+
+
+class _Scales:
+    """λ of a basis, each read once."""
+
+    def __init__(self, opened: BasisFile) -> None:
+        self.opened = opened
+        self._read: dict[str, Tensor] = {}
+        self._together: dict[tuple[str, torch.device], Tensor] = {}
+
+    def of(self, record: ModuleRecord) -> Tensor:
+        if record.name not in self._read:
+            self._read[record.name] = to_torch(self.opened.tensor(f"lambda.{record.name}"))
+        return self._read[record.name]
+
+    def of_category(self, category: str, device: torch.device) -> Tensor:
+        """Of all weights of a category, (N, n)."""
+        if (category, device) not in self._together:
+            of_all = [self.of(record) for record in self.opened.metadata.modules if record.category == category]
+            self._together[category, device] = torch.stack(of_all).to(device)
+        return self._together[category, device]
+
+
+@contextmanager
+def _training(layers: Sequence[Held]) -> Iterator[None]:
+    """Layers in training: in evaluation some quantized ones repack their weights for good."""
+    modes = [layer.base.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.base.train()
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.base.train(mode)
+
+
+def _check_layers(
+    model: nn.Module,
+    layers: Sequence[Held],
+    update: Update,
+    record: ModuleRecord,
+    where: str,
+    alike: Tensor | None,
+) -> None:
+    """See that these layers hold the recorded weight, and pass gradients."""
+    given = _input_dtype(model, layers[0].base)
+    device = update.basis.V.device
+    check_layer(layers, update.basis, update.base_scales, record, given, where, alike)
+    for layer in layers:
+        if not is_dense(layer.base):
+            check_gradient(layer.base, update.basis.n, given, device, layer.place.path)
+
+
+def _by_path(model: nn.Module, attached: Attached, updates: Mapping[str, Update]) -> dict[str, Update | Parts | Stacks]:
+    """What is trained of each layer: an update of its weight, or one for each of several parts."""
+    held: dict[str, list[tuple[Place, str]]] = {}
+    for module in updates:
+        for place in attached.places[module]:
+            held.setdefault(place.path, []).append((place, module))
+    found: dict[str, Update | Parts | Stacks] = {}
+    for path, parts in held.items():
+        parts.sort(key=lambda part: part[0].rows or (0, 0))
+        rows = [place.rows for place, _ in parts if place.rows is not None]
+        overlap = any(stop > start for (_, stop), (start, _) in itertools.pairwise(rows))
+        if overlap or (len(rows) < len(parts) and len(parts) > 1):
+            raise InvalidInput(
+                f"{parts[0][1]} and {parts[1][1]} are both {path} here; leave one out (`exclude_modules`)"
+            )
+        there = model.get_submodule(path)
+        if isinstance(there, FrodLinear) and isinstance(there, FusedFrodLinear) != bool(rows):
+            raise InvalidInput(
+                f"{path}: one adapter trains it whole, and one in parts; they need bases of one checkpoint"
+            )
+        if rows and is_transposed(_base_layer(model, path)):
+            raise InvalidInput(f"{path}: holds several weights side by side, which are not trained yet")
+        own = [_for_place(updates[module], place, attached.places[module]) for place, module in parts]
+        found[path] = Parts(own, rows) if rows else own[0]
+    return found
+
+
+def _for_place(update: Update, place: Place, places: Sequence[Place]) -> Update:
+    """The update of a weight as one of its places has it: with the same trained numbers, and what it keeps its own."""
+    if place is places[0]:
+        return update
+    shared = (update.basis, update.pattern, update.delta, update.values)
+    return copy.deepcopy(update, {id(one): one for one in shared})
+
+
+def _check_module(path: str, base: nn.Module, n: int, uses: Mapping[int, int]) -> None:
     found = in_features(base)
     if found not in (None, n):
         raise InvalidInput(f"{path}: takes {found} features, but its basis is of width {n}: another model")
@@ -469,10 +567,13 @@ def _input_dtype(model: nn.Module, base: nn.Module) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def _placement(model: nn.Module, base: nn.Module, path: str) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of the layer's V and D."""
-    dtype = _input_dtype(model, base)
-    tensor = next(iter([*base.parameters(), *base.buffers(), *model.parameters()]))
+def _placement(model: nn.Module, layers: Sequence[Held]) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of the layers' V and D."""
+    path, dtype = layers[0].place.path, _input_dtype(model, layers[0].base)
+    tensors = [next(iter([*one.base.parameters(), *one.base.buffers(), *model.parameters()])) for one in layers]
+    tensor = tensors[0]
+    if any(other.device != tensor.device for other in tensors):
+        raise InvalidInput(f"{path}: has rows of a weight whose other rows are on another device; keep them together")
     if tensor.device.type == "meta":
         raise InvalidInput(f"{path}: has no weights yet (meta device); load the model first")
     return torch.float32 if dtype == torch.float16 else dtype, tensor.device
@@ -499,5 +600,19 @@ def _saved_modules(model: nn.Module, attached: Attached) -> list[str]:
                 raise UsageError(f"`modules_to_save` {name}: {path} is tied to another module; untie it first")
             if any(not p.is_floating_point() for p in original.parameters()):
                 raise UsageError(f"`modules_to_save` {name}: {path} is quantized and cannot be trained")
+            if attached.live_prefix is not None:
+                _check_is_stored(model, name, path, original)
         found += paths
     return found
+
+
+def _check_is_stored(model: nn.Module, name: str, path: str, module: nn.Module) -> None:
+    """`UsageError` where a checkpoint, whose names the adapter has, calls a module to save otherwise, or divides it."""
+    tensors = {f"{path}.{key}": tensor for key, tensor in module.state_dict().items()}
+    stored = as_stored(model, tensors)
+    same = sorted(tuple(tensor.shape) for tensor in stored.values()) == sorted(tuple(t.shape) for t in tensors.values())
+    if not same or any(f".{name}." not in f".{key}" for key in stored):
+        raise UsageError(
+            f"`modules_to_save` {name}: {path} of the live model cannot be saved as a checkpoint has it, "
+            f"{next(iter(stored))}"
+        )

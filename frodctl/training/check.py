@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from frodctl.adapted.conversion import Place
 from frodctl.arrays import DTYPES, from_torch
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.stream import digest
@@ -50,9 +53,23 @@ def check_gradient(base: nn.Module, n: int, dtype: torch.dtype, device: torch.de
         )
 
 
+@dataclass(frozen=True)
+class Held:
+    """A live layer that holds a weight, or rows of it."""
+
+    base: nn.Module  #: computes W x + b
+    place: Place
+
+
 @torch.no_grad()
 def check_layer(
-    base: nn.Module, basis: Basis, scales: Tensor, record: ModuleRecord, dtype: torch.dtype, path: str, where: str
+    held: Sequence[Held],
+    basis: Basis,
+    scales: Tensor,
+    record: ModuleRecord,
+    dtype: torch.dtype,
+    where: str,
+    alike: Tensor | None = None,
 ) -> None:
     """Compare ‖W D[:, k]‖ with λ_k on a few columns k; where they differ, find out whether that is rounding.
 
@@ -65,43 +82,46 @@ def check_layer(
 
     Parameters
     ----------
-    base : Module
-        Computes W x + b.
+    held : sequence of Held
+        The layers that have W, or rows of it, all of them together.
     basis : Basis
     scales : Tensor, (n,)
-        λ of the layer.
+        λ of the weight.
     record : ModuleRecord
-        What the basis file says of the layer.
+        What the basis file says of the weight.
     dtype : torch.dtype
-        Of the layer's input.
-    path, where : str
-        The layer's path and the basis file, for the message.
+        Of the layers' input.
+    where : str
+        The basis file, for the message.
+    alike : Tensor, (N, n), optional
+        λ of all of the category's weights: norms that agree with several of them settle nothing, and the digest must.
 
     Raises
     ------
     InvalidInput
         They differ by more than rounding or quantization explains.
     """
-    weight: Any = getattr(base, "weight", None)
-    held = weight.dtype if type(weight) is nn.Parameter and weight.dtype in _TOLERANCE else None
-    allowed = _TOLERANCE[held]
-    error = _error(base, basis, scales, _columns(scales, basis.D.abs().amax(dim=0)), dtype)
+    weight: Any = getattr(held[0].base, "weight", None)
+    kept = weight.dtype if type(weight) is nn.Parameter and weight.dtype in _TOLERANCE else None
+    allowed = _TOLERANCE[kept]
+    chosen = _columns(scales, basis.D.abs().amax(dim=0))
+    norms = _norms(held, basis, chosen, dtype)
+    error = float(_error(norms, scales[chosen]))
     if error <= allowed:
+        several = alike is not None and int((_error(norms, alike[:, chosen]) <= allowed).sum()) > 1
+        if several and kept is not None and _is_recorded(held, record) is False:
+            raise _another(held, where, "its scales are, but its bytes are not")
         return
     spread = _spread(basis, scales)
     chosen = _columns(scales, spread)
     ratio = float((spread[chosen] / scales[chosen]).nan_to_num(0).double().square().mean().sqrt())
-    recorded = _is_recorded(weight, record) if held is not None and holds_matrix(base) else None
+    recorded = _is_recorded(held, record) if kept is not None else None
     if recorded is None:
-        error = _error(base, basis, scales, chosen, dtype)
-        noise = ratio * (_QUANTIZATION if held is None else torch.finfo(held).eps / 2)
+        error = float(_error(_norms(held, basis, chosen, dtype), scales[chosen]))
+        noise = ratio * (_QUANTIZATION if kept is None else torch.finfo(kept).eps / 2)
         allowed = max(allowed, _tolerance(noise, record))
     if not (recorded or error <= allowed):
-        found = f"{error:.1e} relative, {allowed:.0e} allowed"
-        raise InvalidInput(
-            f"{path}: its weight is not the one that {where} was made from (scales differ by {found}); "
-            "give the basis of this model, or load the model that the basis names"
-        )
+        raise _another(held, where, f"scales differ by {error:.1e} relative, {allowed:.0e} allowed")
     if ratio * torch.finfo(basis.D.dtype).eps / 2 > 1:
         kind = str(basis.D.dtype).removeprefix("torch.")
         warnings.warn(
@@ -111,6 +131,13 @@ def check_layer(
         )
 
 
+def _another(held: Sequence[Held], where: str, found: str) -> InvalidInput:
+    return InvalidInput(
+        f"{held[0].place.path}: its weight is not the one that {where} was made from ({found}); "
+        "give the basis of this model, or load the model that the basis names"
+    )
+
+
 def _columns(scales: Tensor, spread: Tensor) -> Tensor:
     """The k where λ_k is largest beside what rounding makes of ‖W D[:, k]‖."""
     gain = torch.where(scales > 0, scales / spread.to(scales), 0)
@@ -118,14 +145,23 @@ def _columns(scales: Tensor, spread: Tensor) -> Tensor:
     return torch.topk(gain, min(_COLUMNS, count)).indices
 
 
-def _error(base: nn.Module, basis: Basis, scales: Tensor, chosen: Tensor, dtype: torch.dtype) -> float:
-    """(‖W D[:, k]‖ − λ_k)/λ_k over the chosen k, root mean square."""
-    wide = _wide(basis.D.device)
-    columns = basis.D[:, chosen].T.to(wide)
-    products = _dense_products(base, columns) if is_dense(base) else _layer_products(base, columns, dtype)
-    norms, expected = torch.linalg.vector_norm(products, dim=1), scales[chosen].to(wide)
+def _norms(held: Sequence[Held], basis: Basis, chosen: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖W D[:, k]‖ for the chosen k."""
+    columns = basis.D[:, chosen].T.to(_wide(basis.D.device))
+    parts = []
+    for layer in held:
+        base, rows = layer.base, slice(*(layer.place.rows or (None,)))
+        products = _dense_products(base, columns) if is_dense(base) else _layer_products(base, columns, dtype)
+        parts.append(products[:, rows])
+    norms: Tensor = torch.linalg.vector_norm(torch.cat(parts, dim=1), dim=1)
+    return norms
+
+
+def _error(norms: Tensor, expected: Tensor) -> Tensor:
+    """(‖W D[:, k]‖ − λ_k)/λ_k, root mean square over k, the last dimension of ``expected``."""
+    expected = expected.to(norms)
     differences = torch.where(norms == expected, 0, norms - expected) / expected
-    return float(differences.nan_to_num(nan=0, posinf=math.inf).square().mean().sqrt())
+    return differences.nan_to_num(nan=0, posinf=math.inf).square().mean(dim=-1).sqrt()
 
 
 def _dense_products(base: nn.Module, columns: Tensor) -> Tensor:
@@ -145,14 +181,41 @@ def _layer_products(base: nn.Module, columns: Tensor, dtype: torch.dtype) -> Ten
     return (outputs[:-1] - outputs[-1]) / factors
 
 
-def _is_recorded(weight: Tensor, record: ModuleRecord) -> bool | None:
-    """Whether a weight's bytes have the recorded digest; None where rounding to fewer bits may be why they do not."""
+def _is_recorded(held: Sequence[Held], record: ModuleRecord) -> bool | None:
+    """Whether a weight's bytes have the recorded digest; None where rounding to fewer bits may be why they do not, or
+    not all of the bytes are at hand.
+    """
+    weight = _together(held, record)
+    if weight is None:
+        return None
     for name in FLOAT_DTYPES if record.dtype is None else (record.dtype,):
         cast = weight.detach().cpu().to(getattr(torch, DTYPES[name].name))
         if any(digest(from_torch(ordered.contiguous())) == record.digest for ordered in (cast, cast.T)):
             return True
     has_all_bits = record.dtype is not None and torch.promote_types(weight.dtype, cast.dtype) == weight.dtype
     return False if has_all_bits else None
+
+
+def _matrix(base: nn.Module) -> Tensor:
+    W: Tensor = base.weight  # type: ignore[assignment]
+    return W
+
+
+def _together(held: Sequence[Held], record: ModuleRecord) -> Tensor | None:
+    """The weight, its rows as the checkpoint has them; None where a layer does not hold a matrix."""
+    matrices = [_matrix(layer.base) for layer in held if holds_matrix(layer.base)]
+    places = [layer.place for layer in held]
+    if len(matrices) < len(held):
+        return None
+    if all(place.rows is None and place.taken is None for place in places):
+        return matrices[0] if len(held) == 1 else None
+    whole = matrices[0].new_empty(record.shape)
+    filled = 0
+    for W, place in zip(matrices, places, strict=True):
+        part = W[slice(*(place.rows or (None,)))]
+        whole[slice(None) if place.taken is None else torch.from_numpy(place.taken).to(W.device)] = part
+        filled += len(part)
+    return whole if filled == len(whole) else None
 
 
 def _spread(basis: Basis, scales: Tensor) -> Tensor:

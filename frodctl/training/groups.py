@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from frodctl import values
-from frodctl.training.attached import require_attachment, updates_of
+from frodctl.training.attached import every_update, require_attachment
 
 
 def parameter_groups(
@@ -70,11 +70,13 @@ def parameter_groups(
     taken = set()
 
     def add(name: str, rate: float, decay: float, parameter: nn.Parameter) -> None:
+        if id(parameter) in taken:  # shared by layers that hold rows of one weight
+            return
         taken.add(id(parameter))
         group = groups.setdefault(name, {"params": [], "lr": rate, "weight_decay": decay, "name": name})
         group["params"].append(parameter)
 
-    for update in updates_of(model, attachment.active).values():
+    for update in every_update(model, attachment.active):
         basis, nnz = update.basis, update.pattern.nnz
         add(f"lambda.{basis.category}", rho_lambda / basis.layers**0.5, frod_weight_decay, update.delta)
         if nnz:

@@ -164,7 +164,7 @@ class Update(KeepsDtype):
 
     def shifted(self, x: Tensor) -> Tensor:
         """x + D Q Vᵀ x, in x's dtype; the correction in float32, or in bfloat16 where the layer works in it."""
-        dtype = _correction_dtype(x)
+        dtype = correction_dtype(x)
         X = self.dropout(x).reshape(-1, x.shape[-1]).to(dtype)
         V, D = self.basis.matrices(x.device, dtype)
         correction = input_side(X, self.entries(), V, D, self.pattern.positions)
@@ -377,7 +377,7 @@ def _change_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _correction_dtype(x: Tensor) -> torch.dtype:
+def correction_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
         return _change_dtype(torch.get_autocast_dtype(device))

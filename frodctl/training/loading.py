@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from frodctl import values
-from frodctl.adapted import matching, opening
+from frodctl.adapted import conversion, matching, opening
 from frodctl.adapted.positions import positions_of
 from frodctl.arrays import to_torch
 from frodctl.checkpoint.records import Location
@@ -23,13 +23,14 @@ from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
 from frodctl.formats.basis_file import BasisFile, ModuleRecord
 from frodctl.training.attached import (
     Attached,
-    live_paths,
     require_module,
     saved_modules,
     updates_of,
 )
 from frodctl.training.attachment import checked_dropout, checked_name, install
+from frodctl.training.choice import obstacle
 from frodctl.training.layer import FrodLinear, SavedModule, is_transposed, out_features
+from frodctl.training.located import Located, live_shapes, locate, pretrained
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
@@ -85,15 +86,20 @@ def load_adapter(
         warnings.warn(opening.found_near(adapter, beside), stacklevel=2)
     if note := opening.without_digests(adapter, opened):
         warnings.warn(note, stacklevel=2)
-    modules = _modules(model, adapter, opened)
+    records = opening.records_of(adapter, opened)
+    located = locate(model, {record.name: record for record in records.values()})
+    saved_names, live_prefix = located.naming(_require_places(model, adapter, records, located))
+    modules = [(saved_names[records[m.module].name], records[m.module], m) for m in adapter.modules]
     attached = Attached(
         basis=opened,
-        modules={path: record for path, record, _ in modules},
+        modules={name: _with_shape(model, record, located) for name, record, _ in modules},
+        places={name: located.places[record.name] for name, record, _ in modules},
         sparsity={category: provenance.sparsity.get(category, 0.0) for category in adapter.categories},
         seed=provenance.seed,
         modules_to_save=adapter.modules_to_save,
         dropout=dropout,
         selected=provenance.seed is None and bool(adapter.indices),
+        live_prefix=live_prefix,
     )
     for info in adapter.V.values():  # compared with its digest, though the basis file's may be used
         adapter.tensor(info)
@@ -118,20 +124,22 @@ def _sub_folder(folder: str | Path, name: str) -> str | None:
     return name if (Path(folder) / name).is_dir() else None
 
 
-def _modules(model: nn.Module, adapter: Adapter, opened: BasisFile) -> list[tuple[str, ModuleRecord, TrainedModule]]:
-    """For each trained module its path in this model, its record in the basis, and its tensors."""
-    records = opening.records_of(adapter, opened)
-    live = live_paths(model, {record.name: record for record in records.values()})
-    found = []
-    for module in adapter.modules:
-        record = records[module.module]
-        if record.name not in live:
-            raise InvalidInput(f"{adapter.name}: {type(model).__name__} has no {module.module}: another base?")
-        path = live[record.name]
-        if opened.aliases:  # an adapter does not say how many rows a weight has
-            record = replace(record, shape=_shape(model.get_submodule(path), module.n))
-        found.append((path, record, module))
-    return found
+def _require_places(
+    model: nn.Module, adapter: Adapter, records: Mapping[str, ModuleRecord], located: Located
+) -> list[str]:
+    """The trained modules by their names in the checkpoint; `InvalidInput` where this model lacks one."""
+    for module, record in records.items():
+        if reason := obstacle(model, record, located):
+            raise InvalidInput(f"{adapter.name}: {module}: {reason}: another base?")
+    return [record.name for record in records.values()]
+
+
+def _with_shape(model: nn.Module, record: ModuleRecord, located: Located) -> ModuleRecord:
+    """The record with its shape, of which an adapter that holds its basis may not say how many rows there are."""
+    if 0 not in record.shape:
+        return record
+    (place,) = located.places[record.name]
+    return replace(record, shape=_shape(model.get_submodule(place.path), max(record.shape)))
 
 
 def _shape(layer: nn.Module, n: int) -> tuple[int, int]:
@@ -170,10 +178,22 @@ def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, HostArray]:
     tensors = (*model.named_parameters(), *model.named_buffers())
     live = {re.sub(r"\.original_module(?=\.)", "", name): tensor for name, tensor in tensors}
     shapes = {name: tensor.shape for name, tensor in live.items()}
-    whole = matching.whole_tensors(adapter, shapes, type(model).__name__)
+    whole = matching.whole_tensors(_by_live_names(model, adapter), shapes, type(model).__name__)
     found = {name: adapter.tensor(info) for name, info in whole.items()}
     for entry in adapter.modules_to_save:
         for tensor in _tensors_of(model, entry):
             if tensor not in found:
                 raise InvalidInput(f"{adapter.name}: {entry} was trained as a whole, but {tensor} is not there")
     return found
+
+
+def _by_live_names(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with the names in this model of what was trained as a whole, where it has a checkpoint's."""
+    if adapter.provenance is None or adapter.provenance.live_prefix is None:
+        return adapter
+    stored = {name: info.shape for name, info in adapter.replaced.items()}
+    live: dict[str, str] = {}
+    for root, inner in pretrained(model):
+        found, _ = conversion.places(inner, stored, live_shapes(inner))
+        live |= {name: f"{root}{places[0].parameter}" for name, places in found.items()}
+    return replace(adapter, replaced={live.get(name, name): info for name, info in adapter.replaced.items()})

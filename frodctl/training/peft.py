@@ -24,7 +24,7 @@ from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import base_scales_key, lambda_key, open_adapter, shared_keys
 from frodctl.formats.basis_file import BasisFile
 from frodctl.training.attached import require_module
-from frodctl.training.attachment import choose
+from frodctl.training.choice import choose
 
 #: How far U may be from the one that V gives, relative, before `repair` takes it for another.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -64,7 +64,13 @@ def get_peft_model(
     opened = opening.opened(basis)
     if note := opening.without_digests(opened):
         warnings.warn(note, stacklevel=2)
-    chosen = choose(model, opened, options.pop("target_modules", None))
+    choice = choose(model, opened, options.pop("target_modules", None))
+    chosen = {}
+    for name, record in choice.modules.items():
+        (place, *others) = choice.places[name]
+        if others or place.rows is not None:
+            raise InvalidInput(f"{record.name}: {place.path} has rows of it, or of others too, which PEFT cannot train")
+        chosen[place.path] = record
     for path, record in chosen.items():
         if names.peft_category(path) != record.category:
             raise InvalidInput(f"{path}: its category is {record.category} in {opened.path}, which PEFT cannot have")
@@ -119,6 +125,11 @@ def load(
     require_module(model)
     peft, layers = _modules()
     adapter = open_adapter(Location(str(folder)))
+    if adapter.provenance is not None and adapter.provenance.live_prefix is not None:
+        raise InvalidInput(
+            f"{adapter.name}: has a checkpoint's names, some of which {type(model).__name__} calls otherwise; "
+            "load it with frodctl.load_adapter, or merge it"
+        )
     given = None if basis is None else opening.opened(basis)
     opened = opening.open_source(adapter, given).basis
     if opened is not None and given is None:

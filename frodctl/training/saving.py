@@ -26,9 +26,12 @@ from frodctl.training.attached import (
     frod_layers,
     require_attachment,
     saved_modules,
+    state_prefixes,
     updates_of,
 )
+from frodctl.training.experts import OneExpert
 from frodctl.training.layer import Update
+from frodctl.training.located import as_stored
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
@@ -41,6 +44,8 @@ _TASKS = {
     r"(ForCausalLM|LMHeadModel)$": "CAUSAL_LM",
     r"(?<!LMHead)(?<!DoubleHeads)Model$": "FEATURE_EXTRACTION",
 }
+#: The classes whose heads a checkpoint of the bare model lacks.
+_WITH_A_HEAD = re.compile(r"(Classification|QuestionAnswering|ForCausalLM|LMHeadModel)$")
 #: How many folders up, and down again, the way to a basis file may lead to be recorded.
 _NEAR = 2
 _CARD = """---
@@ -116,13 +121,16 @@ def save_adapter(
     attached = attachment.adapters[name]
     folder = folder if name == "default" else folder / name
     self_contained = self_contained or bool(attached.basis.aliases)
-    updates = {names.unwrapped(path): update for path, update in updates_of(model, name).items()}
+    updates = updates_of(model, name)
     patterns = {update.basis.category: update.pattern for update in updates.values()}
-    tensors = _trained(model, name, updates, trained_state(model) if state_dict is None else state_dict)
+    tensors = _trained(model, name, attached, trained_state(model) if state_dict is None else state_dict)
     if self_contained:
         tensors |= _shared(attached, updates)
     elif attached.selected:
         tensors |= {adapter_format.indices_key(c): pattern.indices() for c, pattern in patterns.items()}
+    shapes: dict[str, list[int]] = {}
+    if attached.live_prefix is not None:
+        shapes = {record.name: list(record.shape) for record in attached.modules.values()}
     provenance = Provenance(
         form="delta",
         V_digests=attached.V_digests,
@@ -133,6 +141,8 @@ def save_adapter(
         pattern={c: digest(_array(pattern.indices())) for c, pattern in patterns.items()},
         dtype={u.basis.category: NAMES[NAMED[dtype_name(u.basis.V)]] for u in updates.values() if u.basis.is_rounded},
         head=_head(model),
+        live_prefix=attached.live_prefix,
+        shapes=shapes,
         basis_file=None if self_contained else _seen_from(folder, attached.basis.path),
     )
     config = _config(model, attached, tensors)
@@ -175,26 +185,30 @@ def _whole(tensor: Any) -> Any:
     return tensor.to(tensor.device_mesh.device_type).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _trained(
-    model: nn.Module, name: str, updates: Mapping[str, Update], state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _trained(model: nn.Module, name: str, attached: Attached, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """λ' and S of an adapter, and the modules that it trained as a whole, by their names in the file."""
     state = {names.unwrapped(key): tensor for key, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
-    for path, update in updates.items():
-        delta, sparse = (_number(state, f"{path}.adapters.{name}.{kind}") for kind in ("delta", "values"))
+    prefixes = state_prefixes(model, name)
+    for module, update in updates_of(model, name).items():
+        delta, sparse = (_number(state, f"{prefixes[module]}.{kind}") for kind in ("delta", "values"))
+        if isinstance(update, OneExpert):
+            delta, sparse = delta[update.expert], sparse[update.expert]
         scales = update.base_scales.double() + delta.to(update.base_scales.device, torch.float64)
         # rows with λ = 0 drop out here, but PEFT would give them some U
         alive = update.base_scales > 0
         rows = update.pattern.indices()[0]
-        tensors[adapter_format.lambda_key(path)] = torch.where(alive, scales, 0).float()
-        tensors[adapter_format.values_key(path)] = torch.where(alive[rows], sparse.to(alive.device), 0)
-    for wrapped, module in saved_modules(model).items():
-        path = names.unwrapped(wrapped)
-        if name in module.modules_to_save:
-            for key in module.modules_to_save[name].state_dict():
-                tensor = _number(state, f"{path}.modules_to_save.{name}.{key}")
-                tensors[adapter_format.replaced_key(f"{path}.{key}")] = tensor
+        tensors[adapter_format.lambda_key(module)] = torch.where(alive, scales, 0).float()
+        tensors[adapter_format.values_key(module)] = torch.where(alive[rows], sparse.to(alive.device), 0)
+    whole = {
+        f"{path}.{key}": _number(state, f"{path}.modules_to_save.{name}.{key}")
+        for path, saved in ((names.unwrapped(wrapped), saved) for wrapped, saved in saved_modules(model).items())
+        if name in saved.modules_to_save
+        for key in saved.modules_to_save[name].state_dict()
+    }
+    if attached.live_prefix is not None:
+        whole = as_stored(model, whole)
+    tensors |= {adapter_format.replaced_key(key): tensor for key, tensor in whole.items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InvalidInput(f"{key}: holds NaN or Inf; training has diverged")
@@ -208,7 +222,7 @@ def _number(state: Mapping[str, Tensor], name: str) -> Tensor:
     return state[name].detach()
 
 
-def _shared(attached: Attached, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+def _shared(attached: Attached, updates: Mapping[str, Update | OneExpert]) -> dict[str, Tensor]:
     """V as the basis file has it, pattern and λ."""
     basis = attached.basis
     opened = replace(basis, header=codec.read_header(basis.path))  # it may have been written again
@@ -238,10 +252,10 @@ def _seen_from(folder: Path, basis: Path) -> str:
 
 
 def _head(model: nn.Module) -> dict[str, object]:
-    """The class of a model that labels what it is given, and the labels, as its config.json has them."""
+    """The class of a model with a head, which its checkpoint may lack, and the labels, as config.json has them."""
     config: Any = getattr(model, "config", None)
     labels, kind = getattr(config, "id2label", None), type(model).__name__
-    if not isinstance(labels, dict) or not re.search("Classification$|QuestionAnswering$", kind):
+    if not isinstance(labels, dict) or not _WITH_A_HEAD.search(kind):
         return {}
     found: dict[str, object] = {"architecture": kind}
     if kind.endswith("Classification"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from frodctl import values
 from frodctl.arrays import from_torch
-from frodctl.checkpoint import sink
+from frodctl.checkpoint import names, sink
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.formats.basis_file import check_name, open_basis, write_patterns
-from frodctl.training.attached import frod_layers, require_attachment, updates_of
-from frodctl.training.layer import Pattern, Update, is_transposed
+from frodctl.training.attached import Attached, frod_layers, require_attachment, updates_of
+from frodctl.training.layer import FrodLinear, Pattern, Update, is_transposed
 
 _ROWS = 1 << 12  # tokens whose gradients are multiplied at a time
 
@@ -97,7 +97,13 @@ def select_pattern(
     force = values.flag(force, "force")
     output = None if output is None else values.path(output, "output")
     attached = attachment.adapters[attachment.active]
-    updates = updates_of(model, attachment.active)
+    for module, places in attached.places.items():
+        if len(places) > 1 or places[0].rows is not None or places[0].expert is not None:
+            raise UsageError(
+                f"{module}: {places[0].path} has rows of it, or of others too, for which no pattern can "
+                "be selected; leave them out as you attach (`exclude_modules`)"
+            )
+    updates = {name: u for name, u in updates_of(model, attachment.active).items() if isinstance(u, Update)}
     for path, update in updates.items():
         if update.delta.any() or update.values.any():
             raise UsageError(f"{path}: trained already; select the pattern right after attach")
@@ -109,7 +115,7 @@ def select_pattern(
         sink.check_output_file(output, [attached.basis.path], force=force)
         check_name(output)
     counts = {update.basis.category: update.pattern.nnz for update in updates.values()}
-    indices = _steepest(_squares(model, updates, batches, loss), counts)
+    indices = _steepest(_squares(model, attached, updates, batches, loss), counts)
     attached = replace(attached, seed=None, selected=True)
     if output is not None:
         arrays = {category: from_torch(positions) for category, positions in indices.items()}
@@ -121,14 +127,18 @@ def select_pattern(
 
 
 def _squares(
-    model: nn.Module, updates: Mapping[str, Update], batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]
+    model: nn.Module,
+    attached: Attached,
+    updates: Mapping[str, Update],
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor],
 ) -> dict[str, Tensor]:
     """By category the squares of the gradients of S (n, n), summed over batches and layers; float32."""
     scores: dict[str, Tensor] = {}
     leaves = [update.delta for update in updates.values()]
     count = 0
     try:
-        with _recording(model, updates, scores), torch.enable_grad():
+        with _recording(_layers(model, attached, updates), scores), torch.enable_grad():
             for batch in batches:
                 _scalar(loss(model, batch)).backward(inputs=leaves)
                 count += 1
@@ -146,6 +156,12 @@ def _squares(
     return scores
 
 
+def _layers(model: nn.Module, attached: Attached, updates: Mapping[str, Update]) -> list[tuple[FrodLinear, Update]]:
+    """The layers with their updates."""
+    layers = {names.unwrapped(path): layer for path, layer in frod_layers(model).items()}
+    return [(layers[names.unwrapped(attached.places[name][0].path)], update) for name, update in updates.items()]
+
+
 def _scalar(value: object) -> Tensor:
     if isinstance(value, Tensor) and value.requires_grad and value.numel() == 1:
         return value
@@ -156,7 +172,7 @@ def _scalar(value: object) -> Tensor:
 
 
 @contextmanager
-def _recording(model: nn.Module, updates: Mapping[str, Update], scores: dict[str, Tensor]) -> Iterator[None]:
+def _recording(layers: Sequence[tuple[FrodLinear, Update]], scores: dict[str, Tensor]) -> Iterator[None]:
     """Within it, backward passes add to the scores."""
 
     def observe(update: Update, _: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
@@ -169,17 +185,16 @@ def _recording(model: nn.Module, updates: Mapping[str, Update], scores: dict[str
         )
         return weight
 
-    layers = frod_layers(model)
     hooks = []
     try:
-        for path, update in updates.items():
-            hooks.append(layers[path].base_layer.register_forward_pre_hook(partial(observe, update)))
+        for layer, update in layers:
+            hooks.append(layer.base_layer.register_forward_pre_hook(partial(observe, update)))
             update.__dict__["weight"] = partial(observed_weight, update)
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for update in updates.values():
+        for _, update in layers:
             update.__dict__.pop("weight", None)
 
 

@@ -65,7 +65,7 @@ def test_slices_of_a_transposed_expert_tensor(tmp_path: Path, dims: tuple[int, i
     torch.save({"experts": experts}, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
     info = headers(tmp_path / "x.bin")["experts"]
     for i, expert in enumerate(experts):
-        assert torch.equal(to_torch(stream.read_tensor(tmp_path, info, i)), expert)
+        assert torch.equal(to_torch(stream.read_tensor(tmp_path, info.slice(i))), expert)
 
 
 def repack(source: Path, path: Path, compression: int, order: int = 1) -> None:

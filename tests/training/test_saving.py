@@ -573,9 +573,9 @@ class TestLabels:
         found = json.loads((tmp_path / "out" / "config.json").read_text())
         assert found["id2label"] == {"0": "cold", "1": "warm"}
 
-    def test_none_for_a_language_model(self, cases: Cases, tmp_path: Path) -> None:
+    def test_the_class_alone_for_a_language_model(self, cases: Cases, tmp_path: Path) -> None:
         saved(cases("llama"), tmp_path / "adapter")
-        assert config(tmp_path / "adapter")["frodctl"]["head"] == {}
+        assert config(tmp_path / "adapter")["frodctl"]["head"] == {"architecture": "LlamaForCausalLM"}
 
 
 class TestSavedModules:

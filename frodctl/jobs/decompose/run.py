@@ -364,7 +364,7 @@ class _Weights:
         from frodctl.checkpoint import stream
 
         with self.profile.step("reading"):
-            weight = stream.read_tensor(self.source, target.tensor, target.index, buffer)
+            weight = stream.read_tensor(self.source, target.stored, buffer)
         if target.module not in self.digests:
             with self.profile.step("digests"):
                 self.digests[target.module] = stream.digest(weight)

@@ -143,8 +143,10 @@ class _Merged:
         matched = names.match([weight.target.tensor.name for weight in found.weights], checkpoint.tensors)
         tensors = {}
         for weight in found.weights:
-            mine = weight.target.tensor
-            theirs = checkpoint.tensors.get(matched[mine.name] or "")
+            index, mine = weight.target.index, weight.target.stored
+            theirs = checkpoint.tensors.get(matched[weight.target.tensor.name] or "")
+            if theirs is not None and index is not None and len(theirs.shape) == 3 and index < theirs.shape[0]:
+                theirs = theirs.slice(index)
             if theirs is None or theirs.shape != mine.shape or theirs.dtype not in FLOAT_DTYPES:
                 shape = "not there" if theirs is None else f"{theirs.dtype} {list(theirs.shape)}"
                 raise InvalidInput(
@@ -155,7 +157,7 @@ class _Merged:
 
     def survival(self, weight: Weight, W: HostArray, delta: HostArray) -> dict[str, Json]:
         """What the merged weight has of ΔW over W, both (m, n)."""
-        info = self.tensors[weight.target.tensor.name]
+        info = self.tensors[weight.target.stored.name]
         assert self.checkpoint.root is not None
         stored = stream.read_tensor(self.checkpoint.root, info)
         stream.check_finite(stored, info.name, str(self.checkpoint.root / info.file))

@@ -131,7 +131,7 @@ class _BasisFigures:
         info = known.get(f"{module}.weight") or known.get(module)
         if info is None or not (index.isdigit() or not index):
             raise InvalidInput(f"{self.checkpoint.model}: no weight of {record.name}, which {self.basis.path} is of")
-        stored = stream.read_tensor(self.checkpoint.root, info, int(index) if index else None)
+        stored = stream.read_tensor(self.checkpoint.root, info.slice(int(index)) if index else info)
         if tuple(stored.shape) != record.shape:
             raise InvalidInput(
                 f"{self.checkpoint.model}: {info.name} is {list(stored.shape)}, not {list(record.shape)}"

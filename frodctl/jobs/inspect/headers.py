@@ -15,12 +15,9 @@ from frodctl.formats.basis_file import BasisFile
 from frodctl.method import budget
 
 
-def tensor_values(info: TensorInfo, index: int | None = None) -> dict[str, Json]:
-    """The first columns of a checkpoint's row; ``index`` is that of an expert in a fused tensor."""
-    if index is not None:
-        info = info.slice(index)
-    name = info.name if index is None else f"{info.name}[{index}]"
-    return {"name": name, "shape": list(info.shape), "dtype": info.dtype, "parameters": info.parameters}
+def tensor_values(info: TensorInfo) -> dict[str, Json]:
+    """The first columns of a checkpoint's row."""
+    return {"name": info.name, "shape": list(info.shape), "dtype": info.dtype, "parameters": info.parameters}
 
 
 def place_values(info: TensorInfo) -> dict[str, Json]:
@@ -29,6 +26,7 @@ def place_values(info: TensorInfo) -> dict[str, Json]:
 
 
 def _role(name: str) -> str:
+    name, _, _ = name.partition("[")  # of an expert in a fused tensor
     return names.role(name.removesuffix(".weight")) + (".weight" if name.endswith(".weight") else "")
 
 

@@ -122,9 +122,9 @@ def _profile(sigma: HostArray) -> list[float] | None:
     return [round(value, 4) for value in (sigma[places] / sigma[0]).tolist()]
 
 
-def reading(root: Path, info: TensorInfo, index: int | None, name: str) -> Callable[[], tuple[HostArray, str]]:
+def reading(root: Path, info: TensorInfo) -> Callable[[], tuple[HostArray, str]]:
     """A task for `Spectra.of_all`: the matrix in a file."""
-    return lambda: (stream.read_tensor(root, info, index), name)
+    return lambda: (stream.read_tensor(root, info), f"{root / info.file}: tensor {info.name}")
 
 
 def quantiles(values: HostArray, at: Sequence[float]) -> list[float | None]:

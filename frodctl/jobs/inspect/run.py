@@ -164,7 +164,7 @@ def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOption
         infos = [info for info in infos if options.selects(info.name)]
         listed = (Row(headers.tensor_values(info) | headers.place_values(info)) for info in infos)
         return Report(name, "checkpoint", shown, listed, summary, len(infos), there)
-    parts = {headers.tensor_values(*part)["name"]: part for info in infos for part in matrices(info)}
+    parts = {part.name: part for info in infos for part in matrices(info)}
     there += [part for part in parts if part not in checkpoint.tensors]  # experts in one tensor
     wanted = [part for part_name, part in parts.items() if options.selects(part_name)]
     return Report(
@@ -172,18 +172,18 @@ def _checkpoint_report(name: str, checkpoint: Checkpoint, options: InspectOption
     )
 
 
-def matrices(info: TensorInfo) -> list[tuple[TensorInfo, int | None]]:
+def matrices(info: TensorInfo) -> list[TensorInfo]:
     """The matrices in a tensor: itself, or the experts that it stacks; none of anything else (convolutions)."""
     if info.dtype not in FLOAT_DTYPES or 0 in info.shape:
         return []
     if len(info.shape) == 2:
-        return [(info, None)]
-    return [(info, index) for index in range(info.shape[0])] if linear_layers.is_fused_experts(info) else []
+        return [info]
+    return [info.slice(index) for index in range(info.shape[0])] if linear_layers.is_fused_experts(info) else []
 
 
 def _spectra(
     checkpoint: Checkpoint,
-    parts: Sequence[tuple[TensorInfo, int | None]],
+    infos: Sequence[TensorInfo],
     options: InspectOptions,
     profile: Unprofiled,
 ) -> Iterator[Row]:
@@ -192,12 +192,7 @@ def _spectra(
 
     assert checkpoint.root is not None
     spectra = Spectra(choose_device(options.device), profile, estimated=options.estimate, seed=options.seed)
-    root = checkpoint.root
-    tasks = [
-        reading(root, info, index, f"{root / info.file}: tensor {headers.tensor_values(info, index)['name']}")
-        for info, index in parts
-    ]
-    with closing(spectra.of_all(tasks)) as found:
-        for (info, index), figures in zip(parts, found, strict=True):
-            first = headers.tensor_values(info, index)
+    with closing(spectra.of_all([reading(checkpoint.root, info) for info in infos])) as found:
+        for info, figures in zip(infos, found, strict=True):
+            first = headers.tensor_values(info)
             yield Row(first | figures.values | headers.place_values(info), figures.singular_values)

@@ -64,23 +64,37 @@ class MergePlan:
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
-        """The dtype of every tensor of the output."""
-        return {spec.name: spec.dtype for shard in self.shards for spec in shard.specs}
+        """The dtype of every tensor of the output, and of every slice that is written by itself."""
+        return {spec.name: spec.dtype for shard in self.shards for spec, _ in shard.pieces()}
 
     @property
     def added(self) -> list[str]:
         """Tensors that the base does not have."""
-        return sorted(set(self.dtypes) - set(self.names.values()))
+        return sorted({spec.name for shard in self.shards for spec in shard.specs} - set(self.names.values()))
 
     @cached_property
     def origins(self) -> dict[str, TensorInfo]:
-        """The base's tensors by name in the output."""
-        return {new: self.checkpoint.tensors[old] for old, new in self.names.items()}
+        """The base's tensors, or their slices where those are written one by one, by name in the output."""
+        sliced = {name for shard in self.shards for name in shard.sliced}
+        found: dict[str, TensorInfo] = {}
+        for old, new in self.names.items():
+            info = self.checkpoint.tensors[old]
+            if new in sliced:
+                found |= {f"{new}[{index}]": info.slice(index) for index in range(info.shape[0])}
+            else:
+                found[new] = info
+        return found
+
+    def name(self, weight: Weight) -> str:
+        """What the output calls a merged weight: its tensor, or the slice of it."""
+        target = weight.target
+        name = self.names[target.tensor.name]
+        return name if target.index is None else f"{name}[{target.index}]"
 
     @property
     def copied(self) -> dict[str, TensorInfo]:
         """Those of them that no adapter touches."""
-        touched = {self.names[weight.target.tensor.name] for weight in self.weights} | set(self.replaced)
+        touched = {self.name(weight) for weight in self.weights} | set(self.replaced)
         return {name: info for name, info in self.origins.items() if name not in touched}
 
     def check_output(self) -> None:
@@ -181,6 +195,7 @@ def plan_merge(
     new_names = {name: found.prefix + name if added else name for name in checkpoint.tensors}
     replaced = {new_names.get(name, name): item for name, item in replaced.items()}
     specs = _specs(checkpoint, new_names, replaced, chosen)
+    sliced = {new_names[w.target.tensor.name] for w in found.weights if w.target.index is not None}
     plan = MergePlan(
         checkpoint=checkpoint,
         output=output,
@@ -189,7 +204,7 @@ def plan_merge(
         weights=found.weights,
         replaced=replaced,
         names=new_names,
-        shards=shards.plan_shards(specs, chosen.max_shard_size),
+        shards=shards.plan_shards(specs, chosen.max_shard_size, sliced),
         config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
         files=copied_files(checkpoint, as_sentences=not added),
         warnings=(*found.warnings, *warnings(sources, replaced)),

@@ -155,14 +155,12 @@ def _job_key(plan: MergePlan, kernels: Kernels) -> str:
         "sources": [source_key(source) for source in plan.sources],
         "shards": [[shard.file, [(s.name, s.dtype, s.shape) for s in shard.specs]] for shard in plan.shards],
         "weights": [
-            [w.target.tensor.name, w.target.transposed, [part_key(plan.sources, part) for part in w.parts]]
+            [w.target.stored.name, w.target.transposed, [part_key(plan.sources, part) for part in w.parts]]
             for w in plan.weights
         ],
         # V is computed from all of a category's weights
         "projected": [
-            origin(plan, plan.names[w.target.tensor.name])
-            for w in plan.weights
-            if any(part.source.recompute for part in w.parts)
+            origin(plan, plan.name(w)) for w in plan.weights if any(part.source.recompute for part in w.parts)
         ],
         "replaced": [[name, plan.sources.index(source), info.name] for name, (source, info) in plan.replaced.items()],
     }

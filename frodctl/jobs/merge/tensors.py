@@ -55,10 +55,10 @@ class TensorMerger:
         """Write all tensors that are not finished."""
         waiting = []
         for weight in self.plan.weights:
-            if self._name(weight) not in self.writer.digests:
+            if self.plan.name(weight) not in self.writer.digests:
                 waiting.append(weight)
             elif self.updates.untouched(weight):
-                self.unchanged.append(self._name(weight))
+                self.unchanged.append(self.plan.name(weight))
         self._advance(self.total - sum(flops(w) for w in waiting))
         with Workers[None]() as writes, Workers[None]() as copies:
             for name, info in self.plan.copied.items():
@@ -79,11 +79,8 @@ class TensorMerger:
         self.done += amount
         self.progress(Progress("merging", self.done, self.total))
 
-    def _name(self, weight: Weight) -> str:
-        return self.plan.names[weight.target.tensor.name]
-
     def _output_bytes(self, weight: Weight) -> int:
-        bits = codec.DTYPE_BITS[self.plan.dtypes[self._name(weight)]]
+        bits = codec.DTYPE_BITS[self.plan.dtypes[self.plan.name(weight)]]
         return weight.target.m * weight.target.n * bits // 8
 
     def _read(self, weight: Weight, buffer: HostArray) -> tuple[Task, str]:
@@ -94,8 +91,8 @@ class TensorMerger:
 
     def _merge(self, task: Task, digest: str, writes: Workers[None]) -> None:
         """Compute one weight and have it written."""
-        name = self._name(task.weight)
-        info = task.weight.target.tensor
+        name = self.plan.name(task.weight)
+        info = task.weight.target.stored
         if task.stored is None:
             self.unchanged.append(name)
             writes.add(partial(self._copy, name, info))

@@ -1,0 +1,394 @@
+"""The trainable layer of a mixture's experts, which transformers holds stacked: one parameter (experts, …) for a role.
+
+A routed pair is a token and one of its experts e. For each pair the layer is exactly the base layer where Q_e = 0::
+
+    input side    W_e (x + D Q_e Vᵀ x)            where all rows of W_e have one Q_e
+    by parts      W_e x, and to rows r of it W_e[r] D Q_r Vᵀ x, where gate and up are one parameter in the model, but
+                  were decomposed apart
+
+All experts of a role share V: Vᵀx is computed once for each token, and D·(…) is one product for all pairs. What is
+kept beside the base's weights has the size of the pairs, not of the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from frodctl.adapted.conversion import Place
+from frodctl.training.layer import Basis, FrodLinear, Pattern, Update, correction_dtype
+from frodctl.training.products import Positions, sampled_product, sparse_product, updated_weight
+
+#: The flags of transformers' experts by which it dispatches them.
+_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+_OUTPUT = "down_proj"
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether it is stacked experts of one of the classes that transformers dispatches."""
+    return all(hasattr(module, flag) for flag in _FLAGS) and isinstance(getattr(module, _OUTPUT, None), nn.Parameter)
+
+
+class ExpertsUpdate(Update):
+    """What one adapter trains of one role of a layer's experts: δ (experts, n) and the values of S (experts, nnz).
+
+    Parameters
+    ----------
+    basis, pattern : Basis, Pattern
+        Shared with all experts of all layers of the category.
+    scales : Tensor, (experts, n)
+        λ of each expert.
+    dropout : float
+        Probability with which an element of the correction's input is dropped in training.
+    """
+
+    def __init__(self, basis: Basis, pattern: Pattern, scales: Tensor, dropout: float = 0.0) -> None:
+        super().__init__(basis, pattern, scales, dropout)
+        self.values = nn.Parameter(self.delta.new_zeros(len(scales), pattern.nnz))
+
+    def entries(self) -> Tensor:
+        """The entries of every expert's Q, (experts, nnz + n)."""
+        trained = torch.cat([self.values, self.delta], dim=1).index_select(1, self.pattern.order)
+        return trained * (self.scale * self.inverse_scales)[:, self.pattern.rows]
+
+    def merged_expert(self, layer: nn.Linear, expert: int) -> Tensor:
+        """W' of one expert, of which the layer has the weight."""
+        W = layer.weight
+        V, D = self.basis.matrices(W.device, torch.promote_types(W.dtype, torch.float32))
+        return updated_weight(W, self.entries()[expert], V, D, self.pattern.positions, transposed=False)
+
+    @property
+    def rotation(self) -> object:
+        """Equal for updates of which `rotated` is the same: V is, and nothing is dropped."""
+        return self if self.dropout.p else self.basis
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Vᵀx for every row x of (tokens, n)."""
+        V, _ = self.basis.matrices(x.device, correction_dtype(x))
+        with torch.autocast(x.device.type, enabled=False):
+            dropped: Tensor = self.dropout(x)
+            return dropped.to(V.dtype) @ V
+
+    def correction(self, Z: Tensor, pairs: Pairs) -> Tensor:
+        """D Q_e z for every pair's z = Vᵀx (pairs, n)."""
+        _, D = self.basis.matrices(Z.device, Z.dtype)
+        entries, positions = self.entries(), self.pattern.positions
+
+        def grouped(Z: Tensor) -> Tensor:
+            found: Tensor = _Corrections.apply(Z, entries, D, positions, pairs.segments)  # type: ignore[no-untyped-call]
+            return found
+
+        return pairs.in_groups(grouped, Z)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was decomposed as one module for each expert: all rows of their weights, or some."""
+
+    parameter: str  #: of the base layer
+    rows: tuple[int, int, int] | None = None  #: of out_features: from, to, step; None: all
+
+    @classmethod
+    def at(cls, place: Place) -> Part:
+        """The one that has an expert's weight."""
+        return cls(place.parameter.rpartition(".")[2], None if place.rows is None else (*place.rows, 1))
+
+    @property
+    def name(self) -> str:
+        """Of the update in the layer: the parameter's, numbered by its first row where it has several parts."""
+        return self.parameter if self.rows is None else f"{self.parameter}_{self.rows[0]}"
+
+
+class Stacks(nn.Module):
+    """What one adapter trains of stacked experts: an update for each part of their parameters."""
+
+    def __init__(self, updates: Mapping[Part, ExpertsUpdate]) -> None:
+        super().__init__()
+        self.parts = tuple(updates)
+        self.updates = nn.ModuleDict({part.name: update for part, update in updates.items()})
+
+    def items(self) -> list[tuple[Part, ExpertsUpdate]]:
+        """Parts, and their update."""
+        return [(part, self.update(part)) for part in self.parts]
+
+    def update(self, part: Part) -> ExpertsUpdate:
+        """That of a part."""
+        found = self.updates[part.name]
+        assert isinstance(found, ExpertsUpdate)
+        return found
+
+
+@dataclass(frozen=True)
+class OneExpert:
+    """What is trained of one expert, as `Update` has it: views into what is trained of all."""
+
+    of: ExpertsUpdate
+    expert: int
+
+    @property
+    def basis(self) -> Basis:
+        return self.of.basis
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.of.pattern
+
+    @property
+    def delta(self) -> Tensor:
+        return self.of.delta[self.expert]
+
+    @property
+    def values(self) -> Tensor:
+        return self.of.values[self.expert]
+
+    @property
+    def base_scales(self) -> Tensor:
+        return self.of.base_scales[self.expert]
+
+
+class FrodExperts(FrodLinear):
+    """Stacked experts that are left alone, and what is trained of them, for one adapter at a time, or none."""
+
+    def stacks(self, name: str | None = None) -> list[tuple[Part, ExpertsUpdate]]:
+        """What the adapter with this name, or the active one, trains."""
+        name = name or self.active
+        held = self.adapters[name] if name in self.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
+        return held.items() if isinstance(held, Stacks) else []
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
+        updates = {part: update for part, update in self.stacks() if update.scale != 0} if self.enabled else {}
+        base: Any = self.base_layer
+        if not updates:
+            return base(hidden_states, top_k_index, top_k_weights)
+        inputs = {part: update for part, update in updates.items() if part.parameter != _OUTPUT}
+        outputs = {part: update for part, update in updates.items() if part.parameter == _OUTPUT}
+        parameter = "gate_up_proj" if base.has_gate else "up_proj"
+        rotated = Rotated(hidden_states, inputs.values())
+
+        def multiplied(pairs: Pairs) -> Tensor:
+            y = _product(pairs, parameter, inputs, hidden_states[pairs.tokens], rotated.of(pairs.tokens))
+            y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+            y = _product(pairs, _OUTPUT, outputs, y, Rotated(y, outputs.values()).all)
+            return base.post_expert_norm(y) if base.has_post_expert_norm else y
+
+        routed = _ROUTED.get(base.config._experts_implementation, Grouped)(base, top_k_index, top_k_weights)
+        return routed.combined(multiplied, hidden_states)
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Fold the active adapter into the base layer's weights, each rounded once."""
+        for part, update in self.stacks():
+            for expert in range(len(update.delta)):
+                layer = as_linear(self.base_layer, part, expert)
+                if update.scale and (update.delta[expert].any() or update.values[expert].any()):
+                    weight: Any = layer.weight
+                    weight.copy_(update.merged_expert(layer, expert))
+
+
+def as_linear(base: Any, part: Part, expert: int) -> nn.Linear:
+    """One expert's rows as a layer, of which the weight is a view."""
+    W = getattr(base, part.parameter).detach()[expert]
+    W = (W.T if base.is_transposed else W)[slice(None) if part.rows is None else slice(*part.rows)]
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(W, requires_grad=False)
+    return layer
+
+
+class Rotated:
+    """Vᵀx for every row x of (tokens, n), once for each V."""
+
+    def __init__(self, x: Tensor, updates: Iterable[ExpertsUpdate]) -> None:
+        self.all: dict[object, Tensor] = {}
+        for update in updates:
+            if update.rotation not in self.all:
+                self.all[update.rotation] = update.rotated(x)
+
+    def of(self, rows: Tensor) -> dict[object, Tensor]:
+        """For these of them."""
+        return {key: Z[rows] for key, Z in self.all.items()}
+
+
+def _product(
+    pairs: Pairs, parameter: str, updates: Mapping[Part, ExpertsUpdate], x: Tensor, rotated: Mapping[object, Tensor]
+) -> Tensor:
+    """W'_e x + b_e of every pair's x (pairs, n), with Vᵀx given."""
+    changes = {part: u.correction(rotated[u.rotation], pairs).to(x.dtype) for part, u in updates.items()}
+    for part, change in changes.items():
+        if part.rows is None:
+            x = x + change
+    y = pairs.multiply(x, parameter)
+    for part, change in changes.items():
+        if part.rows is not None:
+            y[:, slice(*part.rows)] += pairs.multiply_rows(change, parameter, slice(*part.rows))
+    return y
+
+
+class Pairs:
+    """Routed pairs, and the experts' products with them.
+
+    Parameters
+    ----------
+    base : Module
+        The stacked experts.
+    tokens, experts : Tensor, (pairs,), int64
+        Of each pair.
+    grouped : bool
+        Whether those of an expert stand together, in order of the experts.
+    """
+
+    def __init__(self, base: Any, tokens: Tensor, experts: Tensor, *, grouped: bool) -> None:
+        self.base, self.tokens, self.experts = base, tokens, experts
+        self._order = None if grouped else torch.sort(experts, stable=True).indices
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """How many pairs each expert has."""
+        return torch.bincount(self.experts, minlength=self.base.num_experts)
+
+    @cached_property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Expert, first pair and the pair after its last, for each that has any, where those of each stand together."""
+        found, start = [], 0
+        for expert, count in enumerate(self.counts.tolist()):
+            if count:
+                found.append((expert, start, start + count))
+            start += count
+        return found
+
+    def in_groups(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What a function of rows by pairs gives, which are in groups as it is called."""
+        if self._order is None:
+            return function(x)
+        return function(x[self._order])[torch.argsort(self._order)]
+
+    def multiply(self, x: Tensor, parameter: str) -> Tensor:
+        """W_e x + b_e for each pair's x (pairs, n), bit by bit as the base layer's own way computes it."""
+        raise NotImplementedError
+
+    def multiply_rows(self, x: Tensor, parameter: str, rows: slice) -> Tensor:
+        """Those rows of W_e x."""
+        W = self.weight(parameter)
+        W = W[:, :, rows] if self.base.is_transposed else W[:, rows].mT
+        return self.in_groups(lambda x: torch.cat([x[a:b] @ W[expert] for expert, a, b in self.segments]), x)
+
+    def weight(self, parameter: str) -> Tensor:
+        """Of all experts, as it is stored."""
+        found: Tensor = getattr(self.base, parameter)
+        return found
+
+    def bias(self, parameter: str) -> Tensor | None:
+        """b_e of each pair."""
+        return self.weight(f"{parameter}_bias")[self.experts] if self.base.has_bias else None
+
+
+class Routed:
+    """All the pairs of a call, as transformers' functions go through them."""
+
+    def __init__(self, base: Any, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        self.base, self.top_k = base, top_k_index.shape[-1]
+        self.experts, self.weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
+
+    def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
+        """The weighted sum of each token's pairs (tokens, m), in the dtype of ``like``, for a function of the pairs."""
+        raise NotImplementedError
+
+    def _sums(self, y: Tensor, like: Tensor) -> Tensor:
+        """The sum of each token's pairs, which stand together."""
+        return y.view(len(like), self.top_k, y.shape[1]).sum(dim=1).to(like.dtype)
+
+
+class Batched(Routed):
+    """transformers' ``batched_mm``: a copy of the weight for each pair."""
+
+    def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
+        tokens = torch.arange(len(self.experts), device=self.experts.device) // self.top_k
+        y = function(self.Pairs(self.base, tokens, self.experts, grouped=False))
+        return self._sums(y * self.weights[:, None], like)
+
+    class Pairs(Pairs):
+        def multiply(self, x: Tensor, parameter: str) -> Tensor:
+            from transformers.integrations.moe import _batched_linear
+
+            W = self.weight(parameter)[self.experts]
+            y: Tensor = _batched_linear(x, W, self.bias(parameter), self.base.is_transposed)
+            return y
+
+
+class Grouped(Routed):
+    """transformers' ``grouped_mm``: one product for all pairs."""
+
+    def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
+        experts, order = torch.sort(self.experts)
+        y = function(self.Pairs(self.base, order // self.top_k, experts, grouped=True))
+        return self._sums((y * self.weights[order][:, None])[torch.argsort(order)], like)
+
+    class Pairs(Pairs):
+        def multiply(self, x: Tensor, parameter: str) -> Tensor:
+            from transformers.integrations.moe import _grouped_linear
+
+            ends = torch.cumsum(self.counts, 0, dtype=torch.int32)
+            y: Tensor = _grouped_linear(x, self.weight(parameter), ends, self.bias(parameter), self.base.is_transposed)
+            return y
+
+
+class Eager(Routed):
+    """The way that the classes themselves go: expert by expert, and of each first the pairs that are first choices."""
+
+    def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
+        by_choice = torch.arange(len(self.experts), device=self.experts.device).view(-1, self.top_k).T.reshape(-1)
+        order = by_choice[torch.sort(self.experts[by_choice], stable=True).indices]
+        sums = torch.zeros_like(like)
+        for _, start, stop in Pairs(self.base, order, self.experts[order], grouped=True).segments:
+            chosen = order[start:stop]
+            pairs = self.Pairs(self.base, chosen // self.top_k, self.experts[chosen], grouped=True)
+            y = function(pairs) * self.weights[chosen][:, None]
+            sums = sums.index_add(0, pairs.tokens, y.to(sums.dtype))
+        return sums
+
+    class Pairs(Pairs):
+        def multiply(self, x: Tensor, parameter: str) -> Tensor:
+            (expert, _, _) = self.segments[0]
+            W, bias = self.weight(parameter)[expert], self.bias(parameter)
+            y = x @ (W if self.base.is_transposed else W.T)
+            return y if bias is None else y + bias
+
+
+_ROUTED: dict[str, type[Routed]] = {"batched_mm": Batched, "eager": Eager}
+
+
+class _Corrections(torch.autograd.Function):
+    """D Q_e z for the z of every pair; differentiable in them and in the entries of every Q_e."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        Z: Tensor,
+        entries: Tensor,
+        D: Tensor,
+        positions: Positions,
+        segments: list[tuple[int, int, int]],
+    ) -> Tensor:
+        ctx.positions, ctx.segments = positions, segments
+        ctx.save_for_backward(Z, entries, D)
+        with torch.autocast(Z.device.type, enabled=False):
+            products = [sparse_product(positions, entries[e], Z[start:stop]) for e, start, stop in segments]
+            return torch.cat(products) @ D.T if products else torch.zeros_like(Z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        Z, entries, D = ctx.saved_tensors
+        of_Z, of_entries = torch.zeros_like(Z), torch.zeros_like(entries)
+        with torch.autocast(Z.device.type, enabled=False):
+            G = gradients[0] @ D
+            for expert, start, stop in ctx.segments:
+                rows = slice(start, stop)
+                of_Z[rows] = sparse_product(ctx.positions, entries[expert], G[rows], transposed=True)
+                of_entries[expert] = sampled_product(ctx.positions, G[rows].T, Z[rows])
+        return of_Z, of_entries, None, None, None
