@@ -227,15 +227,15 @@ def _targets(basis: BasisFile, checkpoint: Checkpoint) -> list[Target]:
     for record in basis.metadata.modules:
         if record.name.endswith("]"):
             raise InvalidInput(
-                f"{basis.path}: {record.name} is one of several experts in a tensor, which extract does not take; give a "
-                "basis without them"
+                f"{basis.path}: {record.name} is one of several experts in a tensor, which extract does not take; "
+                "give a basis without them"
             )
         info = checkpoint.tensors.get(f"{record.name}.weight")
         if info is None:
             raise InvalidInput(
                 f"{basis.path}: {checkpoint.model} has no {record.name}.weight; give the basis's own base"
             )
-        target = replace(linear_layer(info, checkpoint, None), transposed=record.transposed)
+        target = replace(linear_layer(info, None, checkpoint), transposed=record.transposed)
         if target.n != basis.width(record.category):
             raise InvalidInput(
                 f"{basis.path}: {record.name}.weight of {checkpoint.model} has {target.n} columns: another base?"
