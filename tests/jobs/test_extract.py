@@ -219,6 +219,7 @@ print(peak())
 """
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     peaks: dict[str, list[int]] = {"lora": [], "frod": []}
     for count in (4, 10):  # of which some are read ahead

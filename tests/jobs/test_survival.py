@@ -15,7 +15,7 @@ import torch
 import frodctl
 from frodctl.errors import InvalidInput, UsageError
 from tests import peft_models
-from tests.conftest import LLAMA_CONFIG, Run, llama_layers, on_a_terminal, save_checkpoint
+from tests.conftest import LLAMA_CONFIG, Run, llama_layers, save_checkpoint
 from tests.jobs.conftest import Case, operators, tensors
 from tests.jobs.test_merge import renamed, write_adapter
 
@@ -82,12 +82,15 @@ def test_an_adapter_that_was_not_merged_is_not_there(own: dict[str, Path]) -> No
     assert {row.values["survival_distance"] for row in target.rows} == {1.0}
 
 
-def test_the_ranks_of_an_update_are_shown(own: dict[str, Path]) -> None:
+def test_the_ranks_of_an_update_are_shown(own: dict[str, Path], frodctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that hold 90, 95 and 99 % of it, and what of it is in the merged checkpoint."""
+    import frodctl as library
+
+    monkeypatch.setenv("COLUMNS", "160")
     arguments = ["inspect", own["large"], "--base", own["base"], "--spectrum", "--merged", own["large-merged"]]
-    shown = on_a_terminal(*arguments, columns=160)
+    shown = frodctl(*arguments, "--format", "human").stdout
     assert all(title in shown for title in ("90 %", "95 %", "99 %", "survives"))
-    (target,) = frodctl.inspect(own["large"], base=own["base"], spectrum=True).targets
+    (target,) = library.inspect(own["large"], base=own["base"], spectrum=True).targets
     for row in target.rows:
         energy = np.cumsum(row.singular_values**2) / np.sum(row.singular_values**2)
         for share in (90, 95, 99):
