@@ -53,7 +53,7 @@ TOKENS = 48
 PADDING = 0  # the token [PAD]
 HEAD_RATE = 3e-2
 WARM_UP = 0.1
-METHODS = ["full", "head", "lora", "peft-frod", "frod", "gradient", "spectrum", "both"]
+METHODS = ["full", "head", "lora", "peft-frod", "frod", "shared", "gradient", "spectrum", "both"]
 SELECTION = 16  # batches whose gradients choose positions
 SEARCH_SEED = 100  # of the tries; the reported seeds are 0, 1, …
 
@@ -210,12 +210,12 @@ def with_frodctl(basis: Path, selected_on: Sequence[dict[str, Tensor]] = ()) -> 
 
 
 @cache
-def decompose(model: Path, folder: Path, allocate: str) -> tuple[Path, float]:
+def decompose(model: Path, folder: Path, allocate: str, share_input: bool) -> tuple[Path, float]:
     """The shared-basis file, and the largest sparsity of a category; once for all runs."""
-    basis = folder / f"{allocate}.safetensors"
+    basis = folder / f"{allocate}{'-shared' if share_input else ''}.safetensors"
     decomposed = frodctl.decompose(
         model, basis, target_modules=",".join(TARGETS), exclude_modules="pooler.dense", budget=BUDGET,
-        allocate=allocate,
+        allocate=allocate, share_input=share_input,
     )  # fmt: skip
     sparsity = {row["category"]: row["sparsity"] for row in decomposed.as_dict()["categories"]}
     shown = ", ".join(f"{category} {rate:.2%}" for category, rate in sparsity.items())
@@ -232,12 +232,15 @@ def method_called(name: str, model: Path, folder: Path, task: Task) -> Method:
     if name == "lora":
         lora = peft.LoraConfig(target_modules=TARGETS, r=LORA_RANK, lora_alpha=2 * LORA_RANK)
         return Method(f"LoRA, r = {LORA_RANK} (PEFT)", with_peft(lora), around(4e-3), unloaded)
-    basis, sparsity = decompose(model, folder, "spectrum" if name in ("spectrum", "both") else "uniform")
+    allocate = "spectrum" if name in ("spectrum", "both") else "uniform"
+    basis, sparsity = decompose(model, folder, allocate, name == "shared")
     if name == "peft-frod":
         frod = peft.FrodConfig(target_modules=TARGETS, sparse_rate=sparsity, progressbar=False)
         return Method("FRoD (PEFT)", with_peft(frod), around(6e-4), unloaded)
     if name == "frod":
         return Method("FRoD (frodctl)", with_frodctl(basis), around(8e-3), merge_)
+    if name == "shared":
+        return Method("FRoD, shared input", with_frodctl(basis), around(8e-3), merge_)
     if name == "spectrum":
         return Method("FRoD, spectrum", with_frodctl(basis), around(8e-3), merge_)
     few = list(islice(batches(task.train, SEARCH_SEED), SELECTION))
@@ -393,7 +396,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=METHODS[:5], metavar="METHOD",
-        help="also gradient, spectrum and both: other positions of S; the first is the one to be matched",
+        help="also shared: one basis for query, key and value; gradient, spectrum, both: other positions of S; "
+        "the first is the one to be matched",
     )  # fmt: skip
     parser.add_argument("--tries", type=int, default=5, help="rates a method, an odd number")
     parser.add_argument("--steps", type=int, default=120, help="of a run, a multiple of 6; a try takes half as many")

@@ -6,6 +6,7 @@ python examples/train.py examples/tiny-llama basis.safetensors adapter
 
 import argparse
 import ast
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,12 +58,14 @@ def main() -> None:
 
     groups = frodctl.parameter_groups(model, rho_lambda=arguments.rho, rho_sparse=arguments.rho)
     optimizer = torch.optim.Adam(groups)
+    began = time.perf_counter()
     for _ in range(arguments.steps):
         batch = blocks[torch.randint(len(blocks), (arguments.batch,))]
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"held-out loss {evaluate():.4f} after {arguments.steps} steps")
+    rate = arguments.steps * arguments.batch * CONTEXT / (time.perf_counter() - began)
+    print(f"held-out loss {evaluate():.4f} after {arguments.steps} steps, {rate:,.0f} tokens/s")
     frodctl.save_adapter(model, arguments.adapter)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from frodctl.jobs.merge import MergeOptions, MergePlan, MergeResult, merge
     from frodctl.jobs.progress import Progress
     from frodctl.training import (
+        accumulating,
         attach,
         load_adapter,
         parameter_groups,
@@ -57,6 +58,7 @@ __all__ = [
     "OutOfResources",
     "Progress",
     "UsageError",
+    "accumulating",
     "attach",
     "decompose",
     "extract",
@@ -80,7 +82,8 @@ _HOMES = {
     "frodctl.jobs.lora.run": "LoraResult",
     "frodctl.jobs.merge": "MergeOptions MergePlan MergeResult merge",
     "frodctl.jobs.progress": "Progress",
-    "frodctl.training": "attach load_adapter parameter_groups print_trainable_parameters save_adapter select_pattern",
+    "frodctl.training": "accumulating attach load_adapter parameter_groups print_trainable_parameters save_adapter "
+    "select_pattern",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -54,8 +54,9 @@ _OF_A_SHELL = set("|<>;&$`*")
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BAR = re.compile(r"^.*\(\d+% done\)\n", re.MULTILINE)  # a bar on a terminal, which leaves nothing
 _TOKEN = re.compile(r"(?P<number>\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)|(?P<line>─+)|(?P<profile>[▁-█]+)|(?P<space>\s+)")
-#: What a machine decides: a number before the unit of a time, or after these words.
-_MEASURED = re.compile(r"(?P<before>(?:Peak memory about |peak memory )?)\d[\d.,]*(?P<after>(?: [kMG]?B| m?s\b)?)")
+#: What a machine decides: a number before the unit of a time or of a rate, or after these words.
+_UNIT = r"(?: [kMG]?B| (?:m|tokens/)?s\b)?"
+_MEASURED = re.compile(rf"(?P<before>(?:Peak memory about |peak memory )?)\d[\d.,]*(?P<after>{_UNIT})")
 DIGITS = 0.02  # by which figures with a decimal point may differ
 TRAINED = 0.25  # after training
 LONG_INTEGER, ROUNDED = 100, 0.004  # integers from here on may be rounded figures

@@ -138,6 +138,7 @@ ALIKE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("decompose", {"cache_size": "128MB"}, ["--cache-size", "128000000"]),
     ("decompose", {"seed": "1", "alpha": "1e-2"}, ["--seed", "1", "--alpha", "0.01"]),
     ("decompose", {"exclude_modules": ["v_proj"]}, ["--exclude-modules", "v_proj"]),
+    ("decompose", {"share_input": True}, ["--share-input"]),
     ("merge", {"max_shard_size": "1MB"}, ["--max-shard-size", "1000000"]),
     ("merge", {"scale": "0.5"}, ["--scale", "50%"]),
     ("merge", {"also": [f"{ADAPTER}:0.3"]}, ["--also", f"{ADAPTER}:30%"]),

@@ -261,12 +261,15 @@ class LiveNames:
             such model: code that comes with a model is never run.
         """
         matched = names.match(parameters, self._holders)
+        outer = names.live_prefix({parameter: live for parameter, live in matched.items() if live is not None})
+        places_in_model, inner = self._located
+        self.prefix = outer + inner
         found = {}
         for parameter, live in matched.items():
             if live is None:
                 continue
             (name, place), *others = self._holders[live]
-            if others or self._split[name] or place.rows or place.expert is not None or place.transposed:
+            if others or len(places_in_model[name]) > 1 or place.rows or place.expert is not None or place.transposed:
                 raise InvalidInput(
                     f"{self.checkpoint.model}: {parameter} is made from (parts of) {name} as it is loaded, and "
                     "what was trained of it alone cannot be merged there; merge it in the live model (merge_and_unload)"
@@ -275,15 +278,18 @@ class LiveNames:
         return found
 
     @cached_property
-    def _holders(self) -> dict[str, list[tuple[str, Place]]]:
-        """For each parameter the checkpoint's tensors that are in it, and where."""
+    def _located(self) -> tuple[Places, str]:
+        """Where the model holds the checkpoint's tensors, and the prefix that its names have."""
         model = _meta_model(self.checkpoint, self.classes)
         stored = {name: info.shape for name, info in self.checkpoint.tensors.items()}
         found, _ = places(model, stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-        self.prefix = base_prefix(model, found)
-        self._split = {name: len(held) > 1 for name, held in found.items()}
+        return found, base_prefix(model, found)
+
+    @cached_property
+    def _holders(self) -> dict[str, list[tuple[str, Place]]]:
+        """For each parameter the checkpoint's tensors that are in it, and where."""
         holders: dict[str, list[tuple[str, Place]]] = {}
-        for name, held in found.items():
+        for name, held in self._located[0].items():
             for place in held:
                 holders.setdefault(place.parameter, []).append((name, place))
         return holders
@@ -312,6 +318,19 @@ def _meta_model(checkpoint: Checkpoint, classes: Sequence[str]) -> Any:
     transformers.logging.set_verbosity_error()  # its remarks on the config are for who uses the model
     try:
         with device("meta"):
-            return chosen(CONFIG_MAPPING[kind].from_dict(dict(checkpoint.config)))
+            return chosen(CONFIG_MAPPING[kind].from_dict(_with_infinities(dict(checkpoint.config))))
+    except Exception as error:  # of another library's code, given what a config.json may say
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidInput(
+            f"{checkpoint.model}: transformers cannot make {chosen.__name__} of its config.json ({reason})"
+        ) from error
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def _with_infinities(value: Any) -> Any:
+    """What a config.json says, with the numbers that transformers writes there as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        plain = {key: _with_infinities(item) for key, item in value.items()}
+        return float(plain["__float__"]) if plain.keys() == {"__float__"} else plain
+    return [_with_infinities(item) for item in value] if isinstance(value, list) else value

@@ -135,8 +135,8 @@ def open_remote(location: Location, *, later: bool = False) -> Checkpoint | None
     with clear_errors(location):
         commit, files = _files(location, repo, revision)
         repository = Repository(replace(location, model=repo), commit)
-        files = [file for file in files if "/" not in file]
-        entry = choose_weights(files, repo)
+        below, files = files, [file for file in files if "/" not in file]
+        entry = choose_weights(files, repo, below)
         if ".safetensors" not in entry:
             return None
         if later:
@@ -200,7 +200,7 @@ def _needed(location: Location, commit: str, files: list[str], everything: bool)
     repo = repo_and_revision(location)[0]
     repository = Repository(replace(location, model=repo), commit)
     direct = [file for file in files if "/" not in file]
-    entry = choose_weights(direct, repo)
+    entry = choose_weights(direct, repo, files)
     wanted = {entry, *(name for name in direct if name in _CONFIGS)}
     if entry.endswith(".index.json"):
         wanted.update(shards_of(read_json(repository.fetch(entry)), f"{repo}/{entry}").values())

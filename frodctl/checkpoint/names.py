@@ -66,33 +66,37 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return parts
 
 
-def categories(widths: Mapping[str, int]) -> tuple[dict[str, str], list[str]]:
+def categories(widths: Mapping[str, int], joined: Mapping[str, str] = {}) -> tuple[dict[str, str], list[str]]:
     """Name the category of each module.
 
     Parameters
     ----------
     widths : mapping of str to int
         The targeted modules and their ``in_features``.
+    joined : mapping of str to str
+        By module the path that stands for it and others, which share a category then (`siblings.joined`).
 
     Returns
     -------
     names : dict of str to str
-        For each module its category. Modules of one category have one role and one width. The name is
-        PEFT's; where PEFT gives one name to several roles or widths, each is qualified by what tells it apart.
+        For each module its category. Modules of one category have one width, and one role or one path in ``joined``.
+        The name is PEFT's; where that stands for several roles or widths, each is qualified by what tells it apart.
     collisions : list of str
         PEFT's names that had to be qualified. PEFT has one basis for each, and cannot take ours.
     """
     groups: dict[str, dict[tuple[str, int], list[str]]] = {}
     for module, width in widths.items():
-        base = peft_category(re.sub(r"\[\d+\]$", "", module))
-        groups.setdefault(base, {}).setdefault((role(module), width), []).append(module)
+        path = joined.get(module, module)
+        base = peft_category(re.sub(r"\[\d+\]$", "", path))
+        groups.setdefault(base, {}).setdefault((role(path), width), []).append(module)
     names: dict[str, str] = {}
     collisions = []
     taken = {base for base, kinds in groups.items() if len(kinds) == 1}
     for base, kinds in sorted(groups.items()):
         labels = {next(iter(kinds)): base}
         if len(kinds) > 1:
-            collisions.append(base)
+            if not joined.keys() >= set().union(*kinds.values()):
+                collisions.append(base)
             labels = _qualify(base, sorted(kinds), taken)
             taken.update(labels.values())
         for kind, modules in kinds.items():

@@ -6,7 +6,8 @@ Only headers and configs are read here; the tensors' bytes are read by `frodctl.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,11 +89,18 @@ def _from_file(path: Path, model: str) -> Checkpoint:
 
 
 def _from_folder(folder: Path, model: str, revision: str | None, entry: str | None = None) -> Checkpoint:
-    entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder))
+    entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder), _one_below(folder))
     indexed = entry.endswith(".index.json")
     shards = shards_of(read_json(folder / entry), str(folder / entry)) if indexed else {}
     tensors = _read_headers(folder, entry, shards)
     return Checkpoint(model, revision, folder, _read_config(folder), tensors)
+
+
+def _one_below(folder: Path) -> Iterator[str]:
+    """The paths of what is in the sub-folders."""
+    for inner in folder.iterdir():
+        with suppress(OSError):  # not ours to read
+            yield from (f"{inner.name}/{path.name}" for path in inner.iterdir())
 
 
 def _read_config(folder: Path) -> dict[str, object]:

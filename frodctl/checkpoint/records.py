@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -35,6 +35,7 @@ WEIGHT_FILES = (
 )
 #: What PEFT calls an adapter's config and weights.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_MOST_NAMED = 8  #: sub-folders in a message
 _URL = re.compile(r"[a-z]+://|(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 
 
@@ -160,8 +161,11 @@ class Checkpoint:
         return sum(seen.values())
 
 
-def choose_weights(files: Collection[str], where: str) -> str:
-    """The weights' entry point among a folder's file names: an index or a single file."""
+def choose_weights(files: Collection[str], where: str, below: Iterable[str] = ()) -> str:
+    """The weights' entry point among a folder's file names: an index or a single file.
+
+    ``below`` are the paths in its sub-folders, of which the error names those that hold weights.
+    """
     for name in WEIGHT_FILES:
         if name in files:
             return name
@@ -171,8 +175,18 @@ def choose_weights(files: Collection[str], where: str) -> str:
         return single[0]
     if single:
         raise InvalidInput(f"{where}: several safetensors files and no index; name the one you mean")
-    hint = " (it holds an adapter: name its base model)" if "adapter_config.json" in files else ""
-    raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin{hint}")
+    if "adapter_config.json" in files:
+        raise InvalidInput(f"{where}: no weights here (it holds an adapter: name its base model)")
+    folders = sorted({str(path.parent) for path in map(PurePosixPath, below) if path.name in WEIGHT_FILES})
+    if folders:
+        named = ", ".join([*folders[:_MOST_NAMED], *(["…"] if len(folders) > _MOST_NAMED else [])])
+        raise InvalidInput(f"{where}: no weights here, but in {named}: choose one with `subfolder`")
+    raise InvalidInput(f"{where}: no weights here, neither safetensors nor pytorch_model.bin")
+
+
+def weights_name(config: Mapping[str, object]) -> str:
+    """What the library of the model calls a file of weights, without its ending: diffusers' have their own name."""
+    return "diffusion_pytorch_model" if "_class_name" in config else "model"
 
 
 def shards_of(index: dict[str, object], where: str) -> dict[str, str]:

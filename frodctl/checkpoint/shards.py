@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from frodctl.checkpoint.codec import TensorSpec
 from frodctl.errors import FrodctlError
 from frodctl.pipeline import in_order
 
-INDEX_FILE = "model.safetensors.index.json"
 _METADATA = {"format": "pt"}
 
 _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
@@ -66,13 +66,18 @@ def _slices(spec: TensorSpec) -> list[TensorSpec]:
     return [TensorSpec(f"{spec.name}[{index}]", spec.dtype, spec.shape[1:]) for index in range(spec.shape[0])]
 
 
+def index_file(shards: Sequence[Shard]) -> str:
+    """What the index of several files is called."""
+    return re.sub(r"-\d+-of-\d+\.safetensors$", ".safetensors.index.json", shards[0].file)
+
+
 def plan_shards(
-    specs: Iterable[TensorSpec], max_bytes: int, sliced: Collection[str] = frozenset()
+    specs: Iterable[TensorSpec], max_bytes: int, name: str = "model", sliced: Collection[str] = frozenset()
 ) -> tuple[Shard, ...]:
     """Fill files with the tensors in the order given, none with more than ``max_bytes`` of tensors.
 
-    A tensor larger than that has a file to itself. The files are called as transformers calls them. Those that are
-    ``sliced`` are written slice by slice.
+    A tensor larger than that has a file to itself. The files are called ``NAME.safetensors`` or
+    ``NAME-00001-of-00002.safetensors``. Those that are ``sliced`` are written slice by slice.
     """
 
     def shard(file: str, group: Sequence[TensorSpec]) -> Shard:
@@ -87,10 +92,10 @@ def plan_shards(
         groups[-1].append(spec)
         filled += spec.nbytes
     if len(groups) == 1:
-        return (shard("model.safetensors", groups[0]),)
+        return (shard(f"{name}.safetensors", groups[0]),)
     count = len(groups)
     return tuple(
-        shard(f"model-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)
+        shard(f"{name}-{number:05d}-of-{count:05d}.safetensors", group) for number, group in enumerate(groups, 1)
     )
 
 

@@ -42,7 +42,7 @@ CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 TRANSPOSED_EXPERT_MODELS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text")
 
 _EMBEDDING = re.compile(
-    r"embed(?!.*proj)|^(wte|wpe|shared|relative_attention_bias|rel_pos.*|pos_emb.*)$", re.IGNORECASE
+    r"embed(?!.*(proj|mapping))|^(wte|wpe|shared|relative_attention_bias|rel_pos.*|pos_emb.*)$", re.IGNORECASE
 )
 _NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
 _ROUTER = re.compile(r"^(routers?|shared_expert_gate)$")
@@ -260,6 +260,7 @@ def _default_targets(checkpoint: Checkpoint) -> str:
     """PEFT's default for the type of this model."""
     model_type = str(checkpoint.config.get("model_type", ""))
     if model_type not in DEFAULT_TARGETS:
-        what = f"no default targets for model type {model_type!r}" if model_type else "no config.json here"
+        without = "config.json names no model_type" if checkpoint.config else "no config.json here"
+        what = f"no default targets for model type {model_type!r}" if model_type else without
         raise UsageError(f"{what}; give `target_modules`: all-linear, names or a regular expression")
     return DEFAULT_TARGETS[model_type]

@@ -28,6 +28,11 @@ from frodctl.jobs import decompose as job
 )
 @click.option("--exclude-modules", metavar="NAMES|REGEX", help="Modules to leave out.")
 @click.option("--layers", metavar="0-11", help="Blocks to take, such as 0-11 or 0,2,8-11.")
+@click.option(
+    "--share-input",
+    is_flag=True,
+    help="One basis for layers that read the same activations: q, k and v; gate and up. PEFT cannot load it then.",
+)
 @click.option("--sparsity", metavar="S", help="Share of n² positions trained per layer.  [default: 0.01]")
 @click.option(
     "--budget",
@@ -117,6 +122,11 @@ def _warn(plan: job.DecomposePlan, report: Reporter) -> None:
         report.note(
             f"Warning: PEFT gives one name to several categories here ({', '.join(plan.peft_collisions)}), "
             "so it cannot load this basis; frodctl can."
+        )
+    if plan.share_input:
+        shared = ", ".join(plan.share_input)
+        report.note(
+            f"Warning: layers that read the same input share a basis ({shared}), which PEFT cannot load; frodctl can."
         )
 
 

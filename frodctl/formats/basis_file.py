@@ -62,18 +62,22 @@ class BasisMetadata:
     digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
     memory_limit: int | None = None  #: as asked for: what is kept and what computed again differs in rounding
     peft_collisions: Sequence[str] = field(default=())  #: PEFT's names that stand for several categories here
+    #: by category whose layers read the same activations in groups, what these are called; others have one role
+    share_input: Mapping[str, Sequence[str]] = field(default_factory=dict)
     version: int = VERSION
 
     @property
     def peft_loadable(self) -> bool:
         """Whether PEFT's own categories are these, so that it could use the file's bases."""
-        return not self.peft_collisions
+        return not (self.peft_collisions or self.share_input)
 
     def to_json(self) -> str:
         value = asdict(self) | {"peft_loadable": self.peft_loadable}
         value["basis"] = value.pop("V_digests")
         if self.memory_limit is None:
             del value["memory_limit"]
+        if not self.share_input:
+            del value["share_input"]
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     def _check_types(self) -> None:
@@ -87,6 +91,8 @@ class BasisMetadata:
         _require(all(isinstance(text, str) for text in [self.model, self.tool, self.precision, *texts]), "modules")
         _require(len({m.name for m in self.modules}) == len(self.modules), "modules")
         _require(self.memory_limit is None or type(self.memory_limit) is int, "memory_limit")
+        _require(isinstance(self.share_input, dict) and self.share_input.keys() <= self.V_digests.keys(), "share_input")
+        _require(all(map(_is_text_list, self.share_input.values())), "share_input")
         _require(self.revision is None or isinstance(self.revision, str), "revision")
         _require(all(type(size) is int for m in self.modules for size in m.shape), "shape")
         _require(all(type(m.transposed) is bool for m in self.modules), "transposed")
@@ -119,6 +125,10 @@ def check_version(found: object, known: int, what: str) -> None:
 def _require(holds: bool, what: str) -> None:
     if not holds:
         raise ValueError(what)
+
+
+def _is_text_list(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
 def _module_record(value: Mapping[str, Json]) -> ModuleRecord:

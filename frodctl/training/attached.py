@@ -30,6 +30,7 @@ class Attached:
     seed: int | None  #: of the pattern; None where the basis file or the adapter has it
     modules_to_save: tuple[str, ...]  #: as asked for
     dropout: float
+    form: str = "auto"  #: how layers are computed; no part of what is saved
     selected: bool = False  #: the pattern is the adapter's own: neither a seed nor the basis file has it
     #: a saved adapter has the checkpoint's names, and the model's own have this before them; None: it has the model's
     live_prefix: str | None = None

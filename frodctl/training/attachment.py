@@ -39,6 +39,7 @@ from frodctl.training.choice import choose
 from frodctl.training.experts import ExpertsUpdate, FrodExperts, Part, Stacks
 from frodctl.training.fused import FusedFrodLinear, Parts, changes
 from frodctl.training.layer import (
+    FORMS,
     Basis,
     FrodLinear,
     Pattern,
@@ -52,6 +53,7 @@ from frodctl.training.layer import (
 )
 from frodctl.training.located import as_stored
 from frodctl.training.reads import weight_uses
+from frodctl.training.shared import SharedProduct
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
@@ -75,6 +77,7 @@ def attach(
     dropout: values.Number = 0.0,
     adapter_name: str = "default",
     only_available: bool = False,
+    form: str = "auto",
 ) -> Model:
     """Make a model trainable at full rank with few numbers: y = W (x + D diag(λ)⁻¹ (S + diag(λ' − λ)) Vᵀ x).
 
@@ -109,6 +112,12 @@ def attach(
         Attaching again under another name adds a second adapter and makes it the active one.
     only_available : bool
         Train what can be trained of what is asked for, and warn of the rest, instead of refusing all of it.
+    form : {"auto", "input", "weight", "weight+U"}
+        How a layer is computed; all give the same outputs and gradients. ``input``: W (x + …) as above, which works on
+        every layer and keeps nothing of the weight's size. ``weight``: W' x, where W' = W + W D diag(λ)⁻¹ (…) Vᵀ is
+        formed once a step and kept beside W; fewer operations for many tokens, on dense layers only. ``weight+U``:
+        that, with W D = U diag(λ) kept too, which saves up to half of the forming. ``auto``: of the first two the one
+        that takes fewer operations for the tokens at hand. `frodctl.training.print_step_cost` shows what each costs.
 
     Returns
     -------
@@ -120,7 +129,7 @@ def attach(
     UsageError
         Nothing, or one of several names, matches; or an option makes no sense. The model is as it was then.
     InvalidInput
-        The model is not the one that the basis was made from, or has layers that cannot be trained.
+        The model is not the one that the basis was made from, or has layers that cannot be trained, or not in the form.
 
     Examples
     --------
@@ -144,6 +153,7 @@ def attach(
         modules_to_save=saved,
         dropout=checked_dropout(dropout),
         live_prefix=chosen.live_prefix,
+        form=checked_form(form, dropout),
     )
     install(model, attached, indices, adapter_name)
     _warn_of_what_is_left_out(chosen.left_out)
@@ -215,7 +225,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     attachment.active = name
     model.requires_grad_(False)
     for layer in frod_layers(model).values():
-        layer.active = name
+        layer.activate(name)
         if name in layer.adapters:
             layer.adapters[name].requires_grad_(True)
     for module in saved_modules(model).values():
@@ -366,6 +376,14 @@ def checked_dropout(dropout: object) -> float:
     return found
 
 
+def checked_form(form: object, dropout: object) -> str:
+    """How layers are computed; by W' there is no input of a correction to drop elements of."""
+    found = values.choice(*FORMS)(form, "form")
+    drops = checked_dropout(dropout) > 0
+    values.require(not (drops and found.startswith("weight")), "form", found, "has no `dropout`; leave one of them")
+    return found
+
+
 def _check_uses(model: nn.Module, attached: Attached) -> dict[str, bool]:
     """By path whether the layer's weight must be W': not where the model asks for its dtype, device or shape alone."""
     gives = {}
@@ -385,6 +403,7 @@ def _updates(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, U
     """An update for each weight that layers of its own hold, which are checked."""
     opened = attached.basis
     scales = _Scales(opened)
+    projections: dict[tuple[object, ...], SharedProduct] = {}
     uses = _uses(model)
     updates = {}
     for module, record in attached.modules.items():
@@ -394,9 +413,12 @@ def _updates(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, U
         layers = [Held(_base_layer(model, place.path), place) for place in places]
         for layer in layers:
             _check_module(layer.place.path, layer.base, opened.width(category), uses)
+            _check_form(attached.form, layer)
         dtype, device = _placement(model, layers)
         basis, pattern = bases.of(category, dtype, device)
-        updates[module] = Update(basis, pattern, scales.of(record), attached.dropout)
+        parent = places[0].path.rpartition(".")[0]
+        projection = projections.setdefault((category, dtype, device, parent), SharedProduct(category))
+        updates[module] = Update(basis, pattern, scales.of(record), attached.dropout, attached.form, projection)
         alike = scales.of_category(category, device) if attached.live_prefix is not None else None
         with _training(layers):
             _check_layers(model, layers, updates[module], record, str(opened.path), alike)
@@ -410,6 +432,8 @@ def _stacks(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, St
 
     def make(base: nn.Module, part: Part, records: Sequence[ModuleRecord]) -> ExpertsUpdate:
         category = records[0].category
+        if attached.form.startswith("weight"):
+            raise InvalidInput(f"{records[0].name}: is an expert among others; leave `form` at auto, or say input")
         layers = stacks.layers_of(base, part)
         weight: Tensor = layers[0].weight
         if weight.shape[1] != opened.width(category):
@@ -534,6 +558,12 @@ def _for_place(update: Update, place: Place, places: Sequence[Place]) -> Update:
         return update
     shared = (update.basis, update.pattern, update.delta, update.values)
     return copy.deepcopy(update, {id(one): one for one in shared})
+
+
+def _check_form(form: str, layer: Held) -> None:
+    if form.startswith("weight") and (layer.place.rows is not None or not is_dense(layer.base)):
+        what = "is trained in parts" if layer.place.rows is not None else f"is a {type(layer.base).__name__}, not dense"
+        raise InvalidInput(f"{layer.place.path}: {what}; leave `form` at auto, or say input")
 
 
 def _check_module(path: str, base: nn.Module, n: int, uses: Mapping[int, int]) -> None:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from frodctl.adapted.conversion import Place
 from frodctl.training.layer import Basis, FrodLinear, Pattern, Update, correction_dtype
-from frodctl.training.products import Positions, sampled_product, sparse_product, updated_weight
+from frodctl.training.products import Factors, Positions, sampled_product, sparse_product
 
 #: The flags of transformers' experts by which it dispatches them.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
@@ -61,7 +61,7 @@ class ExpertsUpdate(Update):
         """W' of one expert, of which the layer has the weight."""
         W = layer.weight
         V, D = self.basis.matrices(W.device, torch.promote_types(W.dtype, torch.float32))
-        return updated_weight(W, self.entries()[expert], V, D, self.pattern.positions, transposed=False)
+        return Factors(W, V, D, self.pattern.positions, transposed=False).updated(self.entries()[expert])
 
     @property
     def rotation(self) -> object:
@@ -154,6 +154,9 @@ class OneExpert:
 
 class FrodExperts(FrodLinear):
     """Stacked experts that are left alone, and what is trained of them, for one adapter at a time, or none."""
+
+    def update(self, name: str | None = None) -> None:
+        """There is not one update of such a layer."""
 
     def stacks(self, name: str | None = None) -> list[tuple[Part, ExpertsUpdate]]:
         """What the adapter with this name, or the active one, trains."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,19 +12,27 @@ from torch import Tensor, nn
 
 from frodctl.arrays import to_torch
 from frodctl.method.dual import Dual
+from frodctl.method.step_cost import Shape, input_flops, weight_flops
 from frodctl.method.update import csr_pattern
+from frodctl.training.kept import KeptWeight, Source, WaitingGradient
 from frodctl.training.products import (
+    Factors,
     Positions,
+    corrected,
+    dual_columns,
     ignore_beta_warning,
-    input_side,
+    projected,
     trained_weight,
-    updated_weight,
-    weight_side,
 )
+from frodctl.training.shared import SharedProduct
 from frodctl.training.tensors import kernels_on, tensor_of
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
+
+
+#: How a layer may be computed; see `frodctl.attach`.
+FORMS = ("auto", "input", "weight", "weight+U")
 
 
 class KeepsDtype(nn.Module):
@@ -65,7 +74,8 @@ class Basis(KeepsDtype):
         super().__init__()
         self.category, self.digest, self.layers = category, digest, layers
         dual = Dual.of(V, kernels_on(device))
-        self.register_buffer("V", tensor_of(dual.V).to(dtype).to(device), persistent=False)
+        # by columns: so a row of Vᵀ, of which sparse products are made, is contiguous
+        self.register_buffer("V", tensor_of(dual.V).to(dtype).T.contiguous().T.to(device), persistent=False)
         self.register_buffer("D", tensor_of(dual.D).to(dtype).contiguous().to(device), persistent=False)
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -85,7 +95,7 @@ class Basis(KeepsDtype):
         if torch.compiler.is_compiling():
             return self.V.to(device, dtype), self.D.to(device, dtype)
         if (device, dtype) not in self._copies:
-            with torch.inference_mode(False):  # tensors of that mode could not be trained with later
+            with torch.inference_mode(False), torch.no_grad():  # tensors of that mode could not be trained with later
                 self._copies[device, dtype] = self.V.to(device, dtype), self.D.to(device, dtype)
         return self._copies[device, dtype]
 
@@ -141,21 +151,43 @@ class Update(KeepsDtype):
         λ, where training begins.
     dropout : float
         Probability with which an element of the correction's input is dropped in training.
+    form : str
+        Of `FORMS`.
+    projection : SharedProduct, optional
+        Of the layers that read the same tensor.
     """
 
     base_scales: Tensor
     inverse_scales: Tensor
 
-    def __init__(self, basis: Basis, pattern: Pattern, scales: Tensor, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        basis: Basis,
+        pattern: Pattern,
+        scales: Tensor,
+        dropout: float = 0.0,
+        form: str = "auto",
+        projection: SharedProduct | None = None,
+    ) -> None:
         super().__init__()
+        self.projection = projection or SharedProduct(basis.category)
+        self.projection.layers += 1
         self.basis, self.pattern = basis, pattern
         self.scale = 1.0
+        self.form = form
         self.dropout = nn.Dropout(dropout)
         start = scales.to(basis.V.device, torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(start))
         self.values = nn.Parameter(torch.zeros(pattern.nnz, dtype=torch.float32, device=start.device))
         self.register_buffer("base_scales", start, persistent=False)
         self.register_buffer("inverse_scales", torch.where(start > 0, 1 / start, 0), persistent=False)
+        self.kept, self.waiting = KeptWeight(), WaitingGradient()
+        self._own = (self.delta,)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the trained numbers are held here; not where they are sharded, and gathered for each pass."""
+        return self.delta is self._own[0]
 
     def entries(self) -> Tensor:
         """The entries of Q = s diag(λ)⁻¹ (S + diag(λ' − λ)); rows with λ = 0 drop out."""
@@ -164,32 +196,84 @@ class Update(KeepsDtype):
 
     def shifted(self, x: Tensor) -> Tensor:
         """x + D Q Vᵀ x, in x's dtype; the correction in float32, or in bfloat16 where the layer works in it."""
-        dtype = correction_dtype(x)
-        X = self.dropout(x).reshape(-1, x.shape[-1]).to(dtype)
-        V, D = self.basis.matrices(x.device, dtype)
-        correction = input_side(X, self.entries(), V, D, self.pattern.positions)
+        V, D = self.basis.matrices(x.device, correction_dtype(x))
+        drops = self.dropout.p and self.training
+        Z = projected(self.dropout(x), V) if drops else self.projection.of(self, x, V)
+        correction = corrected(Z, self.entries(), D, self.pattern.positions)
         return (x + correction.view(x.shape)).to(x.dtype)
 
     def product(self, base: nn.Module, x: Tensor) -> Tensor:
         """W' x + b for a base layer of which `is_plain` holds."""
         W: Any = base.weight
-        V, D = self.basis.matrices(x.device, _change_dtype(W.dtype))
-        positions, transposed = self.pattern.positions, is_transposed(base)
         bias: Any = base.bias
-        return weight_side(x, self.entries(), W, bias, V, D, positions, transposed)
+        updated = self.weight(base, _product_dtype(W))
+        if not is_transposed(base):
+            return F.linear(x, updated, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ updated if bias is None else torch.addmm(bias, rows, updated)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-    def weight(self, base: nn.Module) -> Tensor:
+    def weight(self, base: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         """W' of a base layer of which `holds_matrix` holds, as it stores its weight; gradients come back through it."""
         W: Any = base.weight
-        V, D = self.basis.matrices(W.device, _change_dtype(W.dtype))
-        return trained_weight(W, self.entries(), V, D, self.pattern.positions, is_transposed(base))
+        dtype = dtype or W.dtype
+        kept = self._keeps(W)
+        return trained_weight(self._factors(base, dtype, kept), self.entries(), dtype, self if kept else None)
+
+    def is_formed(self, base: nn.Module) -> bool:
+        """Whether W' for the present numbers is there, to multiply by."""
+        W: Any = base.weight
+        return self._keeps(W) and self.kept.holds(Source.of(W, _product_dtype(W)), self.entries)
+
+    def kept_weight(self, W: Tensor, entries: Tensor, dtype: torch.dtype, form: Callable[[], Tensor]) -> Tensor:
+        """As `frodctl.training.products.Keeper` has it."""
+        with torch.inference_mode(False), torch.no_grad():  # tensors of that mode could not be trained with later
+            return self.kept.weight(Source.of(W, dtype), entries, form)
+
+    def whole_gradient(self, gradient: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """As `frodctl.training.products.Keeper` has it."""
+        trained = [p for p in (self.delta, self.values) if p.requires_grad and p.numel()]
+        return self.waiting.added(gradient, trained, lambda total: self._add_gradient(project(total)))
 
     @torch.no_grad()
     def merged_weight(self, base: nn.Module) -> Tensor:
         """W' of a dense base layer as it stores its weight: with V and D as they are here, rounded once."""
         W: Any = base.weight
-        V, D = self.basis.matrices(W.device, torch.promote_types(W.dtype, torch.float32))
-        return updated_weight(W, self.entries(), V, D, self.pattern.positions, is_transposed(base))
+        return self._factors(base, torch.promote_types(W.dtype, torch.float32), False).updated(self.entries(), W.dtype)
+
+    def _keeps(self, W: Tensor) -> bool:
+        return not torch.compiler.is_compiling() and self.is_whole and W.device.type != "meta"
+
+    def _factors(self, base: nn.Module, dtype: torch.dtype, kept: bool) -> Factors:
+        """For products in a dtype."""
+        W: Any = base.weight
+        V, D = self.basis.matrices(W.device, _change_dtype(dtype))
+        factors = Factors(W, V, D, self.pattern.positions, is_transposed(base))
+        if not (kept and self.form == "weight+U"):
+            return factors
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+            B = self.kept.columns(Source.of(W, D.dtype), lambda: dual_columns(factors.oriented(W).to(D.dtype), D))
+        return replace(factors, B=B)
+
+    @torch.no_grad()
+    def _add_gradient(self, of_entries: Tensor) -> None:
+        """Add to the parameters' gradients what ∂L/∂Q makes of them."""
+        scaled = of_entries.to(self.delta.dtype) * (self.scale * self.inverse_scales)[self.pattern.rows]
+        found = torch.empty_like(scaled)
+        found[self.pattern.order] = scaled
+        parts = zip((self.values, self.delta), found.split([self.pattern.nnz, self.basis.n]), strict=True)
+        for parameter, part in parts:
+            if parameter.requires_grad:
+                parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsDtype:
+        self.kept.clear()
+        super()._apply(fn, recurse)
+        self._own = (self.delta,)
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"kept": KeptWeight(), "waiting": WaitingGradient()}
 
 
 class FrodLinear(nn.Module):
@@ -229,6 +313,14 @@ class FrodLinear(nn.Module):
         assert isinstance(found, Update)
         return found
 
+    def activate(self, name: str) -> None:
+        """Apply this adapter from now on, and keep nothing of another one's."""
+        self.active = name
+        for other in self.adapters:
+            update = self.update(other)
+            if update is not None and other != name:
+                update.kept.clear()
+
     @property
     def weight(self) -> Tensor:
         """W' of a base layer that holds a matrix, for a model that multiplies by it instead of calling the layer.
@@ -255,18 +347,22 @@ class FrodLinear(nn.Module):
         return self.base_layer(update.shifted(x), *args, **kwargs)
 
     def _weight_side(self, update: Update, x: Tensor) -> bool:
-        """Whether W' is formed for these tokens: fewer operations, and nothing in the way.
-
-        In units of n multiplications and additions, forward and backward (sparse products left out), T tokens take
-        4 n T + 2 m T on the input side, and 3 m T + 5 m n by way of W'.
-        """
-        if update.dropout.p and self.training:
+        """Whether x is multiplied by W': as asked for, being there, or taking fewer operations; nothing in the way."""
+        base = self.base_layer
+        if update.form == "input" or (update.dropout.p and self.training) or not is_plain(base, x):
+            return False
+        if update.form != "auto":
+            return True
+        if not update.is_whole:  # where parameters are sharded no weight may be kept
             return False
         n = x.shape[-1]
-        if not is_plain(self.base_layer, x):
-            return False
-        m, tokens = out_features(self.base_layer), x.numel() // n
-        return 3 * m * tokens + 5 * m * n < (4 * n + 2 * m) * tokens
+        dense = x.device.type != "cpu" or torch.compiler.is_compiling()
+        shape = Shape(out_features(base), n, update.pattern.nnz + n, dense, update.projection.layers)
+        tokens = x.numel() // n * (2 if update.waiting.accumulates else 1)  # at least
+        backward = self.training or torch.is_grad_enabled()
+        if weight_flops(shape, tokens, backward=backward) < input_flops(shape, tokens, backward=backward):
+            return True
+        return update.is_formed(base)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -370,6 +466,14 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
     weight: Any = module.weight
     frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     return frozen and weight.device == x.device and in_features(module) == x.shape[-1]
+
+
+def _product_dtype(W: Tensor) -> torch.dtype:
+    """The dtype in which a product with W is taken here and now."""
+    device = W.device.type
+    if torch.is_autocast_enabled(device) and W.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return W.dtype
 
 
 def _change_dtype(dtype: torch.dtype) -> torch.dtype:

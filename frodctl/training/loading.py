@@ -17,6 +17,7 @@ from frodctl import values
 from frodctl.adapted import conversion, matching, opening
 from frodctl.adapted.positions import positions_of
 from frodctl.arrays import to_torch
+from frodctl.checkpoint import names
 from frodctl.checkpoint.records import Location
 from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule, open_adapter
@@ -27,7 +28,7 @@ from frodctl.training.attached import (
     saved_modules,
     updates_of,
 )
-from frodctl.training.attachment import checked_dropout, checked_name, install
+from frodctl.training.attachment import checked_dropout, checked_form, checked_name, install
 from frodctl.training.choice import obstacle
 from frodctl.training.layer import FrodLinear, SavedModule, is_transposed, out_features
 from frodctl.training.located import Located, live_shapes, locate, pretrained
@@ -45,6 +46,7 @@ def load_adapter(
     *,
     dropout: float = 0.0,
     adapter_name: str = "default",
+    form: str = "auto",
 ) -> Model:
     """Attach a saved adapter, to apply it or to train it further.
 
@@ -58,7 +60,7 @@ def load_adapter(
         The one that it was trained with. By default the adapter's own, if it holds one (``self_contained``), else a
         file in its folder, in the one above, or where the adapter recorded it: the file that has the recorded digests,
         whatever its name; a warning says which.
-    dropout, adapter_name
+    dropout, adapter_name, form
         As for `attach`.
 
     Returns
@@ -74,6 +76,7 @@ def load_adapter(
     """
     require_module(model)
     folder, adapter_name, dropout = values.model(folder, "folder"), checked_name(adapter_name), checked_dropout(dropout)
+    form = checked_form(form, dropout)
     adapter = open_adapter(Location(folder), _sub_folder(folder, adapter_name))
     provenance = adapter.provenance
     if provenance is None or provenance.form != "delta":
@@ -98,6 +101,7 @@ def load_adapter(
         seed=provenance.seed,
         modules_to_save=adapter.modules_to_save,
         dropout=dropout,
+        form=form,
         selected=provenance.seed is None and bool(adapter.indices),
         live_prefix=live_prefix,
     )
@@ -188,10 +192,12 @@ def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, HostArray]:
 
 
 def _by_live_names(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter with the names in this model of what was trained as a whole, where it has a checkpoint's."""
-    if adapter.provenance is None or adapter.provenance.live_prefix is None:
+    """The adapter with the names in this model of what was trained as a whole, where it has others."""
+    matched = names.match(adapter.replaced, live_shapes(model))
+    by_checkpoint = adapter.provenance is not None and adapter.provenance.live_prefix is not None
+    stored = {n: info.shape for n, info in adapter.replaced.items() if by_checkpoint or matched[n] is None}
+    if not stored:
         return adapter
-    stored = {name: info.shape for name, info in adapter.replaced.items()}
     live: dict[str, str] = {}
     for root, inner in pretrained(model):
         found, _ = conversion.places(inner, stored, live_shapes(inner))

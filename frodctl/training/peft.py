@@ -73,7 +73,12 @@ def get_peft_model(
         chosen[place.path] = record
     for path, record in chosen.items():
         if names.peft_category(path) != record.category:
-            raise InvalidInput(f"{path}: its category is {record.category} in {opened.path}, which PEFT cannot have")
+            hint = (
+                "; decompose without `share_input` for PEFT" if record.category in opened.metadata.share_input else ""
+            )
+            raise InvalidInput(
+                f"{path}: its category is {record.category} in {opened.path}, which PEFT cannot have{hint}"
+            )
     categories = sorted({record.category for record in chosen.values()})
     metadata, indices = opened.metadata, opened.indices()
     config = peft.FrodConfig(

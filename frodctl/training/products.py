@@ -1,29 +1,29 @@
-"""The products under a trained layer, with their gradients: only V, D and the pattern's positions are ever kept.
+"""The products under a trained layer, with their gradients.
 
 Q = s diag(λ)⁻¹ (S + diag(λ' − λ)) is the sparse matrix of a layer, given by its ``entries``. The same layer in two
 forms, both exactly the base layer where Q = 0::
 
-    input side    W (x + D Q Vᵀ x)          any W, a few products per token
-    weight        (W + W D Q Vᵀ) x          a dense W, fewer products per token, more per layer
+    input side    W (x + D Q Vᵀ x)          any W, more products per token
+    weight        (W + W D Q Vᵀ) x          a dense W, a few products of n² numbers for any number of tokens
 
-and W' = W + W D Q Vᵀ itself, where a model multiplies by a layer's weight instead of calling the layer.
-
-Autograd on its own would keep the dense Q, or a second W, of every layer until its backward pass, and would fill
-all n² entries of Q's gradient; so each form is a function of its own.
+Autograd on its own would keep the dense Q of every layer until its backward pass, and would fill all n² entries of
+Q's gradient; so each form is a function of its own.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CSR_DTYPES = (torch.float32, torch.float64)
 _BLOCK = 256  # rows
+_COLUMNS = 512  # that are multiplied at a time
 
 
 class Positions(NamedTuple):
@@ -66,6 +66,17 @@ def sparse_product(positions: Positions, entries: Tensor, X: Tensor, *, transpos
     return torch.cat([(Q @ rows.to(dtype).T).T.to(X.dtype) for rows in torch.split(X, _BLOCK)])
 
 
+def core(positions: Positions, entries: Tensor, V: Tensor) -> Iterator[Tensor]:
+    """Q Vᵀ (n, n) in V's dtype, by so many columns at a time; fastest where the columns of V are contiguous."""
+    if not _uses_csr(V):
+        yield positions.dense(entries).to(V.dtype) @ V.T
+        return
+    dtype = V.dtype if V.dtype in _CSR_DTYPES else torch.float32
+    Q = positions.csr(entries.to(dtype))
+    for columns in V.T.split(_COLUMNS, 1):
+        yield (Q @ columns.to(dtype)).to(V.dtype)
+
+
 def sampled_product(positions: Positions, A: Tensor, B: Tensor) -> Tensor:
     """The entries of A B at the positions, for A (n, k) and B (k, n); float32 for 16-bit A and B on the CPU."""
     if _uses_csr(A):
@@ -87,165 +98,190 @@ def ignore_beta_warning() -> None:
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
 
 
-def input_side(X: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions) -> Tensor:
-    """D Q Vᵀ x for every row x of X (tokens, n), in the dtype that X, V and D (n, n) share.
-
-    Differentiable in X and in ``entries``, (nnz + n,) of Q.
-    """
-    result: Tensor = _InputSide.apply(X, entries, V, D, positions)  # type: ignore[no-untyped-call]
+def projected(X: Tensor, V: Tensor) -> Tensor:
+    """X V (tokens, n) in V's dtype, for X (…, n). Differentiable in X; nothing is saved for the backward pass."""
+    result: Tensor = _Projected.apply(X.reshape(-1, X.shape[-1]).to(V.dtype), V)  # type: ignore[no-untyped-call]
     return result
 
 
-class _InputSide(torch.autograd.Function):
+class _Projected(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, X: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions) -> Tensor:
+    def forward(ctx: Any, X: Tensor, V: Tensor) -> Tensor:
+        ctx.V = V  # not saved: a checkpoint counts what a layer saves, whichever layer it is that computes this
         with torch.autocast(X.device.type, enabled=False):
-            Z = X @ V
-            ctx.positions = positions
-            ctx.save_for_backward(Z, entries, V, D)
+            return X @ V
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return gradients[0] @ ctx.V.T, None
+
+
+def corrected(Z: Tensor, entries: Tensor, D: Tensor, positions: Positions) -> Tensor:
+    """D Q z for every row z = Vᵀ x of Z (tokens, n), in the dtype that Z and D (n, n) share.
+
+    Differentiable in Z and in ``entries``, (nnz + n,) of Q.
+    """
+    result: Tensor = _Corrected.apply(Z, entries, D, positions)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Corrected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, Z: Tensor, entries: Tensor, D: Tensor, positions: Positions) -> Tensor:
+        ctx.positions = positions
+        ctx.save_for_backward(Z, entries, D)
+        with torch.autocast(Z.device.type, enabled=False):
             return sparse_product(positions, entries, Z) @ D.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        Z, entries, V, D = ctx.saved_tensors
-        of_X = of_entries = None
+        Z, entries, D = ctx.saved_tensors
+        of_Z = of_entries = None
         with torch.autocast(Z.device.type, enabled=False):
             G = gradients[0] @ D
             if ctx.needs_input_grad[0]:
-                of_X = sparse_product(ctx.positions, entries, G, transposed=True) @ V.T
+                of_Z = sparse_product(ctx.positions, entries, G, transposed=True)
             if ctx.needs_input_grad[1]:
                 of_entries = sampled_product(ctx.positions, G.T, Z).to(entries.dtype)
-        return of_X, of_entries, None, None, None
+        return of_Z, of_entries, None, None
 
 
-def weight_side(
-    X: Tensor,
-    entries: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    V: Tensor,
-    D: Tensor,
-    positions: Positions,
-    transposed: bool,
-) -> Tensor:
-    """W' x + b for every x along X's last dimension, with W' = W + W D Q Vᵀ formed for this call.
+class Keeper(Protocol):
+    """Who keeps W' and waiting gradients for a layer: `frodctl.training.layer.Update`."""
 
-    The product is the one that `torch.nn.Linear` takes, or transformers' Conv1D; autocast holds for it. W' is formed
-    a second time for the backward pass rather than kept. Differentiable in X and in ``entries``, not in W:
-    ∂L/∂Q = Bᵀ (∂L/∂W') V with B = W D, at the pattern's positions.
+    def kept_weight(self, W: Tensor, entries: Tensor, dtype: torch.dtype, form: Callable[[], Tensor]) -> Tensor:
+        """W' of this dtype for these entries of Q; ``form`` forms it."""
+
+    def whole_gradient(self, gradient: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What is to be projected now: ∂L/∂W' (m, n) with what has waited, or nothing."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What W' = W + W D Q Vᵀ is made from beside Q: W (m, n), or (n, m) if ``transposed``; V and D (n, n).
+
+    V and D have the dtype in which the change of W is computed. ``B`` is W D (m, n) where that is kept.
+    """
+
+    W: Tensor
+    V: Tensor
+    D: Tensor
+    positions: Positions
+    transposed: bool
+    B: Tensor | None = None
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """(m, n) of what is stored as W is, or the other way round."""
+        return stored.T if self.transposed else stored
+
+    def updated(self, entries: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """W', stored as W is, rounded once to W's dtype or another one; by columns, so that no Q Vᵀ is whole."""
+        result = torch.empty_like(self.W, dtype=dtype or self.W.dtype)
+        at, axis = 0, 0 if self.transposed else 1
+        with torch.autocast(self.W.device.type, enabled=False):
+            left, inner = self._left()
+            for K in core(self.positions, entries, self.V):
+                right = K if inner is None else inner @ K
+                factors = (right.T, left.T) if self.transposed else (left, right)
+                part, target = (stored.narrow(axis, at, K.shape[1]) for stored in (self.W, result))
+                target.copy_(_added(part, *factors))
+                at += K.shape[1]
+        return result
+
+    def projected(self, gradient: Tensor) -> Tensor:
+        """Bᵀ (∂L/∂W') V at the positions, the entries of ∂L/∂Q, for ∂L/∂W' (m, n)."""
+        W, V, D, B = self._wide_W(), self.V, self.D, self.B
+        with torch.autocast(W.device.type, enabled=False):
+            G = gradient.to(V.dtype)
+            if _is_tall(W):
+                return sampled_product(self.positions, D.T @ (W.T @ G) if B is None else B.T @ G, V)
+            columns = dual_columns(W, D) if B is None else B
+            return sampled_product(self.positions, columns.T, (V.T @ G.T).T)
+
+    def _left(self) -> tuple[Tensor, Tensor | None]:
+        """B (m, n), or W and D, whose product it is, where W D (Q Vᵀ) takes less from the right."""
+        if self.B is not None:
+            return self.B, None
+        W = self._wide_W()
+        return (W, self.D) if _is_tall(W) else (dual_columns(W, self.D), None)
+
+    def _wide_W(self) -> Tensor:
+        return self.oriented(self.W).to(self.V.dtype)
+
+
+def _added(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """W + A B, in the dtype with more bits: W must not lose any before a small change is added."""
+    if torch.promote_types(W.dtype, A.dtype) == A.dtype:
+        return torch.addmm(W.to(A.dtype), A, B)
+    return W + A @ B
+
+
+def _is_tall(W: Tensor) -> bool:
+    """Whether products of n × n matrices are the smaller ones."""
+    return len(W) >= W.shape[1]
+
+
+def dual_columns(W: Tensor, D: Tensor) -> Tensor:
+    """B = W D (m, n), each of whose columns is contiguous."""
+    return (D.T @ W.T).T
+
+
+def trained_weight(factors: Factors, entries: Tensor, dtype: torch.dtype, keeper: Keeper | None = None) -> Tensor:
+    """W' = W + W D Q Vᵀ, stored as W is, differentiable in W and in ``entries``.
 
     Parameters
     ----------
-    X : Tensor, (…, n)
+    factors : Factors
     entries : Tensor, (nnz + n,)
         Of Q.
-    W : Tensor, (m, n), or (n, m) if ``transposed``
-    bias : Tensor, (m,), optional
-    V, D : Tensor, (n, n)
-        Of the dtype in which the change of W is computed.
+    dtype : torch.dtype
+        Of the result.
+    keeper : Keeper, optional
+        Who keeps W' and the gradients that are not to be projected yet.
     """
-    result: Tensor = _WeightSide.apply(  # type: ignore[no-untyped-call]
-        X, entries, W, bias, V, D, positions, transposed
+    result: Tensor = _TrainedWeight.apply(  # type: ignore[no-untyped-call]
+        entries, factors.W, factors.V, factors.D, factors.B, factors.positions, factors.transposed, dtype, keeper
     )
-    return result
-
-
-class _WeightSide(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        X: Tensor,
-        entries: Tensor,
-        W: Tensor,
-        bias: Tensor | None,
-        V: Tensor,
-        D: Tensor,
-        positions: Positions,
-        transposed: bool,
-    ) -> Tensor:
-        ctx.positions, ctx.transposed = positions, transposed
-        ctx.save_for_backward(X, entries, W, V, D)
-        updated = updated_weight(W, entries, V, D, positions, transposed)
-        if not transposed:
-            return F.linear(X, updated, bias)
-        rows = X.reshape(-1, X.shape[-1])
-        y = rows @ updated if bias is None else torch.addmm(bias, rows, updated)
-        return y.view(*X.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        X, entries, W, V, D = ctx.saved_tensors
-        gradient = gradients[0]
-        of_X = of_entries = None
-        with torch.autocast(X.device.type, enabled=False):
-            B = _dual_columns(W, D, ctx.transposed)
-            if ctx.needs_input_grad[0]:
-                updated = _updated(W, B, entries, V, ctx.positions, ctx.transposed).to(gradient.dtype)
-                of_X = (gradient @ (updated.T if ctx.transposed else updated)).to(X.dtype)
-            if ctx.needs_input_grad[1]:
-                rows = X.reshape(-1, X.shape[-1]).to(gradient.dtype)
-                of_W = gradient.reshape(-1, gradient.shape[-1]).T @ rows
-                of_entries = sampled_product(ctx.positions, B.T @ of_W.to(V.dtype), V).to(entries.dtype)
-        return of_X, of_entries, None, None, None, None, None, None
-
-
-def trained_weight(W: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions, transposed: bool) -> Tensor:
-    """`updated_weight`, differentiable in W and in ``entries``."""
-    result: Tensor = _TrainedWeight.apply(W, entries, V, D, positions, transposed)  # type: ignore[no-untyped-call]
     return result
 
 
 class _TrainedWeight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions, transposed: bool
+        ctx: Any,
+        entries: Tensor,
+        W: Tensor,
+        V: Tensor,
+        D: Tensor,
+        B: Tensor | None,
+        positions: Positions,
+        transposed: bool,
+        dtype: torch.dtype,
+        keeper: Keeper | None,
     ) -> Tensor:
-        ctx.positions, ctx.transposed = positions, transposed
-        ctx.save_for_backward(W, entries, V, D)
-        return updated_weight(W, entries, V, D, positions, transposed)
+        ctx.positions, ctx.transposed, ctx.keeper = positions, transposed, keeper
+        ctx.save_for_backward(entries, W, V, D, B)
+        factors = Factors(W, V, D, positions, transposed, B)
+        if keeper is None:
+            return factors.updated(entries, dtype)
+        return keeper.kept_weight(W, entries, dtype, lambda: factors.updated(entries, dtype)).detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        W, entries, V, D = ctx.saved_tensors
-        gradient = gradients[0].T if ctx.transposed else gradients[0]
-        of_W = of_entries = None
-        with torch.autocast(W.device.type, enabled=False):
-            G = gradient.to(V.dtype)
-            if ctx.needs_input_grad[0]:  # G (I + D Q Vᵀ)ᵀ
+        entries, W, V, D, B = ctx.saved_tensors
+        factors = Factors(W, V, D, ctx.positions, ctx.transposed, B)
+        G = factors.oriented(gradients[0])
+        of_entries = of_W = None
+        if ctx.needs_input_grad[0]:
+            whole = G if ctx.keeper is None else ctx.keeper.whole_gradient(G, factors.projected)
+            of_entries = None if whole is None else factors.projected(whole).to(entries.dtype)
+        if ctx.needs_input_grad[1]:  # G (I + D Q Vᵀ)ᵀ
+            with torch.autocast(W.device.type, enabled=False):
+                G = G.to(V.dtype)
                 through = G + sparse_product(ctx.positions, entries, G @ V) @ D.T
-                of_W = (through.T if ctx.transposed else through).to(W.dtype)
-            if ctx.needs_input_grad[1]:
-                B = _dual_columns(W, D, ctx.transposed)
-                of_entries = sampled_product(ctx.positions, B.T @ G, V).to(entries.dtype)
-        return of_W, of_entries, None, None, None, None
-
-
-def updated_weight(W: Tensor, entries: Tensor, V: Tensor, D: Tensor, positions: Positions, transposed: bool) -> Tensor:
-    """W + W D Q Vᵀ, stored as W is and in its dtype, rounded once.
-
-    Parameters
-    ----------
-    W : Tensor, (m, n), or (n, m) if ``transposed``
-    entries : Tensor, (nnz + n,)
-        Of Q.
-    V, D : Tensor, (n, n)
-        Of the dtype in which the change is computed.
-    """
-    with torch.autocast(W.device.type, enabled=False):
-        return _updated(W, _dual_columns(W, D, transposed), entries, V, positions, transposed)
-
-
-def _dual_columns(W: Tensor, D: Tensor, transposed: bool) -> Tensor:
-    """B = W D (m, n)."""
-    return (W.T if transposed else W).to(D.dtype) @ D
-
-
-def _updated(W: Tensor, B: Tensor, entries: Tensor, V: Tensor, positions: Positions, transposed: bool) -> Tensor:
-    """W + B Q Vᵀ, stored as W is."""
-    Kt = sparse_product(positions, entries, V)  # (Q Vᵀ)ᵀ
-    wide = W.to(B.dtype)
-    result = torch.addmm(wide, Kt, B.T) if transposed else torch.addmm(wide, B, Kt.T)
-    return result.to(W.dtype)
+                of_W = factors.oriented(through).to(W.dtype)
+        return of_entries, of_W, None, None, None, None, None, None, None

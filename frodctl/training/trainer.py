@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from frodctl.training.attached import added_prefixes
+from frodctl.training.kept import check_nothing_waits
 from frodctl.training.layer import Basis, Pattern, Update
 from frodctl.training.saving import save_adapter, save_trained_state, trained_state, writes
 
@@ -51,7 +52,7 @@ def _expect_no_base(model: nn.Module, keys: Any) -> None:
 
 
 class _FirstSteps:
-    """Looks once at every optimizer, before its first step, for what would go wrong silently."""
+    """Looks at every optimizer before a step, and closely before its first one, for what would go wrong silently."""
 
     def __init__(self) -> None:
         self._models: WeakSet[nn.Module] = WeakSet()
@@ -68,6 +69,7 @@ class _FirstSteps:
         self._models.discard(model)
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        check_nothing_waits(optimizer)
         if self._models and optimizer not in self._seen:
             self._seen.add(optimizer)
             for model in list(self._models):

@@ -173,6 +173,19 @@ class TestNamesOfALiveModel:
         with pytest.raises(InvalidInput, match=r"no model of type .* and class .*; code that comes"):
             self.names(tmp_path, **changes).stored(["vit.layers.1.attention.o_proj.weight"])
 
+    def test_of_a_config_that_transformers_refuses(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            InvalidInput, match=r"transformers cannot make ViTForImageClassification of its config\.json"
+        ):
+            self.names(tmp_path, hidden_size="wide").stored(["vit.layers.1.attention.o_proj.weight"])
+
+    def test_of_a_config_with_infinities(self, tmp_path: Path) -> None:
+        renamed.save_base("nemotron_h", tmp_path)
+        assert "Infinity" in (tmp_path / "config.json").read_text()
+        names = LiveNames(open_checkpoint(Location(str(tmp_path))))
+        name = "layers.1.mixer.q_proj.weight"
+        assert names.stored([f"model.{name}"]) == {f"model.{name}": f"backbone.{name}"}
+
     def test_without_transformers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         names = self.names(tmp_path)
         monkeypatch.setitem(sys.modules, "transformers", None)

@@ -157,8 +157,8 @@ def test_a_subfolder(decompose: Decompose, hub: HubServer) -> None:
     assert done.returncode == 0, done.stderr
     assert downloaded(hub) == {"config.json", "model.safetensors"}
     assert decompose("org/nested", "--subfolder", "text_encoder", "--dry-run", "--offline").returncode == 0
-    for flags in ((), ("--subfolder", "unet")):
-        assert "no weights" in error_of(decompose("org/nested", *flags, "-o", "none.safetensors"), 3)
+    for flags, said in (((), "but in text_encoder: choose one with --subfolder"), (("--subfolder", "unet"), "neither")):
+        assert f"no weights here, {said}" in error_of(decompose("org/nested", *flags, "-o", "none.safetensors"), 3)
 
 
 def test_a_cache_of_ones_own(decompose: Decompose, hub: HubServer, tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_a_subfolder(tmp_path: Path) -> None:
         open_checkpoint(Location(str(tmp_path), subfolder="unet"))
 
 
+def test_without_weights_the_sub_folders_that_have_some_are_named(tmp_path: Path) -> None:
+    for folder in ("unet", "text_encoder", "vae"):
+        save_checkpoint(tmp_path / folder, {"a": A})
+    (tmp_path / "vae" / "model.safetensors").rename(tmp_path / "vae" / WEIGHT_FILES[3])
+    for other in ("scheduler", "tokenizer"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "config.json").write_text("{}")
+    with pytest.raises(InvalidInput, match="no weights here, but in text_encoder, unet, vae: choose one with `sub"):
+        open_checkpoint(Location(str(tmp_path)))
+    with pytest.raises(InvalidInput, match="no weights here, neither"):
+        open_checkpoint(Location(str(tmp_path), subfolder="scheduler"))
+
+
 def test_a_single_file_with_and_without_a_config(tmp_path: Path) -> None:
     file = save_checkpoint(tmp_path, {"a": A}) / "model.safetensors"
     assert open_checkpoint(Location(str(file))).config == {}

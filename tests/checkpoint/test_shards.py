@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.codec import TensorSpec
-from frodctl.checkpoint.shards import ShardWriter, index, plan_shards, verify
+from frodctl.checkpoint.shards import ShardWriter, index, index_file, plan_shards, verify
 from frodctl.errors import FrodctlError
 
 TENSORS = {
@@ -46,6 +47,14 @@ def test_every_tensor_is_in_one_file_and_none_is_too_large(sizes: list[int], lim
         else [f"model-{i:05d}-of-{len(planned):05d}.safetensors" for i in range(1, len(planned) + 1)]
     )
     assert index(planned)["metadata"]["total_size"] == sum(sizes)
+
+
+def test_the_index_is_called_as_its_files() -> None:
+    for name in ("model", "diffusion_pytorch_model"):
+        planned = plan_shards(SPECS, 10, name)
+        assert all(re.fullmatch(rf"{name}-0000\d-of-0000\d.safetensors", shard.file) for shard in planned)
+        assert index_file(planned) == f"{name}.safetensors.index.json"
+    assert plan_shards(SPECS, 1000, name)[0].file == "diffusion_pytorch_model.safetensors"
 
 
 @settings(deadline=None)

@@ -327,6 +327,18 @@ def test_a_head_in_a_numbered_block_is_no_layer() -> None:
     }
 
 
+def test_what_maps_embeddings_is_a_layer_and_no_embedding() -> None:
+    """ALBERT's stands before the blocks, where it is taken if it is asked for."""
+    mapping = "albert.encoder.embedding_hidden_mapping_in"
+    checkpoint = checkpoint_of("albert.embeddings.word_embeddings.weight", f"{mapping}.weight", "h.0.q.weight")
+    assert [target.module for target in select(checkpoint, "embedding_hidden_mapping_in").targets] == [mapping]
+    reasons = {item.name: item.reason for item in select(checkpoint, "all-linear").left_out}
+    assert reasons == {
+        "albert.embeddings.word_embeddings.weight": "an embedding",
+        f"{mapping}.weight": "outside the repeated blocks",
+    }
+
+
 def test_targets_come_in_natural_order() -> None:
     assert modules(select(LLAMA, "q_proj")) == [f"{i}.q_proj" for i in range(12)]
 
@@ -478,7 +490,13 @@ def test_default_for_a_known_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "why"), [({"model_type": "new"}, "'new'"), ({}, "no config"), ({"model_type": []}, "")]
+    ("config", "why"),
+    [
+        ({"model_type": "new"}, "'new'"),
+        ({}, "no config"),
+        ({"model_type": []}, ""),
+        ({"architecture": "vit_base_patch16_224"}, "config.json names no model_type"),  # timm's
+    ],
 )
 def test_default_for_an_unknown_type_asks_for_targets(config: dict[str, Any], why: str) -> None:
     with pytest.raises(UsageError, match=f"{why}.*`target_modules`: all-linear"):

@@ -359,3 +359,14 @@ def test_a_budget_spread_by_the_spectra(frodctl: Run, model: Path) -> None:
     assert 0.19 * done["parameters"] < done["trainable_parameters"] <= plan["trainable_parameters"]
     rates = [row["sparsity"] / row["rms_singular_value"] for row in done["categories"] if row["sparsity"] < 1]
     assert rates == pytest.approx([rates[0]] * len(rates))
+
+
+def test_one_basis_for_layers_of_one_input(frodctl: Run, example: Path) -> None:
+    result = frodctl("decompose", example, "--share-input", "--dry-run", "--json")
+    document = json.loads(result.stdout)
+    shared = {"self_attn_q_proj_v_proj": ["q_proj", "v_proj"]}
+    assert [(row["category"], row["layers"]) for row in document["categories"]] == [(*shared, 16)]
+    assert (document["share_input"], document["peft_loadable"]) == (shared, False)
+    assert "share a basis (self_attn_q_proj_v_proj), which PEFT cannot load; frodctl can." in result.stderr
+    refused = frodctl("decompose", example, "--share-input", "--target-modules", "o_proj,down_proj")
+    assert "Error: --share-input: no two of these modules" in one_error(refused, 2)

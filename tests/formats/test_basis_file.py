@@ -75,6 +75,10 @@ def test_metadata_survives_the_round_trip() -> None:
     assert (read.model, read.sparsity, read.seed, read.peft_loadable) == ("org/naïve", {"q_proj": 0.1}, 7, True)
     collided = dataclasses.replace(METADATA, peft_collisions=("self_query",))
     assert not BasisMetadata.from_json(collided.to_json(), "x").peft_loadable
+    shared = dataclasses.replace(METADATA, share_input={"q_proj": ["k_proj", "q_proj"]})
+    read = BasisMetadata.from_json(shared.to_json(), "x")
+    assert (read.share_input, read.peft_loadable) == ({"q_proj": ["k_proj", "q_proj"]}, False)
+    assert "share_input" not in METADATA.to_json()  # files of others stay as they were
 
 
 def test_what_later_versions_add_is_ignored() -> None:
@@ -190,6 +194,9 @@ METADATA_DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "digests is null": lambda v: v.update(digests=None),
     "a digest is a number": lambda v: v["digests"].update({"tau.q_proj": 1}),
     "a digest is missing": lambda v: v["digests"].pop("tau.q_proj"),
+    "share_input is a list": lambda v: v.update(share_input=["q_proj"]),
+    "share_input of no category": lambda v: v.update(share_input={"k_proj": ["k"]}),
+    "share_input of text": lambda v: v.update(share_input={"q_proj": "q_proj"}),
     "model is a number": lambda v: v.update(model=1),
     "revision is a number": lambda v: v.update(revision=1),
     "transposed is text": lambda v: v["modules"][0].update(transposed="no"),

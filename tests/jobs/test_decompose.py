@@ -242,6 +242,42 @@ def test_collisions_are_said_in_the_file(tmp_path: Path) -> None:
     assert not basis.metadata.peft_loadable
 
 
+class TestShareInput:
+    OPTIONS: ClassVar = {"target_modules": "all-linear", "share_input": True}
+
+    def test_one_basis_for_layers_that_read_the_same(self, tmp_path: Path) -> None:
+        folder = save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
+        result = frodctl.decompose(folder, tmp_path / "b.safetensors", **self.OPTIONS)
+        check_identities(folder, result.output)
+        basis = frodctl.open_basis(result.output)
+        together = "self_attn_q_proj_k_proj"
+        assert set(basis.metadata.V_digests) == {together, "mlp_up_proj", "mlp_down_proj"}
+        assert basis.metadata.share_input == {together: ["k_proj", "q_proj"]}
+        assert not basis.metadata.peft_loadable
+        weights = [weight for _, weight in weights_of(folder, basis)[together]]
+        assert len(weights) == 6
+        V, tau = (to_torch(basis.tensor(f"{name}.{together}")) for name in ("V", "tau"))
+        expected, residual = reference.tau_and_residual(weights, ALPHA, V)
+        assert np.abs(tau.numpy() - expected).max() <= 1e-5 * expected[-1]
+        assert residual <= 1e-3
+
+    def test_less_is_stored_and_computed_for_as_many_trained_numbers(self, tmp_path: Path) -> None:
+        folder = save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
+        shared, separate = (
+            planned(str(folder), tmp_path / "b.safetensors", target_modules="all-linear", share_input=share)
+            for share in (True, False)
+        )
+        assert shared.trainable_parameters == separate.trainable_parameters
+        assert shared.output_bytes < separate.output_bytes
+        assert shared.flops < separate.flops
+        assert "share_input" not in separate.metadata(*separate._blank_digests()).to_json()
+
+    def test_nothing_to_share(self, tmp_path: Path) -> None:
+        folder = save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)
+        with pytest.raises(UsageError, match="`share_input`: no two of these modules"):
+            planned(str(folder), tmp_path / "b.safetensors", target_modules="k_proj,up_proj", share_input=True)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_budget_is_kept(share: float, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "model", llama_layers(3), LLAMA_CONFIG)

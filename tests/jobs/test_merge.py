@@ -626,6 +626,24 @@ def test_shards_and_index(cases: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
 
 
+def test_a_part_of_a_diffusers_pipeline_keeps_diffusers_file_names(cases: Any, tmp_path: Path) -> None:
+    case, pipeline = cases("llama", torch.float32), tmp_path / "pipeline"
+    part = shutil.copytree(case.base, pipeline / "transformer")
+    (pipeline / "model_index.json").write_text('{"transformer": ["diffusers", "Transformer2DModel"]}')
+    (part / "model.safetensors").rename(part / "diffusion_pytorch_model.safetensors")
+    config = json.loads((part / "config.json").read_text()) | {"_class_name": "Transformer2DModel"}
+    (part / "config.json").write_text(json.dumps(config))
+    case.merged(tmp_path / "alone")
+    for size, name in (("5GB", "safetensors"), (20_000, "safetensors.index.json")):
+        out = tmp_path / str(size)
+        frodctl.merge(pipeline, case.adapter, out, subfolder="transformer", max_shard_size=size)
+        assert (out / f"diffusion_pytorch_model.{name}").is_file()
+        assert not list(out.glob("model*"))
+        assert_same_bytes(tmp_path / "alone", out)
+    with pytest.raises(InvalidInput, match="no weights here, but in transformer: choose one with `subfolder`"):
+        frodctl.merge(pipeline, case.adapter, tmp_path / "out")
+
+
 def test_a_sharded_base_and_an_adapter_over_it(example: Path, tmp_path: Path) -> None:
     """The example: three shards become one file, which loads and speaks."""
     model = peft.get_peft_model(

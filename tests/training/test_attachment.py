@@ -21,7 +21,7 @@ from frodctl import training
 from frodctl.arrays import from_torch, to_torch
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.training import attachment
-from frodctl.training.layer import Basis, FrodLinear, Pattern, Update
+from frodctl.training.layer import FORMS, Basis, FrodLinear, Pattern, Update
 from tests import peft_models
 from tests.training.conftest import Case, Cases, labelled, mamba, perturb
 
@@ -128,15 +128,12 @@ class TestBothForms:
             assert (found - expected).norm() <= 2e-5 * expected.norm()
 
     @pytest.mark.parametrize("family", peft_models.FAMILIES)
-    def test_gradients(self, family: str, cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = cases(family).trained()
-        by_form = {}
-        for form in (False, True):
-            monkeypatch.setattr(FrodLinear, "_weight_side", lambda self, update, x, form=form: form)
-            by_form[form] = grads(model, family)
-        assert by_form[False].keys() == by_form[True].keys()
-        for name, gradient in by_form[False].items():
-            assert (gradient - by_form[True][name]).norm() <= 1e-4 * gradient.norm(), name
+    def test_gradients(self, family: str, cases: Cases) -> None:
+        by_form = {form: grads(cases(family).trained(form=form), family) for form in FORMS}
+        for found in by_form.values():
+            assert found.keys() == by_form["input"].keys()
+            for name, gradient in by_form["input"].items():
+                assert (gradient - found[name]).norm() <= 1e-4 * gradient.norm(), name
 
     def test_the_choice(self, cases: Cases) -> None:
         """Few tokens, dropout, hooks and what is not frozen go by the input side."""
@@ -148,6 +145,10 @@ class TestBothForms:
         assert not layer._weight_side(update, many)
         layer.eval()
         assert layer._weight_side(update, many)
+        assert not layer._weight_side(update, few)
+        assert torch.allclose(layer(many)[:4], layer(few), atol=1e-5)
+        assert layer._weight_side(update, few)  # W' is there now
+        perturb(model)
         assert not layer._weight_side(update, few)
         layer.base_layer.weight.requires_grad_(True)
         assert not layer._weight_side(update, many)
@@ -303,9 +304,9 @@ class TestTheModule:
         assert torch.equal(logits(model), logits(model))
 
     @pytest.mark.parametrize("tokens", [20, 400])
-    def test_nothing_of_the_weight_s_size_is_kept_for_the_backward_pass(self, tokens: int, cases: Cases) -> None:
+    def test_nothing_of_the_weight_s_size_is_kept_by_the_input(self, tokens: int, cases: Cases) -> None:
         """A few values a token and a trained number; V, D and W by reference."""
-        model = cases("llama").trained()
+        model = cases("llama").trained(form="input")
         layer = layers(model)["model.layers.0.mlp.up_proj"]
         held = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
         x = torch.randn(tokens, 32, requires_grad=True)
@@ -724,7 +725,7 @@ class TestAnotherModel:
         frodctl.decompose(str(base), tmp_path / "b.safetensors", target_modules="all-linear")
         names = [record.name for record in frodctl.open_basis(tmp_path / "b.safetensors").metadata.modules]
         assert "model.layers.0.mlp.experts.gate_up_proj[0]" in names
-        with pytest.raises(InvalidInput, match="a slice of fused experts"):
+        with pytest.raises(InvalidInput, match=r"gate_up_proj\[0\] \(and 5 more\): Linear has no such module"):
             frodctl.attach(nn.Linear(2, 2), tmp_path / "b.safetensors")
 
     def test_a_damaged_basis(self, cases: Cases, tmp_path: Path) -> None:
@@ -925,6 +926,7 @@ class TestWhateverIsGiven:
 
     PARAMETERS = (
         "basis", "target_modules", "exclude_modules", "sparsity", "seed", "modules_to_save", "dropout", "adapter_name",
+        "form",
     )  # fmt: skip
 
     @pytest.mark.parametrize("parameter", PARAMETERS)

@@ -12,9 +12,19 @@ from torch import Tensor
 
 from frodctl.arrays import from_torch, to_torch
 from frodctl.method.update import csr_pattern
-from frodctl.training.products import Positions, input_side, sampled_product, sparse_product, weight_side
+from frodctl.training.products import (
+    Factors,
+    Positions,
+    core,
+    corrected,
+    dual_columns,
+    projected,
+    sampled_product,
+    sparse_product,
+    trained_weight,
+)
 
-N, M, TOKENS = 7, 5, 11
+N, TOKENS = 7, 11
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,20 @@ class Problem:
     entries: Tensor
     Q: Tensor  #: dense, with the same entries
 
+    def weight(self, W: Tensor, entries: Tensor, form: str) -> Tensor:
+        """W' (m, n), from W stored as it is or transposed, with W D formed anew or at hand."""
+        transposed = form == "transposed"
+        B = dual_columns(self.W, self.D) if form == "with W D" else None
+        factors = Factors(W.T if transposed else W, self.V, self.D, self.positions, transposed, B)
+        found = trained_weight(factors, entries, W.dtype)
+        return found.T if transposed else found
 
-@pytest.fixture
-def problem() -> Problem:
+
+WEIGHTS = ("plain", "transposed", "with W D")
+
+
+@pytest.fixture(params=[5, 9], ids=["wide", "tall"])
+def problem(request: pytest.FixtureRequest) -> Problem:
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -50,7 +71,8 @@ def problem() -> Problem:
     V = random(N, N)
     positions = Positions(rows, starts, columns)
     D = torch.linalg.inv(V).T.contiguous()
-    return Problem(random(TOKENS, N), random(M, N), random(M), V, D, positions, entries, Q)
+    m = request.param
+    return Problem(random(TOKENS, N), random(m, N), random(m), V, D, positions, entries, Q)
 
 
 @pytest.fixture(params=["sparse", "dense"])
@@ -67,6 +89,7 @@ def test_sparse_and_sampled_products(problem: Problem, capturing: bool) -> None:
     assert torch.allclose(sparse_product(p.positions, p.entries, X, transposed=True), X @ p.Q, rtol=1e-13)
     long = X.repeat(50, 1)
     assert torch.allclose(sparse_product(p.positions, p.entries, long), long @ p.Q.T, rtol=1e-13)
+    assert torch.allclose(torch.cat([*core(p.positions, p.entries, p.V)], 1), p.Q @ p.V.T, rtol=1e-13)
     A, B = problem.X.T, problem.X
     expected = (A @ B)[problem.positions.rows, problem.positions.columns]
     assert torch.allclose(sampled_product(problem.positions, A, B), expected, rtol=1e-13)
@@ -82,35 +105,28 @@ def test_a_position_given_twice_counts_twice(capturing: bool) -> None:
 def test_the_input_side(problem: Problem, capturing: bool) -> None:
     p = problem
     expected = p.X @ (p.D @ p.Q @ p.V.T).T
-    assert torch.allclose(input_side(p.X, p.entries, p.V, p.D, p.positions), expected, rtol=1e-12)
+    assert torch.allclose(corrected(projected(p.X, p.V), p.entries, p.D, p.positions), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_weight_side(transposed: bool, problem: Problem, capturing: bool) -> None:
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_the_weight(form: str, problem: Problem, capturing: bool) -> None:
     p = problem
-    updated = p.W + p.W @ p.D @ p.Q @ p.V.T
-    W = p.W.T.contiguous() if transposed else p.W
-    for bias in (p.bias, None):
-        found = weight_side(p.X, p.entries, W, bias, p.V, p.D, p.positions, transposed)
-        assert torch.allclose(found, p.X @ updated.T + (0 if bias is None else bias), rtol=1e-12)
-    deep = p.X[:10].view(2, 5, N)
-    found = weight_side(deep, p.entries, W, p.bias, p.V, p.D, p.positions, transposed)
-    assert torch.allclose(found, deep @ updated.T + p.bias, rtol=1e-12)
+    assert torch.allclose(p.weight(p.W, p.entries, form), p.W + p.W @ p.D @ p.Q @ p.V.T, rtol=1e-12)
 
 
-@pytest.mark.parametrize("side", ["input", "weight", "transposed"])
-def test_gradients(side: str, problem: Problem, capturing: bool) -> None:
+@pytest.mark.parametrize("form", ["input", *WEIGHTS])
+def test_gradients(form: str, problem: Problem, capturing: bool) -> None:
     """By finite differences."""
     p = problem
 
-    def function(X: Tensor, entries: Tensor) -> Any:
-        if side == "input":
-            return input_side(X, entries, p.V, p.D, p.positions)
-        transposed = side == "transposed"
-        W = p.W.T.contiguous() if transposed else p.W
-        return weight_side(X, entries, W, p.bias, p.V, p.D, p.positions, transposed)
+    def by_input(X: Tensor, entries: Tensor) -> Any:
+        return corrected(projected(X, p.V), entries, p.D, p.positions)
 
-    assert torch.autograd.gradcheck(function, (p.X.requires_grad_(), p.entries.requires_grad_()))
+    def by_weight(W: Tensor, entries: Tensor) -> Any:
+        return p.weight(W, entries, form)
+
+    function, given = (by_input, p.X) if form == "input" else (by_weight, p.W)
+    assert torch.autograd.gradcheck(function, (given.requires_grad_(), p.entries.requires_grad_()))
 
 
 def test_float32_products_are_not_rounded_to_the_autocast_dtype(problem: Problem) -> None:
@@ -118,7 +134,7 @@ def test_float32_products_are_not_rounded_to_the_autocast_dtype(problem: Problem
     p = problem
     X, entries, V, D = (tensor.float() for tensor in (p.X * 1e4, p.entries, p.V, p.D))
     with torch.autocast("cpu", torch.float16):
-        found = input_side(X, entries, V, D, p.positions)
+        found = corrected(projected(X, V), entries, D, p.positions)
     expected = (p.X * 1e4) @ (p.D @ p.Q @ p.V.T).T
     assert found.dtype == torch.float32
     assert (found - expected).norm() <= 1e-4 * expected.norm()

@@ -402,3 +402,18 @@ def test_modules_trained_as_a_whole_whose_path_is_another(made: Made, tmp_path: 
     merged = renamed.live("vit", tmp_path / "merged")
     torch.testing.assert_close(renamed.logits(merged, "vit"), after, rtol=1e-5, atol=1e-5)
     assert tensors(base).keys() == tensors(tmp_path / "merged").keys()
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}])
+def test_a_new_head_of_peft_s(more: dict[str, Any], tmp_path: Path) -> None:
+    """Over a checkpoint of the bare model, whose names get the prefix that the class with the head has."""
+    torch.manual_seed(0)
+    transformers.ViTModel(renamed._config("vit")).save_pretrained(tmp_path / "base")
+    model = peft_adapter("vit", tmp_path / "base", tmp_path / "adapter", ["q_proj"], **more)
+    frodctl.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = renamed.live("vit", tmp_path / "merged")
+    torch.testing.assert_close(renamed.logits(merged, "vit"), renamed.logits(model, "vit"), rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["ViTForImageClassification"]
+    own = {name for name in tensors(tmp_path / "merged") if not name.startswith("vit.")}
+    assert own == {"classifier.weight", "classifier.bias"}

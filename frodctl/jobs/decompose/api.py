@@ -27,6 +27,7 @@ def decompose(
     target_modules: Names = ...,
     exclude_modules: Names | None = ...,
     layers: Blocks | None = ...,
+    share_input: bool = ...,
     sparsity: Number | None = ...,
     budget: Number | None = ...,
     allocate: str = ...,
@@ -57,6 +58,7 @@ def decompose(
     target_modules: Names = ...,
     exclude_modules: Names | None = ...,
     layers: Blocks | None = ...,
+    share_input: bool = ...,
     sparsity: Number | None = ...,
     budget: Number | None = ...,
     allocate: str = ...,
@@ -86,6 +88,7 @@ def decompose(
     target_modules: Names = "default",
     exclude_modules: Names | None = None,
     layers: Blocks | None = None,
+    share_input: bool = False,
     sparsity: Number | None = None,
     budget: Number | None = None,
     allocate: str = "uniform",
@@ -127,6 +130,9 @@ def decompose(
         Names or a regular expression of modules to leave out.
     layers : str, int, range or list of int, optional
         Blocks to take: ``"0-11"``, ``"0,2,8-11"``, ``range(12)``.
+    share_input : bool
+        One basis for layers that read the same activations, as far as their names tell: the query, key and value of an
+        attention, the gate and input of a feed-forward network. PEFT cannot load the file then.
     sparsity : float or str, optional
         Share of the n² positions of each layer that is trained; 0.01 unless there is a budget.
     budget : float or str, optional
@@ -185,6 +191,7 @@ def decompose(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         layers=layers,
+        share_input=share_input,
         sparsity=sparsity,
         budget=budget,
         allocate=allocate,

@@ -23,6 +23,7 @@ class DecomposeOptions(HubOptions):
     target_modules: str = option("default", values.modules)  #: default, all-linear, names with commas, or a regex
     exclude_modules: str | None = option(None, optional(values.modules))  #: names or a regex
     layers: str | None = option(None, optional(values.blocks))  #: block numbers, such as "0-11"
+    share_input: bool = option(False, values.flag)  #: one basis for layers that read the same activations
     #: share of the n² positions of each layer that is trained; None where a budget is given
     sparsity: float | None = option(None, optional(values.between(values.share, 0, 1)))
     #: instead of sparsity: share of the checkpoint's parameters to train

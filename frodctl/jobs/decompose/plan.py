@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import frodctl
 from frodctl import values
-from frodctl.checkpoint import codec, names, sink, targets
+from frodctl.checkpoint import codec, names, siblings, sink, targets
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
@@ -47,6 +47,11 @@ class CategoryPlan:
     @property
     def n(self) -> int:
         return self.targets[0].n
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """What the weights' layers are called in their blocks: several where they share their input."""
+        return tuple(dict.fromkeys(names.role(target.module).rpartition(".")[2] for target in self.targets))
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -151,6 +156,11 @@ class DecomposePlan:
         sink.check_output_file(self.output, self.checkpoint.files(), force=self.options.force)
 
     @property
+    def share_input(self) -> dict[str, tuple[str, ...]]:
+        """By category whose layers read the same activations in groups, what these are called."""
+        return {c.name: c.layer_names for c in self.categories if len(c.layer_names) > 1}
+
+    @property
     def output_bytes(self) -> int:
         """Size of the shared-basis file."""
         specs = codec.layout(spec for category in self.categories for spec in self.specs(category))
@@ -225,11 +235,13 @@ class DecomposePlan:
             ],
             digests=others,
             peft_collisions=self.peft_collisions,
+            share_input=self.share_input,
         )
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan with its modules and what was left out."""
         total = self.checkpoint.parameters()
+        metadata = self.metadata(*self._blank_digests())
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.checkpoint.model,
@@ -247,11 +259,12 @@ class DecomposePlan:
             "parameters": total,
             "trainable_parameters": self.trainable_parameters,
             "trainable_share": self.trainable_parameters / total if total else None,
-            "peft_loadable": not self.peft_collisions,
+            "share_input": self.share_input,
+            "peft_loadable": metadata.peft_loadable,
             "categories": [category.row() for category in self.categories],
             "modules": [
                 {key: value for key, value in asdict(record).items() if key != "digest"}
-                for record in self.metadata(*self._blank_digests()).modules
+                for record in metadata.modules
             ],
             "left_out": [asdict(item) for item in self.left_out],
         }  # fmt: skip
@@ -317,7 +330,9 @@ def _seconds_estimate(plan: DecomposePlan) -> float | None:
 def _categories(
     selected: Sequence[targets.Target], checkpoint: Checkpoint, options: DecomposeOptions
 ) -> tuple[tuple[CategoryPlan, ...], list[str]]:
-    labels, collisions = names.categories({target.module: target.n for target in selected})
+    widths = {target.module: target.n for target in selected}
+    joined = _joined(widths) if options.share_input else {}
+    labels, collisions = names.categories(widths, joined)
     groups: dict[str, list[targets.Target]] = {}
     for target in selected:
         groups.setdefault(labels[target.module], []).append(target)
@@ -332,6 +347,16 @@ def _categories(
     if options.allocate != "uniform":
         sparsity = None
     return tuple(CategoryPlan(name, tuple(groups[name]), sparsity) for name in sorted(groups)), collisions
+
+
+def _joined(widths: Mapping[str, int]) -> dict[str, str]:
+    found = siblings.joined(widths)
+    if not found:
+        raise UsageError(
+            "`share_input`: no two of these modules are known to read the same input (q, k, v; gate, up); select more "
+            "with `target_modules`, or leave it out"
+        )
+    return found
 
 
 def _numbers(checkpoint: Checkpoint, options: DecomposeOptions) -> float:

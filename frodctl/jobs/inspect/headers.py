@@ -133,6 +133,7 @@ def basis_summary(basis: BasisFile, parameters: int | None) -> dict[str, Json]:
         "tool": metadata.tool,
         "alpha": metadata.alpha,
         "seed": metadata.seed,
+        "share_input": metadata.share_input,
         "peft_loadable": metadata.peft_loadable,
         "modules": len(metadata.modules),
         "trainable_parameters": trainable,

@@ -123,7 +123,8 @@ def _set_task(config: dict[str, Json], adapter: Adapter) -> None:
         config["architectures"] = [named]
     elif task in _TASK_CLASSES and isinstance(architectures, list) and architectures:
         stem = re.sub(r"(For[A-Z]\w*|LMHead|Double\w+)?(Model)?$", "", str(architectures[0]))
-        config["architectures"] = [stem + _TASK_CLASSES[task]]
+        sees_alone = task == "SEQ_CLS" and "num_channels" in config and "vocab_size" not in config
+        config["architectures"] = [stem + ("ForImageClassification" if sees_alone else _TASK_CLASSES[task])]
 
 
 def _set_labels(config: dict[str, Json], heads: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:

@@ -16,7 +16,7 @@ from frodctl.adapted.opening import Source
 from frodctl.checkpoint import codec, shards, sink
 from frodctl.checkpoint.companions import copied_files
 from frodctl.checkpoint.inputs import Json
-from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, Location, TensorInfo
+from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, Location, TensorInfo, weights_name
 from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import is_adapter, open_adapter
@@ -204,7 +204,7 @@ def plan_merge(
         weights=found.weights,
         replaced=replaced,
         names=new_names,
-        shards=shards.plan_shards(specs, chosen.max_shard_size, sliced),
+        shards=shards.plan_shards(specs, chosen.max_shard_size, weights_name(checkpoint.config), sliced),
         config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
         files=copied_files(checkpoint, as_sentences=not added),
         warnings=(*found.warnings, *warnings(sources, replaced)),

@@ -128,7 +128,7 @@ def _write_the_rest(plan: MergePlan, tree: Path, card: str) -> None:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / name, tree / name)
     if len(plan.shards) > 1:
-        _write_json(tree / shards.INDEX_FILE, shards.index(plan.shards))
+        _write_json(tree / shards.index_file(plan.shards), shards.index(plan.shards))
     if plan.config is not None:
         _write_json(tree / "config.json", plan.config)
     elif plan.checkpoint.config:
