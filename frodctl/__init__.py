@@ -4,6 +4,8 @@ The jobs behind the ``frodctl`` command are plain functions here::
 
     frodctl.decompose(model, output, ...) -> DecomposeResult     (a DecomposePlan with dry_run=True)
     frodctl.merge(base, adapter, output, ...) -> MergeResult     (a MergePlan with dry_run=True)
+    frodctl.merge(base, adapter, output, as_="lora", rank=64) -> LoraResult
+    frodctl.extract(base, tuned, output, rank=64) -> LoraResult
     frodctl.inspect(*targets, ...) -> InspectResult
 
 and so is training: `frodctl.attach` makes a live model trainable, `frodctl.save_adapter` saves what was trained,
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
     from frodctl.formats.basis_file import BasisFile, open_basis
     from frodctl.jobs.decompose import DecomposeOptions, DecomposePlan, DecomposeResult, decompose
+    from frodctl.jobs.extract import ExtractOptions, FrodPlan, FrodResult, extract
     from frodctl.jobs.inspect import InspectOptions, InspectResult, inspect
+    from frodctl.jobs.lora.plan import LoraPlan
+    from frodctl.jobs.lora.run import LoraResult
     from frodctl.jobs.merge import MergeOptions, MergePlan, MergeResult, merge
     from frodctl.jobs.progress import Progress
     from frodctl.training import (
@@ -38,10 +43,15 @@ __all__ = [
     "DecomposeOptions",
     "DecomposePlan",
     "DecomposeResult",
+    "ExtractOptions",
+    "FrodPlan",
+    "FrodResult",
     "FrodctlError",
     "InspectOptions",
     "InspectResult",
     "InvalidInput",
+    "LoraPlan",
+    "LoraResult",
     "MergeOptions",
     "MergePlan",
     "MergeResult",
@@ -51,6 +61,7 @@ __all__ = [
     "accumulating",
     "attach",
     "decompose",
+    "extract",
     "inspect",
     "load_adapter",
     "merge",
@@ -65,7 +76,10 @@ _HOMES = {
     "frodctl.errors": "FrodctlError InvalidInput OutOfResources UsageError",
     "frodctl.formats.basis_file": "BasisFile open_basis",
     "frodctl.jobs.decompose": "DecomposeOptions DecomposePlan DecomposeResult decompose",
+    "frodctl.jobs.extract": "ExtractOptions FrodPlan FrodResult extract",
     "frodctl.jobs.inspect": "InspectOptions InspectResult inspect",
+    "frodctl.jobs.lora.plan": "LoraPlan",
+    "frodctl.jobs.lora.run": "LoraResult",
     "frodctl.jobs.merge": "MergeOptions MergePlan MergeResult merge",
     "frodctl.jobs.progress": "Progress",
     "frodctl.training": "accumulating attach load_adapter parameter_groups print_trainable_parameters save_adapter "

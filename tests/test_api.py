@@ -22,7 +22,14 @@ BASIS, ADAPTER = CORPUS / "basis.safetensors", CORPUS / "lean"
 JOBS: dict[str, Callable[..., Any]] = {
     "decompose": frodctl.decompose,
     "merge": frodctl.merge,
+    "extract": frodctl.extract,
     "inspect": frodctl.inspect,
+}
+OPTIONS = {
+    "decompose": frodctl.DecomposeOptions,
+    "merge": frodctl.MergeOptions,
+    "extract": frodctl.ExtractOptions,
+    "inspect": frodctl.InspectOptions,
 }
 
 SNIPPET = """
@@ -32,12 +39,18 @@ plan = frodctl.decompose("model", budget="2%", layers=range(4), target_modules=[
 plan.flops, plan.categories[0].n
 merged = frodctl.merge("base", "adapter", "out", max_shard_size="5GB", also=["o:0.3"], basis=frodctl.open_basis("b"))
 merged.seconds, merged.plan.flops
+frodctl.merge("base", "adapter", "out", as_="lora", rank=64).overall.kept
+frodctl.merge("base", "adapter", "out", as_="lora", energy="95%", dry_run=True).layers
+frodctl.extract("base", "tuned", "out", rank=64).ranks
+frodctl.extract("base", "tuned", "out", as_="frod", basis="b", budget="2%", dry_run=True).sparsity
 frodctl.inspect("model", spectrum=True, include="*q_proj*", top=3).targets[0].rows
 frodctl.decompose("model", sparsty=0.1)  # wrong
 frodctl.decompose("model", layers=1.5)  # wrong
 frodctl.decompose("model", dry_run=True).seconds  # wrong
 frodctl.merge("base", "adapter", "out", scale=None)  # wrong
 frodctl.merge("base", "adapter")  # wrong
+frodctl.merge("base", "adapter", "out", as_="lora", rank=64).plan.shards  # wrong
+frodctl.extract("base", "tuned", "out", rnk=64)  # wrong
 frodctl.inspect("model", spectrm=True)  # wrong
 frodctl.inspect("model", top=[1])  # wrong
 """
@@ -84,17 +97,14 @@ def test_python_and_the_command_line_have_the_same_parameters(name: str) -> None
     assert command is not None
     flags = {str(param.name): param for param in command.params}
     of_the_screen = {"format_", "json_", "quiet", "debug"} | (
-        {"plot", "check", "force"} if name == "inspect" else set()
+        {"plot", "check", "min_survival", "force"} if name == "inspect" else set()
     )
     parameters = inspect.signature(JOBS[name]).parameters
     assert set(flags) - of_the_screen == set(parameters) - {"progress"}
     for parameter, flag in flags.items():
         if isinstance(flag, Option) and parameter in parameters and not flag.multiple and not flag.is_flag:
-            option = {"decompose": frodctl.DecomposeOptions, "merge": frodctl.MergeOptions}.get(
-                name, frodctl.InspectOptions
-            )
             given = {parameter: flag.default} if isinstance(flag.default, str) else {}
-            assert option.of(**given) == option.of(), parameter
+            assert OPTIONS[name].of(**given) == OPTIONS[name].of(), parameter
         else:
             assert isinstance(flag, (Argument, Option))
 
@@ -133,6 +143,18 @@ ALIKE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("merge", {"scale": "0.5"}, ["--scale", "50%"]),
     ("merge", {"also": [f"{ADAPTER}:0.3"]}, ["--also", f"{ADAPTER}:30%"]),
     ("merge", {"also": [(ADAPTER, 0.3)]}, ["--also", f"{ADAPTER}:0.3"]),
+    ("merge", {"as_": "lora", "rank": "8"}, ["--as", "lora", "--rank", "8"]),
+    (
+        "merge",
+        {"as_": "lora", "energy": 0.9, "max_rank": "16"},
+        ["--as", "lora", "--energy", "90%", "--max-rank", "16"],
+    ),
+    ("extract", {"rank": 8, "target_modules": ["q_proj"]}, ["--rank", "8", "--target-modules", "q_proj"]),
+    (
+        "extract",
+        {"as_": "frod", "basis": BASIS, "budget": 0.02},
+        ["--as", "frod", "--basis", str(BASIS), "--budget", "2%"],
+    ),
     ("inspect", {"include": "*q_proj*"}, ["--include", "*q_proj*"]),
     ("inspect", {"include": ["*q_proj*", "*v_proj*"]}, ["--include", "*q_proj*", "--include", "*v_proj*"]),
     ("inspect", {"top": "3"}, ["--top", "3"]),
@@ -149,6 +171,7 @@ def test_python_takes_what_the_command_line_takes(
     arguments = {
         "decompose": [EXAMPLE, "-o", output, "--dry-run"],
         "merge": [EXAMPLE, ADAPTER, output, "--basis", BASIS, "--dry-run"],
+        "extract": [EXAMPLE, EXAMPLE, output, "--dry-run"],
         "inspect": [EXAMPLE],
     }[name]
     assert main([name, *map(str, arguments), *flags, "--json", "-q"]) == 0
@@ -158,6 +181,7 @@ def test_python_takes_what_the_command_line_takes(
     found = {
         "decompose": lambda: frodctl.decompose(EXAMPLE, output, dry_run=True, **options),
         "merge": lambda: frodctl.merge(EXAMPLE, ADAPTER, output, basis=basis, dry_run=True, **options),
+        "extract": lambda: frodctl.extract(EXAMPLE, EXAMPLE, output, dry_run=True, **options),
         "inspect": lambda: frodctl.inspect(EXAMPLE, **options),
     }[name]().as_dict()
     for document in (printed, found):
@@ -185,6 +209,7 @@ def _calls(tmp_path: Path) -> Iterator[tuple[str, Callable[..., Any], str]]:
         "merge": {
             "base": EXAMPLE, "adapter": ADAPTER, "output": tmp_path / "o", "basis": BASIS, "dry_run": True,
         },
+        "extract": {"base": EXAMPLE, "tuned": EXAMPLE, "output": tmp_path / "o", "rank": 4, "dry_run": True},
         "inspect": {"targets": EXAMPLE},
     }  # fmt: skip
     for name, job in JOBS.items():
@@ -232,6 +257,7 @@ def test_every_flag_given_every_wrong_word(
     arguments = {
         "decompose": [EXAMPLE, "--dry-run"],
         "merge": [EXAMPLE, ADAPTER, "out", "--basis", BASIS, "--dry-run"],
+        "extract": [EXAMPLE, EXAMPLE, "out", "--rank", "4", "--dry-run"],
         "inspect": [EXAMPLE],
     }
     for name, given in arguments.items():

@@ -15,13 +15,18 @@ import pytest
 
 import frodctl
 from frodctl import training
-from frodctl.cli import decompose, inspect, merge
+from frodctl.cli import decompose, extract, inspect, merge
 from frodctl.formats.adapter import Provenance
 from frodctl.formats.basis_file import BasisMetadata, ModuleRecord
 from tests.documents import DOCUMENTS, README, ROOT, Untrue, blocks, run, same, scratch
 
 PAGES = [README, *DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-COMMANDS = {"decompose": decompose.command, "merge": merge.command, "inspect": inspect.command}
+COMMANDS = {
+    "decompose": decompose.command,
+    "merge": merge.command,
+    "extract": extract.command,
+    "inspect": inspect.command,
+}
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,9 @@ COMMANDS = (
     "merge base self-contained out",
     "merge base peft out",
     "merge base adapter out --scale 0.5 --also peft:0.5",
+    "merge base adapter out --as lora --rank 8",
+    "extract base other out --rank 8",
+    "extract base other out --as frod --basis basis.safetensors",
     "inspect base",
     "inspect base --spectrum",
     "inspect base --estimate",
@@ -45,6 +48,7 @@ COMMANDS = (
     "inspect adapter",
     "inspect adapter --spectrum",
     "inspect adapter --base base",
+    "inspect adapter --base base --merged other",
     "inspect peft --base base",
 )
 

@@ -171,12 +171,16 @@ class WeightUpdates:
         return self.updates[weight.group]
 
     def changes(self, W: HostArray, task: Task) -> Blocks:
-        """Rows of W' − W for W (m, n), of the first adapter alone, in float64 and never added to W."""
-        (item,) = task.trained
-        update = self._updates_of(task.weight)[0]
-        for rows, block in _change(update, W, item):
-            exact = self.kernels.get(block).astype(np.float64)
-            yield rows, exact - W[rows].astype(np.float64) if item.reconstructs else exact
+        """Rows of Σ s (W' − W) for W (m, n), in float64 and never added to W."""
+        updates = dict(zip(task.weight.parts, self._updates_of(task.weight), strict=True))
+        for blocks in zip(*(_change(updates[item.part], W, item) for item in task.trained), strict=True):
+            rows = blocks[0][0]
+            total = np.zeros(W[rows].shape)
+            for (_, block), item in zip(blocks, task.trained, strict=True):
+                exact = self.kernels.get(block).astype(np.float64)
+                exact -= W[rows].astype(np.float64) if item.reconstructs else 0
+                total += item.part.source.scale * exact
+            yield rows, total
 
 
 def _change(update: CategoryUpdate, W: HostArray, trained: Trained) -> Blocks:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import click
 
+from frodctl import values
 from frodctl.checkpoint.inputs import Json
 from frodctl.cli import profiling
 from frodctl.cli.options import device_option, output_options, profile_option, source_options
@@ -15,7 +16,7 @@ from frodctl.jobs import inspect as job
 from frodctl.jobs.profile import Unprofiled
 from frodctl.jobs.profile import rows as rows_of
 
-#: `inspect --against --check` found differences.
+#: `inspect --against --check` found differences, or `--min-survival` less than that.
 EXIT_DIFFERENT = 5
 
 
@@ -27,6 +28,12 @@ EXIT_DIFFERENT = 5
 @click.option("--check", is_flag=True, help="With --against: exit with 5 if anything differs.")
 @click.option(
     "--base", metavar="BASE", help="The checkpoint of a basis or an adapter: figures of what they make of it."
+)
+@click.option(
+    "--merged", metavar="OUT", help="With an adapter's --base: how much of the update is in this checkpoint, by layer."
+)
+@click.option(
+    "--min-survival", metavar="SHARE", help="With --merged: exit with 5 if less of any layer's update is there: 90%."
 )
 @click.option("--basis", metavar="FILE", help="Shared-basis file, for an adapter that does not hold V.")
 @click.option("--trust-basis", is_flag=True, help="Take it although the adapter does not say that it is the one.")
@@ -49,6 +56,7 @@ EXIT_DIFFERENT = 5
 def command(
     targets: tuple[str, ...],
     check: bool,
+    min_survival: str | None,
     plot: str | None,
     force: bool,
     profile: bool,
@@ -66,12 +74,16 @@ def command(
       frodctl inspect my-model.frod.safetensors --base ./my-model
       frodctl inspect ./my-adapter --base ./my-model --plot update.html
       frodctl inspect ./merged --against ./my-model --check
+      frodctl inspect ./my-adapter --base ./my-model --merged ./merged --min-survival 90%
       frodctl inspect ./my-model --spectrum --json | jq '.targets[0].tensors[].effective_rank'
 
     By default only headers are read; of a model on the Hub no weights are fetched.
     """
     if check and options["against"] is None:
         raise click.UsageError("--check goes with --against.")
+    bar = values.optional(values.share)(min_survival, "min_survival")
+    if bar is not None and options["merged"] is None:
+        raise click.UsageError("--min-survival goes with --merged.")
     if plot is not None:
         from frodctl.cli import plot as pictures
 
@@ -80,14 +92,14 @@ def command(
     chosen = job.InspectOptions.of(**options)
     measured = profiling.begin(profile)
     with Reporter(quiet) as report:
-        out = Output(format_, json_, report.note, goes_on=check or plot is not None)
+        out = Output(format_, json_, report.note, goes_on=check or bar is not None or plot is not None)
         found = list(job.reports(targets, chosen, report, measured))
         shown: list[list[job.Row]] = [[] for _ in found]
         if out.format in ("tsv", "csv", "jsonl"):
             rows = _kept(found, shown)
             # sorted rows come all at once, and a key that no row has is said before anything is printed
             out.stream(list(rows) if chosen.sort else rows, _keys(found))
-            summaries = [_summary(item, measured) for item in found] if plot or check else []
+            summaries = [_summary(item, measured) for item in found] if plot or check or bar is not None else []
         else:
             summaries = _emit(out, found, shown, measured)
         if plot is not None:
@@ -96,8 +108,18 @@ def command(
             pictures.draw(plot, results, force=force)
             report.note(f"Drew {plot}")
         profiling.show(measured.finish(), report)
+        lost = bar is not None and any([_is_lost(summary, bar, report) for summary in summaries])
     different = check and any(summary["different"] for summary in summaries)
-    return EXIT_DIFFERENT if different else 0
+    return EXIT_DIFFERENT if different or lost else 0
+
+
+def _is_lost(summary: Mapping[str, Json], bar: float, report: Reporter) -> bool:
+    """Whether less than ``bar`` of a layer's update is in the merged checkpoint; then it is said."""
+    least = summary["least_survival"]
+    if least is None or least >= bar:
+        return False
+    report.note(f"{summary['merged']}: {least:.1%} of the update of {summary['least_survival_module']} survives")
+    return True
 
 
 def _kept(found: Sequence[job.Report], shown: Sequence[list[job.Row]]) -> Iterator[dict[str, Json]]:
@@ -123,10 +145,10 @@ def _emit(
     for item, rows in zip(found, shown, strict=True):
         rows += item.rows
         summaries.append(_summary(item, measured))
-        values = [row.values for row in rows]
-        entries.append({"target": item.target, "kind": item.kind, "tensors": values, "summary": summaries[-1]})
+        lines = [row.values for row in rows]
+        entries.append({"target": item.target, "kind": item.kind, "tensors": lines, "summary": summaries[-1]})
         if out.format == "human":
-            _print_tables(out, item, values, summaries[-1])
+            _print_tables(out, item, lines, summaries[-1])
     if out.format == "json":
         steps = measured.finish()
         profile = {} if steps is None else {"profile": rows_of(steps)}
@@ -170,9 +192,14 @@ def _describe(kind: str, summary: Mapping[str, Json]) -> str:
         return (
             f"adapter of {summary['base'] or 'an unnamed base'}, written by {summary['written_by']}, form "
             f"{summary['form']}, {summary['modules']} modules, {human_count(summary['trainable_parameters'])} "
-            f"trainable numbers, basis {summary['basis']}"
+            f"trainable numbers, basis {summary['basis']}{_survival(summary)}"
         )
     return f"against {summary['against']}: {summary['equal']} tensors equal, {summary['different']} different"
+
+
+def _survival(summary: Mapping[str, Json]) -> str:
+    found = summary.get("survival")
+    return f"; {found:.2%} of the update is in {summary['merged']}" if found is not None else ""
 
 
 def _decomposable(found: Mapping[str, Json]) -> str:

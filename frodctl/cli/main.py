@@ -26,6 +26,7 @@ from frodctl.jobs.resources import is_out_of_memory, require_address_space
 _COMMANDS = {
     "decompose": "Joint decomposition of a checkpoint into one shared-basis file.",
     "merge": "Trained perturbations folded back into dense weights.",
+    "extract": "What a fine-tuning changed in a checkpoint, compressed to an adapter.",
     "inspect": "Rank and spectrum statistics of checkpoints, bases and adapters.",
 }
 
@@ -116,7 +117,8 @@ def _run(arguments: list[str], *, own_process: bool) -> int:
 
 def _interrupted(arguments: list[str], code: int) -> int:
     """Say that the work was interrupted, and what becomes of it."""
-    resumes = arguments[:1] in (["decompose"], ["merge"]) and not {"--no-resume", "--dry-run"} & set(arguments)
+    keeps = arguments[:1] in (["decompose"], ["merge"]) or (arguments[:1] == ["extract"] and "frod" not in arguments)
+    resumes = keeps and not {"--no-resume", "--dry-run"} & set(arguments)
     with suppress(OSError):
         click.echo(f"Interrupted{'; the same command resumes' if resumes else ''}.", err=True)
     return code

@@ -7,8 +7,16 @@ from collections.abc import Mapping
 import click
 
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli import profiling
-from frodctl.cli.options import device_option, output_options, profile_option, run_options, source_options
+from frodctl.cli import adapters, profiling
+from frodctl.cli.options import (
+    device_option,
+    lora_options,
+    output_options,
+    profile_option,
+    run_options,
+    source_options,
+    verify_option,
+)
 from frodctl.cli.output import Output, about_time, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import merge as job
@@ -18,6 +26,15 @@ from frodctl.jobs import merge as job
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("output", metavar="OUT")
+@click.option(
+    "--as",
+    "as_",
+    type=click.Choice(["model", "lora"]),
+    default="model",
+    show_default=True,
+    help="A dense checkpoint, or the nearest LoRA adapter over BASE.",
+)
+@lora_options
 @click.option("--basis", metavar="FILE", help="Shared-basis file, for an adapter that does not hold V.")
 @click.option("--trust-basis", is_flag=True, help="Take it although the adapter does not say that it is the one.")
 @click.option("--recompute-projection", is_flag=True, help="Run PEFT's routine for the V of an adapter without one.")
@@ -43,13 +60,13 @@ from frodctl.jobs import merge as job
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Of the result; auto keeps each tensor's.",
+    help="Of the result; auto keeps each tensor's, and has a LoRA adapter in float32.",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Tensors in one file.")
 @device_option
 @source_options
 @run_options
-@click.option("--verify/--no-verify", default=True, help="Read the result again at the end.  [default: verify]")
+@verify_option
 @profile_option
 @output_options
 def command(
@@ -63,7 +80,7 @@ def command(
     quiet: bool,
     **options: object,
 ) -> None:
-    """Fold ADAPTER into BASE and write an ordinary dense checkpoint, the folder OUT.
+    """Fold ADAPTER into BASE and write an ordinary dense checkpoint, or a LoRA adapter, the folder OUT.
 
     \b
     Examples:
@@ -71,6 +88,7 @@ def command(
       frodctl merge - ./my-adapter ./merged --max-shard-size 2GB
       frodctl merge ./base ./my-adapter ./merged --basis base.frod.safetensors
       frodctl merge ./base ./math ./both --scale 0.6 --also ./code:0.4
+      frodctl merge ./base ./my-adapter ./my-lora --as lora --rank 64
 
     BASE and ADAPTER are local folders or files, or Hub ids (name, org/name, org/name@revision). BASE - is the model
     that the adapter names. --revision and --subfolder are BASE's.
@@ -79,6 +97,11 @@ def command(
     with Reporter(quiet) as report:
         out = Output(format_, json_, report.note)
         chosen = job.MergeOptions.of(**options)
+        if chosen.as_ == "lora":
+            with measured.step("planning"):
+                lora = job.plan_lora(base, adapter, output, chosen, dry_run=dry_run, progress=report)
+            adapters.emit(lora, lambda: job.run_lora(lora, report, measured), out, report, measured, dry_run=dry_run)
+            return
         with measured.step("planning"):
             plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report)
         for warning in plan.warnings:

@@ -39,6 +39,10 @@ profile_option = click.option(
     "--profile", is_flag=True, help="On stderr at the end: where the time went, and how near the device's peak."
 )
 
+verify_option = click.option(
+    "--verify/--no-verify", default=True, help="Read the result again at the end.  [default: verify]"
+)
+
 run_options = _together(
     click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; download and write nothing."),
     click.option("--force", is_flag=True, help="Replace an output that exists."),
@@ -47,6 +51,14 @@ run_options = _together(
     ),
 )
 """How a job that writes an output is run."""
+
+lora_options = _together(
+    click.option("--rank", metavar="R", help="Of a LoRA adapter; its alpha is the same."),
+    click.option("--energy", metavar="SHARE", help="The rank with which each layer keeps so much of its change: 95%."),
+    click.option("--max-rank", default="256", show_default=True, metavar="R", help="Whatever --energy would take."),
+    click.option("--rank-pattern", is_flag=True, help="Ranks layer by layer, which PEFT reads and others do not."),
+)
+"""How large a LoRA adapter is made."""
 
 output_options = _together(
     click.option(
@@ -81,4 +93,4 @@ def as_flags(text: str, command: click.Command | None) -> str:
             return flag.replace("--", "--no-", 1)
         return flag if value in (None, "True") else f"{flag} {value}"
 
-    return re.sub(r"`(?P<name>[a-z]+(_[a-z]+)*)(=(?P<value>[^`\n]*))?`", shown, text)
+    return re.sub(r"`(?P<name>[a-z]+(_[a-z]+)*_?)(=(?P<value>[^`\n]*))?`", shown, text)

@@ -21,6 +21,7 @@ FLOPS: dict[str, Callable[..., float]] = {
     "trtri": lambda n: n**3 / 3,
     "sygst": lambda n: 1.0 * n**3,
     "syevd": lambda n: 9.0 * n**3,  # Golub & Van Loan's, of the QR algorithm; divide and conquer takes fewer
+    "syevr": lambda n, count: 4 * n**3 / 3 + 2.0 * n * n * count,
     "eigvalsh": lambda n: 4 * n**3 / 3,
     "svdvals": lambda m, n: 4.0 * max(m, n) * min(m, n) ** 2 - 4 * min(m, n) ** 3 / 3,
     "svd": lambda m, n: 6.0 * max(m, n) * min(m, n) ** 2 + 20.0 * min(m, n) ** 3,

@@ -22,6 +22,7 @@ _SECONDS = 0.05  # of each measurement
 _SHARES = {
     "gemm": (1.0, 40), "syrk": (1.05, 220), "trmm": (1.02, 50), "trsm": (1.03, 90), "potrf": (1.1, 1100),
     "potri": (1.1, 900), "trtri": (1.1, 1150), "inverse": (1.0, 300), "sygst": (0.95, 1000), "syevd": (1.0, 500),
+    "syevr": (0.22, 0), "eigvalsh": (0.25, 100), "csrmm": (0.05, 0),
 }  # fmt: skip
 #: What a decomposition moves (conversions, triangles, fresh memory) goes at this share of a copy's rate.
 _MOVING = 0.2

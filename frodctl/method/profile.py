@@ -259,6 +259,7 @@ _DIMENSIONS: dict[str, Callable[..., tuple[Array, tuple[int, ...]]]] = {
     "trsm": lambda R, X: (X, X.shape),
     **dict.fromkeys(("potrf", "potri", "trtri", "sygst", "syevd", "eigvalsh", "inverse"), _of_size),
     **dict.fromkeys(("svdvals", "svd", "qr"), _of_shape),
+    "syevr": lambda A, count: (A, (len(A), count)),
 }
 
 #: What was written, and how many bytes were read and written; of a symmetric matrix's triangle half.

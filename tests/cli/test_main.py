@@ -39,6 +39,8 @@ def test_messages_of_the_library_name_flags() -> None:
     [
         (["decompose", "m"], "Interrupted; the same command resumes.\n"),
         (["merge", "a", "b", "c"], "Interrupted; the same command resumes.\n"),
+        (["extract", "a", "b", "c", "--rank", "4"], "Interrupted; the same command resumes.\n"),
+        (["extract", "a", "b", "c", "--as", "frod"], "Interrupted.\n"),
         (["merge", "a", "b", "c", "--dry-run"], "Interrupted.\n"),
         (["decompose", "m", "--no-resume"], "Interrupted.\n"),
         (["inspect", "m"], "Interrupted.\n"),

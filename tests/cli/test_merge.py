@@ -253,6 +253,37 @@ def test_another_job_does_not_take_up_the_pieces(
     assert tree(tmp_path / "out")["model.safetensors"] == tree(tmp_path / "clean")["model.safetensors"]
 
 
+# As a LoRA adapter
+
+
+def test_a_lora_adapter(llama: dict[str, Path], tmp_path: Path, frodctl: Run) -> None:
+    """A row for each layer; the plan has the same columns."""
+    command = ("merge", llama["base"], llama["adapter"], "out", "--as", "lora")
+    plan = frodctl(*command, "--rank", "8", "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    assert "Would write out (" in plan.stderr
+    done = frodctl(*command, "--rank", "8")
+    assert done.returncode == 0, done.stderr
+    assert "12 layers" in done.stderr
+    assert "of ‖ΔW‖² kept" in done.stderr
+    planned, found = ([line.split("\t") for line in run.stdout.splitlines()] for run in (plan, done))
+    assert planned[0] == found[0] == "module m n rank parameters delta_norm kept distance".split()
+    assert [line[:5] for line in planned] == [line[:5] for line in found]
+    assert len(found) == 13
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "frodctl.json",
+    ]  # fmt: skip
+    document = json.loads(frodctl(*command, "--energy", "50%", "--force", "--json", "-q").stdout)
+    assert min(row["kept"] for row in document["layers"]) >= 0.5
+
+
+def test_what_a_lora_adapter_needs(llama: dict[str, Path], refused: Any) -> None:
+    lora = (llama["base"], llama["adapter"], "out", "--as", "lora")
+    assert "give --rank 64, or --energy 95%" in refused(2, *lora)
+    assert "--rank and --energy exclude each other" in refused(2, *lora, "--rank", "4", "--energy", "90%")
+    assert "it goes with --as lora" in refused(2, *lora[:3], "--rank", "4")
+
+
 # What it prints
 
 

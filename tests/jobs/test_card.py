@@ -11,7 +11,7 @@ from huggingface_hub import metadata_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frodctl.jobs.merge.card import front_matter, kept_fields
+from frodctl.jobs.cards import front_matter, kept_fields
 
 #: What YAML could take for something else, and whatever else there is.
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -170,6 +172,19 @@ def test_syevd(kernels: Kernels, dtype: str, n: int) -> None:
     assert (np.diff(values) >= 0).all()
     close(Z @ Z.T, np.eye(n), dtype)
     close((Z.T * values) @ Z, A, dtype)
+
+
+@pytest.mark.parametrize("n", [0, *SIZES])
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_syevr(kernels: Kernels, dtype: str, n: int, share: float) -> None:
+    """The largest eigenvalues and their vectors, which are orthonormal."""
+    A, count = symmetric(n), math.ceil(share * n)
+    values, rows = kernels.syevr(kernels.put(upper(A), dtype), count)
+    Z = np.asarray(kernels.get(rows), np.float64)
+    assert Z.shape == (count, n)
+    close(values, np.linalg.eigvalsh(A)[::-1][:count], dtype)
+    close(Z @ Z.T, np.eye(count), dtype)
+    close(Z @ A, values[:, None] * Z, dtype)
 
 
 def test_syevd_of_a_matrix_whose_workspace_has_no_32_bit_length(monkeypatch: pytest.MonkeyPatch) -> None:

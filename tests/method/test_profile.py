@@ -53,6 +53,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any], float]] = {
     "trtri": (lambda k, R: k.trtri(R), [positive(N)], N**3 / 3),
     "sygst": (lambda k, A, R: k.sygst(A, R), [positive(N), normal(N, N)], N**3),
     "syevd": (lambda k, A: k.syevd(A), [positive(N)], 9 * N**3),
+    "syevr": (lambda k, A: k.syevr(A, 7), [positive(N)], 4 * N**3 / 3 + 2 * N**2 * 7),
     "eigvalsh": (lambda k, A: k.eigvalsh(A), [positive(N)], 4 * N**3 / 3),
     "inverse": (lambda k, A: k.inverse(A), [positive(N)], 8 * N**3 / 3),
     "svdvals": (lambda k, A: k.svdvals(A), [normal(M, N)], 4 * M * N**2 - 4 * N**3 / 3),

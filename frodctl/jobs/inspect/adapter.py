@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,13 @@ from frodctl.adapted import opening
 from frodctl.adapted.matching import Match, Weight, match
 from frodctl.adapted.positions import positions_of
 from frodctl.adapted.updates import WeightUpdates
+from frodctl.checkpoint import names, stream
+from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.inputs import Json
+from frodctl.checkpoint.opening import open_checkpoint
+from frodctl.checkpoint.quantized import refuse_quantized
+from frodctl.checkpoint.records import Checkpoint, TensorInfo
+from frodctl.errors import InvalidInput
 from frodctl.formats.adapter import Adapter, TrainedModule
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs.inspect import columns, headers
@@ -22,6 +28,7 @@ from frodctl.jobs.inspect.report import Report, Row
 from frodctl.jobs.profile import Unprofiled
 from frodctl.jobs.progress import Callback, Progress
 from frodctl.jobs.resources import choose_device
+from frodctl.method.fidelity import Fidelity, together
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
@@ -42,13 +49,18 @@ def adapter_report(
         source = opening.open_source(adapter, basis, trust=options.trust_basis)
         location = options.location_of_other(options.base)
         found = match(location, (source,), progress=lambda text: progress(Progress(text)))
-        rows = _with_base(found, basis, options, profile)
+        merged = _Merged.of(found, options, progress) if options.merged is not None else None
+        rows = _with_base(found, basis, merged, options, profile)
     else:
-        rows = _alone(adapter, basis, options)
+        merged, rows = None, _alone(adapter, basis, options)
     there = [module.module for module in adapter.modules]
     count = sum(map(options.selects, there))
     shown = columns.of_adapter(options)
-    return Report(name, "adapter", shown, rows, lambda: headers.adapter_summary(adapter), count, there)
+
+    def summary() -> dict[str, Json]:
+        return headers.adapter_summary(adapter) | (merged.summary() if merged else {})
+
+    return Report(name, "adapter", shown, rows, summary, count, there)
 
 
 def _alone(adapter: Adapter, basis: BasisFile | None, options: InspectOptions) -> Iterator[Row]:
@@ -113,7 +125,64 @@ def changes(scales: HostArray, values: HostArray, base_scales: HostArray | None)
     }
 
 
-def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions, profile: Unprofiled) -> Iterator[Row]:
+class _Merged:
+    """A checkpoint that an adapter was merged into, and how much of each update survives there."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
+        self.checkpoint = checkpoint
+        self.tensors = tensors  #: by name in the base
+        self.found: dict[str, Fidelity] = {}
+
+    @classmethod
+    def of(cls, found: Match, options: InspectOptions, progress: Callback) -> _Merged:
+        """Open it and find the weights that the adapter changes; `InvalidInput` where one is not there."""
+        assert options.merged is not None
+        location = options.location_of_other(options.merged)
+        checkpoint = open_checkpoint(location, progress=lambda text: progress(Progress(text)))
+        refuse_quantized(checkpoint)
+        matched = names.match([weight.target.tensor.name for weight in found.weights], checkpoint.tensors)
+        tensors = {}
+        for weight in found.weights:
+            index, mine = weight.target.index, weight.target.stored
+            theirs = checkpoint.tensors.get(matched[weight.target.tensor.name] or "")
+            if theirs is not None and index is not None and len(theirs.shape) == 3 and index < theirs.shape[0]:
+                theirs = theirs.slice(index)
+            if theirs is None or theirs.shape != mine.shape or theirs.dtype not in FLOAT_DTYPES:
+                shape = "not there" if theirs is None else f"{theirs.dtype} {list(theirs.shape)}"
+                raise InvalidInput(
+                    f"{checkpoint.model}: {mine.name} of {found.checkpoint.model} is {shape}; is it merged from that?"
+                )
+            tensors[mine.name] = theirs
+        return cls(checkpoint, tensors)
+
+    def survival(self, weight: Weight, W: HostArray, delta: HostArray) -> dict[str, Json]:
+        """What the merged weight has of ΔW over W, both (m, n)."""
+        info = self.tensors[weight.target.stored.name]
+        assert self.checkpoint.root is not None
+        stored = stream.read_tensor(self.checkpoint.root, info)
+        stream.check_finite(stored, info.name, str(self.checkpoint.root / info.file))
+        merged = stored.T if weight.target.transposed else stored
+        found = Fidelity.of(delta, merged.astype(np.float64) - W.astype(np.float64))
+        self.found[weight.parts[0].trained.module] = found
+        return {"survival": found.kept, "survival_distance": found.distance}
+
+    def summary(self) -> dict[str, Json]:
+        """Over all layers that were compared, and the layer of which least survives."""
+        changed = {module: found.kept for module, found in self.found.items() if found.kept is not None}
+        least = min(changed, key=lambda module: changed[module], default=None)
+        overall = together(list(self.found.values()))
+        return {
+            "merged": self.checkpoint.model,
+            "survival": overall.kept,
+            "survival_distance": overall.distance,
+            "least_survival": changed[least] if least is not None else None,
+            "least_survival_module": least,
+        }
+
+
+def _with_base(
+    found: Match, basis: BasisFile | None, merged: _Merged | None, options: InspectOptions, profile: Unprofiled
+) -> Iterator[Row]:
     """Rows in the order of the merge, by category: each basis is made ready once."""
     adapter = found.sources[0].adapter
     spectra = Spectra(choose_device(options.device), profile)
@@ -123,28 +192,30 @@ def _with_base(found: Match, basis: BasisFile | None, options: InspectOptions, p
     trained = _Trained(adapter, basis if adapter.provenance else None)
     for weight in weights:
         module = weight.parts[0].trained.module
-        delta, base_scales, norm = _delta(weight, updates)
+        W, delta = _delta(weight, updates)
+        base_scales = updates.base_scales(weight, W)
         scales, sparse, known = trained.of(weight.parts[0].trained)
         figures = spectra.of(delta, module)
         yield Row(
             values[module]
             | changes(scales, sparse, known if known is not None else base_scales)
-            | {"relative_change": _ratio(_norm(delta), norm)}
+            | {"relative_change": _ratio(_norm(delta), _norm(W.astype(np.float64)))}
+            | (merged.survival(weight, W, delta) if merged else {})
             | {f"delta_{key}": value for key, value in figures.values.items() if key != "profile"}
             | {"profile": figures.values["profile"]},
             figures.singular_values,
         )
 
 
-def _delta(weight: Weight, updates: WeightUpdates) -> tuple[HostArray, HostArray, float]:
-    """W' − W (m, n) before any rounding, the λ that PEFT begins with (n,), and ‖W‖_F."""
+def _delta(weight: Weight, updates: WeightUpdates) -> tuple[HostArray, HostArray]:
+    """W (m, n) as it is stored, and W' − W before any rounding."""
     task = updates.read(weight)
     stored = updates.stored(weight) if task.stored is None else task.stored
     W = stored.T if weight.target.transposed else stored
     delta = np.zeros(W.shape)
     for rows, block in updates.changes(W, task) if task.trained else ():
         delta[rows] = block
-    return delta, updates.base_scales(weight, W), _norm(W.astype(np.float64))
+    return W, delta
 
 
 def _norm(X: HostArray) -> float:

@@ -25,6 +25,7 @@ def inspect(
     estimate: bool = False,
     against: PathLike | None = None,
     base: PathLike | None = None,
+    merged: PathLike | None = None,
     basis: PathLike | BasisFile | None = None,
     trust_basis: bool = False,
     adapter_name: str | None = None,
@@ -58,6 +59,8 @@ def inspect(
         A checkpoint to compare with, tensor by tensor.
     base : path, optional
         The checkpoint that a basis or an adapter belongs to.
+    merged : path, optional
+        The checkpoint that an adapter was merged into, over ``base``: how much of the update survives there.
     basis : path or BasisFile, optional
         Shared-basis file of an adapter that does not hold V.
     trust_basis : bool
@@ -104,6 +107,7 @@ def inspect(
         estimate=estimate,
         against=against,
         base=base,
+        merged=merged,
         basis=basis,
         trust_basis=trust_basis,
         adapter_name=adapter_name,

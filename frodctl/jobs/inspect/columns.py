@@ -24,6 +24,7 @@ _CHANGES = (
     "scales_norm", "scales_change_norm", "scales_change_relative", "scales_change_median", "scales_change_p95",
     "sparse_norm", "sparse_median", "sparse_p95", "sparse_occupancy", "off_diagonal_energy", "relative_change",
 )  # fmt: skip
+_SURVIVAL = ("survival", "survival_distance")
 _DIFFERENCES = ("other_name", "other_dtype", "status", "relative_difference", "cosine", "max_difference")
 
 
@@ -56,8 +57,16 @@ def of_adapter(options: InspectOptions) -> Columns:
     keys = (*_FIRST, "category", "layer", "nnz")
     if options.headers_only:
         return Columns(keys, (Table(_ADAPTER_CATEGORIES, of="categories"),))
-    moved = Table(_DELTAS if options.base else _MODULES)
-    return Columns((*keys, *_CHANGES, *(f"delta_{key}" for key in FIGURES)), (moved,))
+    return Columns((*keys, *_CHANGES, *(f"delta_{key}" for key in FIGURES), *_SURVIVAL), (_of_updates(options),))
+
+
+def _of_updates(options: InspectOptions) -> Table:
+    """What a person is shown of an adapter: of its updates, where there is a base."""
+    if options.base is None:
+        return Table(_MODULES)
+    survival = _SURVIVED if options.merged is not None else ()
+    ranks = _RANKS if options.spectrum else ()
+    return Table((*_DELTAS[:2], *survival, *ranks, *_DELTAS[2:]))
 
 
 def of_comparison(options: InspectOptions) -> Columns:
@@ -129,6 +138,8 @@ _MODULES = (
     _figure("sparse_norm", "‖S‖"),
     _figure("off_diagonal_energy", "off-diag."),
 )
+_RANKS = tuple(Column(f"delta_energy_rank_{share}", f"{share} %", "exact", absent="–") for share in (90, 95, 99))
+_SURVIVED = (_figure("survival", "survives"), _figure("survival_distance", "‖ΔŴ−ΔW‖/‖ΔW‖"))
 _DELTAS = (_NAME, _figure("relative_change", "‖ΔW‖/‖W‖"), *_spectrum("delta_"), *_MODULES[1:])
 _COMPARED = (
     _NAME,

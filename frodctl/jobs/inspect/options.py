@@ -20,6 +20,7 @@ class InspectOptions(HubOptions):
     estimate: bool = option(False, values.flag)  #: the same by randomised methods, with error bars
     against: str | None = option(None, optional(values.model))  #: a checkpoint, to compare with tensor by tensor
     base: str | None = option(None, optional(values.model))  #: the checkpoint that a basis or an adapter belongs to
+    merged: str | None = option(None, optional(values.model))  #: how much of the adapter is in this checkpoint
     basis: Path | None = option(None, optional(values.basis))  #: shared-basis file of an adapter without V
     trust_basis: bool = option(False, values.flag)
     adapter_name: str | None = option(None, optional(values.text))  #: which of several adapters in a folder
@@ -36,6 +37,9 @@ class InspectOptions(HubOptions):
             raise UsageError("`spectrum` and `estimate` exclude each other")
         if self.against is not None and self.estimate:
             raise UsageError("`against` takes `spectrum`, not `estimate`")
+
+        if self.merged is not None and self.base is None:
+            raise UsageError("`merged` goes with an adapter and its `base`")
 
     @property
     def headers_only(self) -> bool:

@@ -119,6 +119,8 @@ def _report(target: Target, options: InspectOptions, progress: Callback, profile
         raise UsageError(f"{target.name}: `against` compares checkpoints, and this is none")
     if options.estimate:
         raise UsageError(f"{target.name}: `estimate` goes with checkpoints; give `spectrum`")
+    if options.merged is not None and target.adapter is None:
+        raise UsageError(f"{target.name}: `merged` goes with an adapter, and this is none")
     if target.basis is not None:
         if options.headers_only:
             basis = target.basis

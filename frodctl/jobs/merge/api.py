@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from frodctl import values
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs import profile as profiles
+from frodctl.jobs.lora.plan import LoraPlan
+from frodctl.jobs.merge.lora import plan_lora, run_lora
 from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.merge.plan import MergePlan, plan_merge
 from frodctl.jobs.merge.run import MergeResult, run_merge
@@ -17,6 +19,38 @@ from frodctl.values import Number, PathLike, Scaled
 if TYPE_CHECKING:
     import torch
 
+    from frodctl.jobs.lora.run import LoraResult
+
+
+class Keywords(TypedDict, total=False):
+    """What `merge` takes by name, whatever it returns."""
+
+    progress: Callback
+    profile: bool
+    rank: int | str | None
+    energy: Number | None
+    max_rank: int | str
+    rank_pattern: bool
+    basis: PathLike | BasisFile | None
+    trust_basis: bool
+    recompute_projection: bool
+    projection_dtype: str | torch.dtype
+    form: str
+    scale: Number
+    also: Scaled | Iterable[Scaled]
+    adapter_name: str | None
+    dtype: str | torch.dtype
+    max_shard_size: int | str
+    device: str | torch.device
+    revision: str | None
+    subfolder: str
+    token: str | None
+    cache_dir: PathLike | None
+    offline: bool
+    force: bool
+    resume: bool
+    verify: bool
+
 
 @overload
 def merge(
@@ -24,28 +58,9 @@ def merge(
     adapter: PathLike,
     output: PathLike,
     *,
+    as_: Literal["model"] = ...,
     dry_run: Literal[False] = ...,
-    progress: Callback = ...,
-    profile: bool = ...,
-    basis: PathLike | BasisFile | None = ...,
-    trust_basis: bool = ...,
-    recompute_projection: bool = ...,
-    projection_dtype: str | torch.dtype = ...,
-    form: str = ...,
-    scale: Number = ...,
-    also: Scaled | Iterable[Scaled] = ...,
-    adapter_name: str | None = ...,
-    dtype: str | torch.dtype = ...,
-    max_shard_size: int | str = ...,
-    device: str | torch.device = ...,
-    revision: str | None = ...,
-    subfolder: str = ...,
-    token: str | None = ...,
-    cache_dir: PathLike | None = ...,
-    offline: bool = ...,
-    force: bool = ...,
-    resume: bool = ...,
-    verify: bool = ...,
+    **options: Unpack[Keywords],
 ) -> MergeResult: ...
 @overload
 def merge(
@@ -53,34 +68,40 @@ def merge(
     adapter: PathLike,
     output: PathLike,
     *,
+    as_: Literal["model"] = ...,
     dry_run: Literal[True],
-    progress: Callback = ...,
-    profile: bool = ...,
-    basis: PathLike | BasisFile | None = ...,
-    trust_basis: bool = ...,
-    recompute_projection: bool = ...,
-    projection_dtype: str | torch.dtype = ...,
-    form: str = ...,
-    scale: Number = ...,
-    also: Scaled | Iterable[Scaled] = ...,
-    adapter_name: str | None = ...,
-    dtype: str | torch.dtype = ...,
-    max_shard_size: int | str = ...,
-    device: str | torch.device = ...,
-    revision: str | None = ...,
-    subfolder: str = ...,
-    token: str | None = ...,
-    cache_dir: PathLike | None = ...,
-    offline: bool = ...,
-    force: bool = ...,
-    resume: bool = ...,
-    verify: bool = ...,
+    **options: Unpack[Keywords],
 ) -> MergePlan: ...
+@overload
 def merge(
     base: PathLike,
     adapter: PathLike,
     output: PathLike,
     *,
+    as_: Literal["lora"],
+    dry_run: Literal[False] = ...,
+    **options: Unpack[Keywords],
+) -> LoraResult: ...
+@overload
+def merge(
+    base: PathLike,
+    adapter: PathLike,
+    output: PathLike,
+    *,
+    as_: Literal["lora"],
+    dry_run: Literal[True],
+    **options: Unpack[Keywords],
+) -> LoraPlan: ...
+def merge(
+    base: PathLike,
+    adapter: PathLike,
+    output: PathLike,
+    *,
+    as_: str = "model",
+    rank: int | str | None = None,
+    energy: Number | None = None,
+    max_rank: int | str = 256,
+    rank_pattern: bool = False,
     dry_run: bool = False,
     progress: Callback = silent,
     profile: bool = False,
@@ -103,8 +124,8 @@ def merge(
     force: bool = False,
     resume: bool = True,
     verify: bool = True,
-) -> MergeResult | MergePlan:
-    """Fold a trained adapter into its base and write an ordinary dense checkpoint.
+) -> MergeResult | MergePlan | LoraResult | LoraPlan:
+    """Fold a trained adapter into its base and write an ordinary dense checkpoint, or a LoRA adapter.
 
     Values are taken in the forms that the command line takes, too: ``scale="50%"``, ``max_shard_size="2GB"``.
 
@@ -116,6 +137,17 @@ def merge(
         The adapter: a local folder or weights file, or a Hub id.
     output : path
         The folder to make.
+    as_ : {"model", "lora"}
+        A dense checkpoint, or PEFT's LoRA adapter over the base: each layer's W' − W by the best approximation of a
+        rank.
+    rank : int, optional
+        Of the LoRA adapter; its α is the same.
+    energy : float or str, optional
+        In place of ``rank``: the share of ‖W' − W‖² that each layer is to keep, ``0.95`` or ``"95%"``.
+    max_rank : int
+        The rank is no larger, whatever ``energy`` would take.
+    rank_pattern : bool
+        Give each layer the rank that it needs, which PEFT reads and other programs do not, rather than all the largest.
     dry_run : bool
         Return the plan, made from headers alone: nothing is downloaded but headers, nothing is written.
     progress : callable, optional
@@ -141,7 +173,7 @@ def merge(
     adapter_name : str, optional
         Which of several adapters in the folder.
     dtype : {"auto", "float32", "bfloat16", "float16"}
-        Of the result; "auto" keeps each tensor's.
+        Of the result; "auto" keeps each tensor's, and writes a LoRA adapter in float32 as PEFT does.
     max_shard_size : int or str
         Bytes of tensors in one file.
     device : str or torch.device
@@ -157,8 +189,8 @@ def merge(
 
     Returns
     -------
-    MergeResult
-        With ``output``, the folder; a `MergePlan` with ``dry_run``.
+    MergeResult or LoraResult
+        With ``output``, the folder; a `MergePlan` or `LoraPlan` with ``dry_run``.
 
     Raises
     ------
@@ -177,6 +209,11 @@ def merge(
     >>> result = frodctl.merge("my-base", "my-adapter", "merged")  # doctest: +SKIP
     """
     options = MergeOptions.of(
+        as_=as_,
+        rank=rank,
+        energy=energy,
+        max_rank=max_rank,
+        rank_pattern=rank_pattern,
         basis=basis,
         trust_basis=trust_basis,
         recompute_projection=recompute_projection,
@@ -199,6 +236,10 @@ def merge(
     )
     dry_run = values.flag(dry_run, "dry_run")
     measured = profiles.begin(profile, dry_run=dry_run)
+    if options.as_ == "lora":
+        with measured.step("planning"):
+            lora = plan_lora(base, adapter, output, options, dry_run=dry_run, progress=progress)
+        return lora if dry_run else run_lora(lora, progress, measured).with_profile(measured)
     with measured.step("planning"):
         plan = plan_merge(base, adapter, output, options, dry_run=dry_run, progress=progress)
     return plan if dry_run else run_merge(plan, progress, measured).with_profile(measured)

@@ -7,16 +7,18 @@ from pathlib import Path
 
 from frodctl import values
 from frodctl.checkpoint.records import MODEL_DTYPES
-from frodctl.jobs.options import HubOptions
+from frodctl.jobs.lora.options import LoraOptions
 from frodctl.values import option, optional
 
 FORMS = ("auto", "delta", "reconstruct")
+RESULTS = ("model", "lora")
 
 
 @dataclass(frozen=True)
-class MergeOptions(HubOptions):
+class MergeOptions(LoraOptions):
     """The parameters of `frodctl.merge`, each in its one form; the command line has a flag for each."""
 
+    as_: str = option("model", values.choice(*RESULTS))  #: a dense model, or a LoRA adapter
     basis: Path | None = option(None, optional(values.basis))  #: for an adapter without V; None: found near it
     #: take V from it although the adapter does not say that it is the one
     trust_basis: bool = option(False, values.flag)
@@ -28,9 +30,11 @@ class MergeOptions(HubOptions):
     scale: float = option(1.0, values.share)  #: s of W + s (W' − W)
     also: tuple[tuple[str, float], ...] = option((), values.several_scaled)  #: further adapters, each with its scale
     adapter_name: str | None = option(None, optional(values.text))  #: which of several adapters in the folder
-    dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES))  #: of the result; auto keeps each tensor's
     max_shard_size: int = option(5_000_000_000, values.shard_size)  #: bytes of tensors in one file
-    device: str = option("auto", values.device)
-    force: bool = option(False, values.flag)  #: replace an existing output
-    resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
-    verify: bool = option(True, values.flag)  #: read the result again before it gets its name
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.as_ == "lora":
+            self.require_rank()
+        else:
+            self.refuse_rank("`as_=lora`")

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from frodctl import values
 from frodctl.adapted import opening
-from frodctl.adapted.matching import Part, Weight, match
+from frodctl.adapted.matching import Match, Part, Weight, match
 from frodctl.adapted.opening import Source
 from frodctl.checkpoint import codec, shards, sink
 from frodctl.checkpoint.companions import copied_files
@@ -99,11 +99,7 @@ class MergePlan:
 
     def check_output(self) -> None:
         """Raise `UsageError` where the output must not be written."""
-        whole = self.checkpoint.path or self.checkpoint.root
-        reads = [*([whole] if whole else []), *self.checkpoint.files()]
-        for source in self.sources:
-            reads += source.adapter.files()
-            reads += [source.basis.path] if source.basis else []
+        reads = files_of(self.checkpoint, self.sources)
         sink.check_output_folder(self.output, reads, force=self.options.force)
 
     @property
@@ -114,9 +110,7 @@ class MergePlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Peak resident memory of the whole process, about."""
-        work = max((cost.update_memory_bytes(w.target.m, w.target.n) * len(w.parts) for w in self.weights), default=0)
-        buffered = max((w.target.nbytes for w in self.weights), default=0)
-        return PROCESS_BYTES + work + 4 * buffered
+        return PROCESS_BYTES + update_memory_bytes(self.weights)
 
     @property
     def flops(self) -> float:
@@ -155,10 +149,7 @@ class MergePlan:
             "schema_version": SCHEMA_VERSION,
             "base": self.checkpoint.model,
             "revision": self.checkpoint.revision,
-            "adapters": [
-                {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base_model}
-                for s in self.sources
-            ],
+            "adapters": adapters_as_json(self.sources),
             "output": str(self.output),
             "output_bytes": self.output_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -194,21 +185,8 @@ def plan_merge(
 
     With ``dry_run`` no weights are downloaded, and the output may exist.
     """
-    base, adapter = values.model(base, "base"), values.model(adapter, "adapter")
-    output = values.path(output, "output")
-    output = output if output.name not in ("", "..") else output.resolve()
-    if not dry_run:
-        _check_output(output, base, adapter, chosen)
-        choose_device(chosen.device)  # before a download, not after it
-    location = chosen.location(base)
-    try:
-        sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
-    except InvalidInput as error:
-        if _exchanged(location, chosen.location_of_other(adapter)):
-            raise InvalidInput(f"`base` {base} is an adapter, and `adapter` {adapter} is not: exchange them") from error
-        raise
-    found = match(location, sources, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
-    checkpoint = found.checkpoint
+    output, found = opened(base, adapter, output, chosen, progress=progress, dry_run=dry_run)
+    checkpoint, sources = found.checkpoint, found.sources
     replaced = found.replaced()
     changed = [weight.target.tensor.name for weight in found.weights] + list(replaced)
     with_head = not all(source.adapter.task in model_config.TASKS_WITHOUT_LM_HEAD for source in sources)
@@ -229,7 +207,7 @@ def plan_merge(
         shards=shards.plan_shards(specs, chosen.max_shard_size, weights_name(checkpoint.config), sliced),
         config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
         files=copied_files(checkpoint, as_sentences=not added),
-        warnings=(*found.warnings, *_warnings(sources, replaced)),
+        warnings=(*found.warnings, *warnings(sources, replaced)),
     )
     if dry_run:
         return replace(plan, seconds_estimate=_seconds_estimate(plan))
@@ -237,21 +215,73 @@ def plan_merge(
     return plan
 
 
+def opened(
+    base: PathLike,
+    adapter: PathLike,
+    output: PathLike,
+    chosen: MergeOptions,
+    *,
+    progress: Callback,
+    dry_run: bool,
+) -> tuple[Path, Match]:
+    """Where the output goes, and the base and the adapters, opened and matched; as for `plan_merge`."""
+    base, adapter = values.model(base, "base"), values.model(adapter, "adapter")
+    output = values.path(output, "output")
+    output = output if output.name not in ("", "..") else output.resolve()
+    if not dry_run:
+        _check_output(output, base, adapter, chosen)
+        choose_device(chosen.device)  # before a download, not after it
+    location = chosen.location(base)
+    try:
+        sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
+    except InvalidInput as error:
+        if _exchanged(location, chosen.location_of_other(adapter)):
+            raise InvalidInput(f"`base` {base} is an adapter, and `adapter` {adapter} is not: exchange them") from error
+        raise
+    return output, match(location, sources, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
+
+
+def files_of(checkpoint: Checkpoint, sources: Sequence[Source]) -> list[Path]:
+    """The files and folders that are read, as far as they are here."""
+    whole = checkpoint.path or checkpoint.root
+    paths = [*([whole] if whole else []), *checkpoint.files()]
+    for source in sources:
+        paths += [*source.adapter.files(), *([source.basis.path] if source.basis else [])]
+    return paths
+
+
+def adapters_as_json(sources: Sequence[Source]) -> list[dict[str, Json]]:
+    """What JSON says of the adapters."""
+    return [
+        {"adapter": s.adapter.name, "form": s.form, "scale": s.scale, "base": s.adapter.base_model} for s in sources
+    ]
+
+
+def update_calls(weights: Sequence[Weight]) -> list[cost.Call]:
+    """What computing the updates takes: each category's basis is made ready once."""
+    groups: dict[object, list[tuple[int, int]]] = {}
+    inverted: dict[object, str] = {}
+    for weight in weights:
+        for part in weight.parts:
+            key = id(part.source), weight.group
+            groups.setdefault(key, []).append((weight.target.m, weight.target.n))
+            inverted[key] = _inverted(part)
+    return list(itertools.chain(*(cost.update_calls(shapes, inverted[key]) for key, shapes in groups.items())))
+
+
+def update_memory_bytes(weights: Sequence[Weight]) -> int:
+    """What computing them takes at most, with the weights that are read ahead."""
+    work = max((cost.update_memory_bytes(w.target.m, w.target.n) * len(w.parts) for w in weights), default=0)
+    return work + 4 * max((w.target.nbytes for w in weights), default=0)
+
+
 def _seconds_estimate(plan: MergePlan) -> float | None:
     """The time that the plan would take on its device, about."""
     rates = measured_rates(plan.options.device)
     if rates is None:
         return None
-    groups: dict[object, list[tuple[int, int]]] = {}
-    inverted: dict[object, str] = {}
-    for weight in plan.weights:
-        for part in weight.parts:
-            key = id(part.source), weight.group
-            groups.setdefault(key, []).append((weight.target.m, weight.target.n))
-            inverted[key] = _inverted(part)
     copied = cost.Call("move", "", (sum(info.nbytes for info in plan.copied.values()),), 4)
-    calls = (cost.update_calls(shapes, inverted[key]) for key, shapes in groups.items())
-    return rates.seconds([copied, *itertools.chain(*calls)])
+    return rates.seconds([copied, *update_calls(plan.weights)])
 
 
 def _inverted(part: Part) -> str:
@@ -326,12 +356,13 @@ def _specs(
     return specs
 
 
-def _warnings(sources: Sequence[Source], replaced: Mapping[str, tuple[Source, TensorInfo]]) -> list[str]:
-    warnings = [doubt for source in sources for doubt in opening.doubts(source)]
+def warnings(sources: Sequence[Source], replaced: Mapping[str, tuple[Source, TensorInfo]]) -> list[str]:
+    """What should be known of the adapters as they are applied here."""
+    found = [doubt for source in sources for doubt in opening.doubts(source)]
     files = [part for source in sources for part in (source.adapter, source.basis)]
-    warnings += [note] if (note := opening.without_digests(*files)) else []
+    found += [note] if (note := opening.without_digests(*files)) else []
     unscaled = sorted(name for name, (source, _) in replaced.items() if source.scale != 1)
     if unscaled:
         more = f" and {len(unscaled) - 1} more" if len(unscaled) > 1 else ""
-        warnings.append(f"{unscaled[0]}{more} were trained as a whole and are taken over unscaled")
-    return warnings
+        found.append(f"{unscaled[0]}{more} were trained as a whole and are taken over unscaled")
+    return found

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import frodctl
-from frodctl.adapted.matching import Part
-from frodctl.adapted.opening import Source
 from frodctl.checkpoint import manifest, shards, sink
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge.card import model_card
+from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
 from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
@@ -151,12 +150,12 @@ def _job_key(plan: MergePlan, kernels: Kernels) -> str:
         "frodctl": frodctl.__version__,
         "arithmetic": kernels.identity(),
         "base": [
-            _state(plan.checkpoint.root / file) for file in sorted({i.file for i in plan.checkpoint.tensors.values()})
+            state_of(plan.checkpoint.root / file) for file in sorted({i.file for i in plan.checkpoint.tensors.values()})
         ],
-        "sources": [_source_key(source) for source in plan.sources],
+        "sources": [source_key(source) for source in plan.sources],
         "shards": [[shard.file, [(s.name, s.dtype, s.shape) for s in shard.specs]] for shard in plan.shards],
         "weights": [
-            [w.target.stored.name, w.target.transposed, [_part_key(plan, part) for part in w.parts]]
+            [w.target.stored.name, w.target.transposed, [part_key(plan.sources, part) for part in w.parts]]
             for w in plan.weights
         ],
         # V is computed from all of a category's weights
@@ -166,29 +165,3 @@ def _job_key(plan: MergePlan, kernels: Kernels) -> str:
         "replaced": [[name, plan.sources.index(source), info.name] for name, (source, info) in plan.replaced.items()],
     }
     return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
-
-
-def _source_key(source: Source) -> list[Json]:
-    """Everything of one adapter that the result depends on, in the order of the adapters."""
-    adapter = source.adapter
-    assert adapter.root is not None
-    return [
-        _digest(adapter.root / adapter.modules[0].scales.file),
-        dict(adapter.config),
-        _digest(source.basis.path) if source.basis else None,
-        [source.form, source.scale, source.recompute, source.projection_dtype],
-    ]
-
-
-def _digest(path: Path) -> str:
-    """Of a file's bytes: size and time may stay as they are where those change."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _part_key(plan: MergePlan, part: Part) -> list[Json]:
-    return [plan.sources.index(part.source), part.trained.scales.name, part.trained.category]
-
-
-def _state(path: Path) -> tuple[str, int, int]:
-    return str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns

@@ -120,6 +120,13 @@ class Kernels(Protocol):
         """Eigenvalues (n,) of A (n, n) symmetric, ascending, and the eigenvectors in rows; A is overwritten."""
         ...
 
+    def syevr(self, A: Array, count: int) -> tuple[Vector, Array]:
+        """The ``count`` largest eigenvalues of A (n, n) symmetric, descending, and their eigenvectors in rows.
+
+        A is overwritten.
+        """
+        ...
+
     def eigvalsh(self, A: Array) -> Vector:
         """Eigenvalues (n,) of A (n, n) symmetric and whole, ascending."""
         ...

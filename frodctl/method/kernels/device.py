@@ -138,6 +138,10 @@ class Device:
         values, vectors = torch.linalg.eigh(A, UPLO="U")
         return _vector(values), vectors.T.contiguous()
 
+    def syevr(self, A: torch.Tensor, count: int) -> tuple[Vector, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(A, UPLO="U")
+        return _vector(values.flip(0)[:count]), vectors.T.flip(0)[:count].contiguous()
+
     def eigvalsh(self, A: torch.Tensor) -> Vector:
         return _vector(torch.linalg.eigvalsh(A))
 

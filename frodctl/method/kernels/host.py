@@ -150,6 +150,16 @@ class Host:
             raise np.linalg.LinAlgError("the eigenvalues did not converge")
         return values.astype(np.float64), vectors.T
 
+    def syevr(self, A: Matrix, count: int) -> tuple[Vector, Matrix]:
+        n = len(A)
+        if 0 < count < n:
+            options = {"range": "I", "lower": 1, "il": n - count + 1, "iu": n}
+            values, vectors, found, _, info = _of(lapack, "syevr", A)(A.T, **options)
+            if info == 0 and found == count:
+                return values[:count][::-1].astype(np.float64), np.ascontiguousarray(vectors.T[:count][::-1])
+        values, vectors = self.syevd(A)  # also where some of many equal ones were not told apart
+        return values[::-1][:count].copy(), np.ascontiguousarray(vectors[::-1][:count])
+
     def eigvalsh(self, A: Matrix) -> Vector:
         return np.linalg.eigvalsh(A.T).astype(np.float64, copy=False)
 

@@ -1,0 +1,52 @@
+"""The model cards of what jobs write: their front matter, and names without any path of this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from frodctl.checkpoint.inputs import Json
+
+#: What is taken over from a base's card.
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def front_matter(
+    fields: dict[str, Json], base: str | None, *, library: str = "transformers", relation: str = "finetune"
+) -> list[str]:
+    """The lines that the Hub reads: ``fields`` as they are, and what the result is."""
+    from huggingface_hub import ModelCardData
+
+    tags = ["frod", "lora"] if library == "peft" else ["frod"]
+    data = ModelCardData(library_name=library, tags=tags, base_model=base, **fields)
+    if base:
+        data["base_model_relation"] = relation
+    return ["---", data.to_yaml(), "---"]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one on the Hub, rather than a path."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a local path only the last part."""
+    return name if is_hub_id(name) else Path(name).resolve().name
+
+
+def kept_fields(readme: Path) -> dict[str, Json]:
+    """What is taken over from the card of a base: the fields that are text, or lists of it, as the Hub has them."""
+    from huggingface_hub import metadata_load
+
+    try:
+        found = metadata_load(readme) if readme.is_file() else None
+    except Exception:  # of whatever kind: the card is a stranger's, and an extra
+        return {}
+    return {key: value for key, value in (found or {}).items() if key in _KEPT and _is_text(value)}
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text, or a list of it, that YAML writes as it reads it."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) and item.replace("\n", "").isprintable() for item in items)
