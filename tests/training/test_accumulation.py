@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
@@ -244,6 +245,7 @@ def test_distributed_data_parallel(cases: Cases, tmp_path: Path) -> None:
 
 def test_accelerate(cases: Cases) -> None:
     """Which says itself what a step's last micro-batch is."""
+    GradientState._reset_state()  # which is one for the process, and may know a data loader of another test
     model = cases("llama").trained(form="weight").double().train()
     expected = of_one_batch(model)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PARTS)
