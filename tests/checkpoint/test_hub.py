@@ -277,7 +277,9 @@ SHARDS: dict[str, int | bytes] = {
 }
 IN_ONE_PROCESS = """
 import sys
+from frodctl.checkpoint import remote
 from frodctl.cli.main import main
+remote.WAITS = (0.0,)
 for model in sys.argv[1:]:
     for flags in ([], ["--dry-run"]):
         print("code", main(["decompose", model, "-o", "out.safetensors", *flags]), model, *flags, file=sys.stderr)

@@ -537,7 +537,10 @@ def inputs(root: Path, example: Path) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("kind", ["sharded", "index", "single", "file", "odd", "linked"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sharded", "single", "file", "linked", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("index", "odd"))],
+)
 def test_no_path_to_an_input_is_an_output(
     kind: str, example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
