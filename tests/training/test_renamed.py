@@ -220,6 +220,13 @@ class TestWhatCannotBeTrained:
         with pytest.raises(InvalidInput, match=r"weights_in: .*gate_proj has rows of it, or of others too, which PEFT"):
             bridge.get_peft_model(renamed.live("dinov2_swiglu", base), basis, target_modules="weights_in")
 
+    def test_no_lora_adapter_is_made_under_names_that_peft_would_not_find(self, made: Made, tmp_path: Path) -> None:
+        base, basis = made("vit")
+        frodctl.save_adapter(frodctl.attach(renamed.live("vit", base), basis), tmp_path / "adapter")
+        with pytest.raises(InvalidInput, match="PEFT would find no layers"):
+            frodctl.merge(base, tmp_path / "adapter", tmp_path / "lora", basis=basis, as_="lora", rank=2)
+        assert not (tmp_path / "lora").exists()
+
     def test_no_pattern_is_selected_for_parts(self, made: Made) -> None:
         base, basis = made("dinov2_swiglu")
         model = frodctl.attach(renamed.live("dinov2_swiglu", base), basis)

@@ -134,6 +134,12 @@ class _Changes:
 
 def _layers(found: Match) -> tuple[Layer, ...]:
     """The layers by their names in the live model, in the order of the match."""
+    for adapter in (source.adapter for source in found.sources):
+        if adapter.provenance is not None and adapter.provenance.live_prefix is not None:
+            raise InvalidInput(
+                f"{adapter.name}: its modules have the checkpoint's names, and transformers calls some otherwise as it "
+                "loads them: PEFT would find no layers for a LoRA adapter; merge into dense weights (`as_=model`)"
+            )
     layers = []
     for weight in found.weights:
         target = weight.target
