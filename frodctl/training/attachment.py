@@ -36,8 +36,8 @@ from frodctl.training.attached import (
 )
 from frodctl.training.check import Held, check_gradient, check_layer
 from frodctl.training.choice import choose
-from frodctl.training.experts import ExpertsUpdate, FrodExperts, Part, Stacks
-from frodctl.training.fused import FusedFrodLinear, Parts, changes
+from frodctl.training.experts import ExpertsUpdate, FrodExperts, OneExpert, Part, Stacks
+from frodctl.training.fused import FusedFrodLinear, Parts
 from frodctl.training.layer import (
     FORMS,
     Basis,
@@ -45,6 +45,7 @@ from frodctl.training.layer import (
     Pattern,
     SavedModule,
     Update,
+    changes,
     holds_matrix,
     in_features,
     is_dense,
@@ -187,8 +188,9 @@ def install(model: Model, attached: Attached, indices: Mapping[str, HostArray], 
     if checked_name(adapter_name) in (attachment.adapters if attachment else ()):
         raise UsageError(f"an adapter called {adapter_name} is attached already; give another `adapter_name`")
     gives_weight = _check_uses(model, attached)
-    bases = _Bases(model, attached, indices)
-    layers = _by_path(model, attached, _updates(model, attached, bases)) | _stacks(model, attached, bases)
+    bases, scales = _Bases(model, attached, indices), _Scales(attached.basis)
+    layers = _by_path(model, attached, _updates(model, attached, bases, scales))
+    layers |= _stacks(model, attached, bases, scales)
     saved = _saved_modules(model, attached)
     if attachment is None:
         attachment = Attachment(frozenset(n for n, p in model.named_parameters() if p.requires_grad))
@@ -399,10 +401,9 @@ def _check_uses(model: nn.Module, attached: Attached) -> dict[str, bool]:
     return gives
 
 
-def _updates(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, Update]:
+def _updates(model: nn.Module, attached: Attached, bases: _Bases, scales: _Scales) -> dict[str, Update]:
     """An update for each weight that layers of its own hold, which are checked."""
     opened = attached.basis
-    scales = _Scales(opened)
     projections: dict[tuple[object, ...], SharedProduct] = {}
     uses = _uses(model)
     updates = {}
@@ -425,29 +426,24 @@ def _updates(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, U
     return updates
 
 
-def _stacks(model: nn.Module, attached: Attached, bases: _Bases) -> dict[str, Stacks]:
+def _stacks(model: nn.Module, attached: Attached, bases: _Bases, scales: _Scales) -> dict[str, Stacks]:
     """What is trained of each layer of stacked experts, by its path; every expert's weight is checked."""
     opened = attached.basis
-    scales = _Scales(opened)
 
     def make(base: nn.Module, part: Part, records: Sequence[ModuleRecord]) -> ExpertsUpdate:
         category = records[0].category
         if attached.form.startswith("weight"):
             raise InvalidInput(f"{records[0].name}: is an expert among others; leave `form` at auto, or say input")
-        layers = stacks.layers_of(base, part)
-        weight: Tensor = layers[0].weight
-        if weight.shape[1] != opened.width(category):
-            raise InvalidInput(
-                f"{records[0].name}: takes {weight.shape[1]} features here, but its basis is of width "
-                f"{opened.width(category)}: another model"
-            )
-        dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
-        basis, pattern = bases.of(category, dtype, weight.device)
+        named = zip(stacks.layers_of(base, part), records, strict=True)
+        held = [Held(layer, Place(f"{record.name}.weight")) for layer, record in named]
+        _check_module(records[0].name, held[0].base, opened.width(category), {})
+        dtype, device = _placement(model, held[:1])
+        basis, pattern = bases.of(category, dtype, device)
         update = ExpertsUpdate(basis, pattern, torch.stack(list(map(scales.of, records))), attached.dropout)
-        alike = scales.of_category(category, weight.device)
-        for layer, record, own in zip(layers, records, update.base_scales, strict=True):
-            held = [Held(layer, Place(f"{record.name}.weight"))]
-            check_layer(held, basis, own, record, weight.dtype, str(opened.path), alike)
+        alike = scales.of_category(category, device)
+        for expert, record in enumerate(records):
+            one = OneExpert(update, expert)
+            _check_layers(model, held[expert : expert + 1], one, record, str(opened.path), alike)
         return update
 
     held = {m: (record, attached.places[m][0]) for m, record in attached.modules.items()}
@@ -511,7 +507,7 @@ def _training(layers: Sequence[Held]) -> Iterator[None]:
 def _check_layers(
     model: nn.Module,
     layers: Sequence[Held],
-    update: Update,
+    update: Update | OneExpert,
     record: ModuleRecord,
     where: str,
     alike: Tensor | None,

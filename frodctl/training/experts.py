@@ -12,7 +12,7 @@ kept beside the base's weights has the size of the pairs, not of the experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from frodctl.adapted.conversion import Place
-from frodctl.training.layer import Basis, FrodLinear, Pattern, Update, correction_dtype
-from frodctl.training.products import Factors, Positions, sampled_product, sparse_product
+from frodctl.training.layer import Basis, FrodLinear, Pattern, Update, changes, correction_dtype
+from frodctl.training.products import Factors, Positions, projected, sampled_product, sparse_product
 
 #: The flags of transformers' experts by which it dispatches them.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
@@ -36,32 +36,7 @@ def holds_experts(module: nn.Module) -> bool:
 
 
 class ExpertsUpdate(Update):
-    """What one adapter trains of one role of a layer's experts: δ (experts, n) and the values of S (experts, nnz).
-
-    Parameters
-    ----------
-    basis, pattern : Basis, Pattern
-        Shared with all experts of all layers of the category.
-    scales : Tensor, (experts, n)
-        λ of each expert.
-    dropout : float
-        Probability with which an element of the correction's input is dropped in training.
-    """
-
-    def __init__(self, basis: Basis, pattern: Pattern, scales: Tensor, dropout: float = 0.0) -> None:
-        super().__init__(basis, pattern, scales, dropout)
-        self.values = nn.Parameter(self.delta.new_zeros(len(scales), pattern.nnz))
-
-    def entries(self) -> Tensor:
-        """The entries of every expert's Q, (experts, nnz + n)."""
-        trained = torch.cat([self.values, self.delta], dim=1).index_select(1, self.pattern.order)
-        return trained * (self.scale * self.inverse_scales)[:, self.pattern.rows]
-
-    def merged_expert(self, layer: nn.Linear, expert: int) -> Tensor:
-        """W' of one expert, of which the layer has the weight."""
-        W = layer.weight
-        V, D = self.basis.matrices(W.device, torch.promote_types(W.dtype, torch.float32))
-        return Factors(W, V, D, self.pattern.positions, transposed=False).updated(self.entries()[expert])
+    """What one adapter trains of one role of a layer's experts: δ (experts, n) and the values of S (experts, nnz)."""
 
     @property
     def rotation(self) -> object:
@@ -71,14 +46,12 @@ class ExpertsUpdate(Update):
     def rotated(self, x: Tensor) -> Tensor:
         """Vᵀx for every row x of (tokens, n)."""
         V, _ = self.basis.matrices(x.device, correction_dtype(x))
-        with torch.autocast(x.device.type, enabled=False):
-            dropped: Tensor = self.dropout(x)
-            return dropped.to(V.dtype) @ V
+        return projected(self.dropout(x), V)
 
-    def correction(self, Z: Tensor, pairs: Pairs) -> Tensor:
-        """D Q_e z for every pair's z = Vᵀx (pairs, n)."""
+    def correction(self, Z: Tensor, entries: Tensor, pairs: Pairs) -> Tensor:
+        """D Q_e z for every pair's z = Vᵀx (pairs, n), with the entries of every Q_e."""
         _, D = self.basis.matrices(Z.device, Z.dtype)
-        entries, positions = self.entries(), self.pattern.positions
+        positions = self.pattern.positions
 
         def grouped(Z: Tensor) -> Tensor:
             found: Tensor = _Corrections.apply(Z, entries, D, positions, pairs.segments)  # type: ignore[no-untyped-call]
@@ -140,6 +113,10 @@ class OneExpert:
         return self.of.pattern
 
     @property
+    def scale(self) -> float:
+        return self.of.scale
+
+    @property
     def delta(self) -> Tensor:
         return self.of.delta[self.expert]
 
@@ -164,20 +141,24 @@ class FrodExperts(FrodLinear):
         held = self.adapters[name] if name in self.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
         return held.items() if isinstance(held, Stacks) else []
 
+    def _changing(self) -> list[tuple[Part, ExpertsUpdate]]:
+        """What changes anything now."""
+        return [(part, update) for part, update in self.stacks() if update.scale != 0] if self.enabled else []
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
-        updates = {part: update for part, update in self.stacks() if update.scale != 0} if self.enabled else {}
+        updates = [(part, update, update.entries()) for part, update in self._changing()]
         base: Any = self.base_layer
         if not updates:
             return base(hidden_states, top_k_index, top_k_weights)
-        inputs = {part: update for part, update in updates.items() if part.parameter != _OUTPUT}
-        outputs = {part: update for part, update in updates.items() if part.parameter == _OUTPUT}
+        inputs = [found for found in updates if found[0].parameter != _OUTPUT]
+        outputs = [found for found in updates if found[0].parameter == _OUTPUT]
         parameter = "gate_up_proj" if base.has_gate else "up_proj"
-        rotated = Rotated(hidden_states, inputs.values())
+        rotated = Rotated(hidden_states, inputs)
 
         def multiplied(pairs: Pairs) -> Tensor:
             y = _product(pairs, parameter, inputs, hidden_states[pairs.tokens], rotated.of(pairs.tokens))
             y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-            y = _product(pairs, _OUTPUT, outputs, y, Rotated(y, outputs.values()).all)
+            y = _product(pairs, _OUTPUT, outputs, y, Rotated(y, outputs).all)
             return base.post_expert_norm(y) if base.has_post_expert_norm else y
 
         routed = _ROUTED.get(base.config._experts_implementation, Grouped)(base, top_k_index, top_k_weights)
@@ -187,11 +168,13 @@ class FrodExperts(FrodLinear):
     def merge_(self) -> None:
         """Fold the active adapter into the base layer's weights, each rounded once."""
         for part, update in self.stacks():
-            for expert in range(len(update.delta)):
-                layer = as_linear(self.base_layer, part, expert)
-                if update.scale and (update.delta[expert].any() or update.values[expert].any()):
-                    weight: Any = layer.weight
-                    weight.copy_(update.merged_expert(layer, expert))
+            entries = update.entries()
+            for expert in range(len(entries)):
+                if changes(OneExpert(update, expert)):
+                    W: Any = as_linear(self.base_layer, part, expert).weight
+                    V, D = update.basis.matrices(W.device, torch.promote_types(W.dtype, torch.float32))
+                    factors = Factors(W, V, D, update.pattern.positions, transposed=False)
+                    W.copy_(factors.updated(entries[expert]))
 
 
 def as_linear(base: Any, part: Part, expert: int) -> nn.Linear:
@@ -203,12 +186,16 @@ def as_linear(base: Any, part: Part, expert: int) -> nn.Linear:
     return layer
 
 
+#: A part, what is trained of it, and the entries of every expert's Q, which are made once for a pass.
+Applied = tuple[Part, ExpertsUpdate, Tensor]
+
+
 class Rotated:
     """Vᵀx for every row x of (tokens, n), once for each V."""
 
-    def __init__(self, x: Tensor, updates: Iterable[ExpertsUpdate]) -> None:
+    def __init__(self, x: Tensor, updates: Sequence[Applied]) -> None:
         self.all: dict[object, Tensor] = {}
-        for update in updates:
+        for _, update, _ in updates:
             if update.rotation not in self.all:
                 self.all[update.rotation] = update.rotated(x)
 
@@ -218,15 +205,15 @@ class Rotated:
 
 
 def _product(
-    pairs: Pairs, parameter: str, updates: Mapping[Part, ExpertsUpdate], x: Tensor, rotated: Mapping[object, Tensor]
+    pairs: Pairs, parameter: str, updates: Sequence[Applied], x: Tensor, rotated: Mapping[object, Tensor]
 ) -> Tensor:
     """W'_e x + b_e of every pair's x (pairs, n), with Vᵀx given."""
-    changes = {part: u.correction(rotated[u.rotation], pairs).to(x.dtype) for part, u in updates.items()}
-    for part, change in changes.items():
+    changed = [(part, u.correction(rotated[u.rotation], entries, pairs).to(x.dtype)) for part, u, entries in updates]
+    for part, change in changed:
         if part.rows is None:
             x = x + change
     y = pairs.multiply(x, parameter)
-    for part, change in changes.items():
+    for part, change in changed:
         if part.rows is not None:
             y[:, slice(*part.rows)] += pairs.multiply_rows(change, parameter, slice(*part.rows))
     return y

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frodctl.training.layer import FrodLinear, Update, holds_matrix
+from frodctl.training.layer import FrodLinear, Update, changes, holds_matrix
 
 Rows = tuple[int, int]
 
@@ -76,11 +76,6 @@ class FusedFrodLinear(FrodLinear):
         W: Tensor = self.base_layer.weight  # type: ignore[assignment]
         parts = [(rows, u.merged_weight(_rows_of(W, rows))) for rows, u in self.parts(name).items() if changes(u)]
         return _in_order(W, parts, dim=0)
-
-
-def changes(update: Update) -> bool:
-    """Whether an update is not 0 exactly."""
-    return bool(update.scale and (update.delta.any() or update.values.any()))
 
 
 def _rows_of(W: Tensor, rows: Rows) -> nn.Module:

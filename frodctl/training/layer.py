@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -143,11 +143,13 @@ class Pattern(KeepsDtype):
 class Update(KeepsDtype):
     """What one adapter trains of one layer: δ = λ' − λ (n,) and the values of S (nnz,), float32, from 0.
 
+    Of a stack of weights, (experts, n) and (experts, nnz): `frodctl.training.experts`.
+
     Parameters
     ----------
     basis, pattern : Basis, Pattern
         Shared with the other layers of the category.
-    scales : Tensor, (n,)
+    scales : Tensor, (n,) or (experts, n)
         λ, where training begins.
     dropout : float
         Probability with which an element of the correction's input is dropped in training.
@@ -178,7 +180,7 @@ class Update(KeepsDtype):
         self.dropout = nn.Dropout(dropout)
         start = scales.to(basis.V.device, torch.float32)
         self.delta = nn.Parameter(torch.zeros_like(start))
-        self.values = nn.Parameter(torch.zeros(pattern.nnz, dtype=torch.float32, device=start.device))
+        self.values = nn.Parameter(start.new_zeros(*start.shape[:-1], pattern.nnz))
         self.register_buffer("base_scales", start, persistent=False)
         self.register_buffer("inverse_scales", torch.where(start > 0, 1 / start, 0), persistent=False)
         self.kept, self.waiting = KeptWeight(), WaitingGradient()
@@ -191,8 +193,8 @@ class Update(KeepsDtype):
 
     def entries(self) -> Tensor:
         """The entries of Q = s diag(λ)⁻¹ (S + diag(λ' − λ)); rows with λ = 0 drop out."""
-        trained = torch.cat([self.values, self.delta]).index_select(0, self.pattern.order)
-        return trained * (self.scale * self.inverse_scales)[self.pattern.rows]
+        trained = torch.cat([self.values, self.delta], dim=-1).index_select(-1, self.pattern.order)
+        return trained * (self.scale * self.inverse_scales)[..., self.pattern.rows]
 
     def shifted(self, x: Tensor) -> Tensor:
         """x + D Q Vᵀ x, in x's dtype; the correction in float32, or in bfloat16 where the layer works in it."""
@@ -274,6 +276,22 @@ class Update(KeepsDtype):
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"kept": KeptWeight(), "waiting": WaitingGradient()}
+
+
+class Changes(Protocol):
+    """What is trained of one weight: an `Update`, or a view of one expert's."""
+
+    @property
+    def scale(self) -> float: ...
+    @property
+    def delta(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+
+
+def changes(update: Changes) -> bool:
+    """Whether an update is not 0 exactly."""
+    return bool(update.scale and (update.delta.any() or update.values.any()))
 
 
 class FrodLinear(nn.Module):
