@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from frodctl import values
 from frodctl.formats.basis_file import BasisFile
@@ -10,6 +10,7 @@ from frodctl.jobs import profile as profiles
 from frodctl.jobs.extract.frod import FrodPlan, FrodResult, plan_frod, run_frod
 from frodctl.jobs.extract.lora import plan_lora, run_lora
 from frodctl.jobs.extract.options import ExtractOptions
+from frodctl.jobs.lora.options import LoraKeywords
 from frodctl.jobs.lora.plan import LoraPlan
 from frodctl.jobs.progress import Callback, silent
 from frodctl.values import Blocks, Names, Number, PathLike
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
     from frodctl.jobs.lora.run import LoraResult
 
 
-class Keywords(TypedDict, total=False):
+class Keywords(LoraKeywords, total=False):
     """What `extract` takes by name, whatever it returns."""
 
-    progress: Callback
-    profile: bool
     target_modules: Names
     exclude_modules: Names | None
     layers: Blocks | None
@@ -32,20 +31,6 @@ class Keywords(TypedDict, total=False):
     sparsity: Number | None
     budget: Number | None
     positions: str
-    rank: int | str | None
-    energy: Number | None
-    max_rank: int | str
-    rank_pattern: bool
-    dtype: str | torch.dtype
-    device: str | torch.device
-    revision: str | None
-    subfolder: str
-    token: str | None
-    cache_dir: PathLike | None
-    offline: bool
-    force: bool
-    resume: bool
-    verify: bool
 
 
 @overload

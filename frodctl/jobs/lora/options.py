@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 from frodctl import values
 from frodctl.checkpoint.records import MODEL_DTYPES
 from frodctl.errors import UsageError
 from frodctl.jobs.options import HubOptions
-from frodctl.values import option, optional
+from frodctl.jobs.progress import Callback
+from frodctl.values import Number, PathLike, option, optional
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -44,3 +49,24 @@ class LoraOptions(OutputOptions):
         for name, there in given.items():
             if there:
                 raise UsageError(f"`{name}` is of a LoRA adapter; it goes with {needs}")
+
+
+class LoraKeywords(TypedDict, total=False):
+    """`LoraOptions` and what else a function of Python takes by name with them, for its overloads."""
+
+    progress: Callback
+    profile: bool
+    rank: int | str | None
+    energy: Number | None
+    max_rank: int | str
+    rank_pattern: bool
+    dtype: str | torch.dtype
+    device: str | torch.device
+    revision: str | None
+    subfolder: str
+    token: str | None
+    cache_dir: PathLike | None
+    offline: bool
+    force: bool
+    resume: bool
+    verify: bool

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from frodctl import values
 from frodctl.formats.basis_file import BasisFile
 from frodctl.jobs import profile as profiles
+from frodctl.jobs.lora.options import LoraKeywords
 from frodctl.jobs.lora.plan import LoraPlan
 from frodctl.jobs.merge.lora import plan_lora, run_lora
 from frodctl.jobs.merge.options import MergeOptions
@@ -22,15 +23,9 @@ if TYPE_CHECKING:
     from frodctl.jobs.lora.run import LoraResult
 
 
-class Keywords(TypedDict, total=False):
+class Keywords(LoraKeywords, total=False):
     """What `merge` takes by name, whatever it returns."""
 
-    progress: Callback
-    profile: bool
-    rank: int | str | None
-    energy: Number | None
-    max_rank: int | str
-    rank_pattern: bool
     basis: PathLike | BasisFile | None
     trust_basis: bool
     recompute_projection: bool
@@ -39,17 +34,7 @@ class Keywords(TypedDict, total=False):
     scale: Number
     also: Scaled | Iterable[Scaled]
     adapter_name: str | None
-    dtype: str | torch.dtype
     max_shard_size: int | str
-    device: str | torch.device
-    revision: str | None
-    subfolder: str
-    token: str | None
-    cache_dir: PathLike | None
-    offline: bool
-    force: bool
-    resume: bool
-    verify: bool
 
 
 @overload
