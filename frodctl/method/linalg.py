@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from frodctl.method.kernels import Kernels
 
 _STEPS = 12
+#: A direction of which no more is left, relative to what it was, is none.
+_NOTHING_NEW = 1e-12
 
 
 def row_blocks(count: int, step: int) -> list[slice]:
@@ -62,10 +64,11 @@ def spectral_norm(
     basis, products = np.empty((0, n)), np.empty((0, n))
     x = np.random.default_rng(0).standard_normal(n)
     for _ in range(min(_STEPS, n)):
+        whole = np.linalg.norm(x)
         for _ in range(2):  # once leaves rounding
             x = x - np.einsum("i,ij->j", np.einsum("ij,j->i", basis, x), basis)
         length = np.linalg.norm(x)
-        if not length > 0:
+        if not length > _NOTHING_NEW * whole:  # rounding, which lies along the basis too
             break
         basis = np.vstack([basis, x / length])
         seen = forward(kernels.put(basis[-1:].copy(), dtype))
