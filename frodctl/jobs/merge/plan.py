@@ -344,15 +344,22 @@ def _specs(
     replaced: Mapping[str, tuple[Source, TensorInfo]],
     options: MergeOptions,
 ) -> list[codec.TensorSpec]:
-    """The output's tensors, in the base's order, then what is new."""
+    """The output's tensors, in the base's order, then what is new.
 
-    def dtype(stored: str) -> str:
-        return MODEL_DTYPES[options.dtype] if options.dtype != "auto" and stored in codec.FLOAT_DTYPES else stored
+    Weights that had scales get the dtype that most of the others have.
+    """
+    others = [codec.TensorSpec(i.name, i.dtype, i.shape) for i in checkpoint.tensors.values() if i.scaled is None]
+    of_values = model_config.usual_dtype(others)
+
+    def dtype(info: TensorInfo) -> str:
+        if options.dtype != "auto" and info.dtype in codec.FLOAT_DTYPES:
+            return MODEL_DTYPES[options.dtype]
+        return of_values if info.scaled else info.dtype
 
     # a pickle of the old kind has no places in its file
     order = sorted(checkpoint.tensors.values(), key=lambda i: (i.file, 0 if i.data is not None else i.offset, i.name))
     shapes = {name: info.shape for name, (_, info) in replaced.items()}
-    specs = [codec.TensorSpec(new_names[i.name], dtype(i.dtype), shapes.get(new_names[i.name], i.shape)) for i in order]
+    specs = [codec.TensorSpec(new_names[i.name], dtype(i), shapes.get(new_names[i.name], i.shape)) for i in order]
     usual = model_config.usual_dtype(specs)
     known = set(new_names.values())
     specs += [codec.TensorSpec(n, usual, info.shape) for n, (_, info) in replaced.items() if n not in known]
