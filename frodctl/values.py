@@ -206,9 +206,9 @@ def path(value: object, parameter: str) -> Path:
         return Path(given)
 
 
-def basis(value: object, parameter: str) -> Path:
-    """A path, or what `frodctl.open_basis` gave, which has one."""
-    return path(getattr(value, "path", value) if not isinstance(value, os.PathLike) else value, parameter)
+def basis(value: object, parameter: str) -> str:
+    """A path, a URL of the Hub, or what `frodctl.open_basis` gave, which has a path."""
+    return model(getattr(value, "path", value) if not isinstance(value, os.PathLike) else value, parameter)
 
 
 def model(value: object, parameter: str) -> str:

@@ -93,7 +93,8 @@ def command(
       frodctl decompose org/name@main --layers 0-11 --dry-run
       frodctl decompose ./my-model -o basis.safetensors --json | jq .trainable_share
 
-    MODEL is a local folder or file, or a Hub id (name, org/name, org/name@revision).
+    MODEL is a local folder or file, a Hub id (name, org/name, org/name@revision) or one of the Hub's URLs
+    (hf://org/name@revision/folder).
     """
     measured = profiling.begin(profile, dry_run=dry_run)
     with Reporter(quiet) as report:

@@ -115,7 +115,8 @@ def decompose(
     Parameters
     ----------
     model : str or path
-        A local folder or file, or a Hub id (``name``, ``org/name``, ``org/name@revision``).
+        A local folder or file, a Hub id (``name``, ``org/name``, ``org/name@revision``) or one of the Hub's URLs
+        (``hf://org/name@revision/folder``).
     output : path, optional
         The shared-basis file; by default ``./<model name>.frod.safetensors``.
     dry_run : bool

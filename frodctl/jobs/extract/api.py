@@ -111,7 +111,7 @@ def extract(
     Parameters
     ----------
     base : str or path
-        The checkpoint that was fine-tuned: a local folder or file, or a Hub id.
+        The checkpoint that was fine-tuned: a local folder or file, a Hub id or one of its URLs.
     tuned : str or path
         What came of it, of the same shapes.
     output : path

@@ -206,7 +206,7 @@ def plan_frod(
     """
     if chosen.basis is None:
         raise UsageError("a FRoD adapter needs a `basis`: the file that frodctl decompose made of the base")
-    basis = opening.opened(chosen.basis)
+    basis = opening.opened(chosen.file_of(chosen.basis))
     records = {record.name: record for record in basis.metadata.modules}
     pairs = paired(base, tuned, output, chosen, partial(_targets, basis), progress=progress, dry_run=dry_run)
     ordered = sorted(pairs.chosen, key=lambda p: (records[p.target.module].category, names.natural_key(p.module)))

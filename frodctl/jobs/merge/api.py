@@ -117,9 +117,10 @@ def merge(
     Parameters
     ----------
     base : str or path
-        The checkpoint that was fine-tuned: a local folder or file, or a Hub id; ``-`` for the one the adapter names.
+        The checkpoint that was fine-tuned: a local folder or file, a Hub id or one of the Hub's URLs; ``-`` for the one
+        that the adapter names.
     adapter : str or path
-        The adapter: a local folder or weights file, or a Hub id.
+        The adapter: a local folder or weights file, a Hub id or URL.
     output : path
         The folder to make.
     as_ : {"model", "lora"}
