@@ -219,6 +219,13 @@ def model(value: object, parameter: str) -> str:
     return os.fspath(value)
 
 
+def repository(value: object, parameter: str) -> str:
+    """A repository on the Hub that is written to: ``org/name``."""
+    known = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text(value, parameter), re.ASCII)
+    require(known is not None, parameter, value, "expected org/name, or your own name before the slash")
+    return str(value)
+
+
 def models(value: object, parameter: str) -> tuple[str, ...]:
     """At least one of what `model` reads, in lists of any depth."""
     if isinstance(value, (str, os.PathLike)):

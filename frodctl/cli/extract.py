@@ -10,6 +10,7 @@ from frodctl.cli.options import (
     lora_options,
     output_options,
     profile_option,
+    push_options,
     run_options,
     source_options,
     verify_option,
@@ -56,6 +57,7 @@ from frodctl.jobs import extract as job
 @device_option
 @source_options
 @run_options
+@push_options
 @verify_option
 @profile_option
 @output_options

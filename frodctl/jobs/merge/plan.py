@@ -231,6 +231,7 @@ def opened(
     if not dry_run:
         _check_output(output, base, adapter, chosen)
         choose_device(chosen.device)  # before a download, not after it
+        chosen.check_destination()
     location = chosen.location(base)
     try:
         sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
