@@ -13,7 +13,6 @@ import click
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import profile as job
 
-
 #: What takes less is left out of the table, which would show 0.
 _LEAST_SECONDS = 5e-4
 

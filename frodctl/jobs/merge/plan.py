@@ -13,7 +13,7 @@ from frodctl import values
 from frodctl.adapted import opening
 from frodctl.adapted.matching import Match, Weight, match
 from frodctl.adapted.opening import Source
-from frodctl.checkpoint import codec, shards, sink
+from frodctl.checkpoint import codec, hub_urls, shards, sink
 from frodctl.checkpoint.companions import copied_files
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, Location, TensorInfo, weights_name
@@ -233,6 +233,7 @@ def opened(
     if not dry_run:
         _check_output(output, base, adapter, chosen)
         choose_device(chosen.device)  # before a download, not after it
+        chosen.check_destination()
     location = chosen.location(base)
     try:
         sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
@@ -300,7 +301,7 @@ def _seconds_estimate(plan: MergePlan) -> float | None:
 
 
 def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool, progress: Callback) -> tuple[Source, ...]:
-    given = opening.opened(options.basis) if options.basis is not None else None
+    given = opening.opened(options.file_of(options.basis)) if options.basis is not None else None
     asked: list[tuple[str, float, str | None]] = [(adapter, options.scale, options.adapter_name)]
     asked += [(name, scale, None) for name, scale in options.also]
     sources = tuple(
@@ -334,7 +335,7 @@ def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) 
         options.location_of_other(name).local_path() for name in (base, adapter, *(name for name, _ in options.also))
     ]
     inputs = [path for path in given if path is not None]
-    inputs += [Path(options.basis)] if options.basis is not None else []
+    inputs += [Path(options.basis)] if options.basis is not None and not hub_urls.is_url(options.basis) else []
     sink.check_output_folder(output, inputs, force=options.force)
 
 
