@@ -74,6 +74,7 @@ class DecomposeResult(Profiled):
         Column("seconds", "time", "seconds"),
         Column("resumed"),
         Column("rms_singular_value"),
+        Column("trainable_per_token"),
     )
 
     plan: DecomposePlan
