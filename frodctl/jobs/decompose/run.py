@@ -76,6 +76,7 @@ class DecomposeResult(Written):
         Column("seconds", "time", "seconds"),
         Column("resumed"),
         Column("rms_singular_value"),
+        Column("trainable_per_token"),
     )
 
     plan: DecomposePlan
