@@ -87,7 +87,7 @@ def _opened(
                     "download the checkpoint first"
                 )
         model, revision, root = hub.download(location, progress, everything=everything)
-        return _from_folder(root, model, revision)
+        return _from_folder(root, model, revision, location.file)
     if path.is_file() and path.name.endswith(".index.json"):
         return _from_folder(path.parent, location.model, None, path.name)
     if path.is_file():
@@ -103,7 +103,7 @@ def _from_file(path: Path, model: str) -> Checkpoint:
     return Checkpoint(model, None, path.parent, _read_config(path.parent), tensors)
 
 
-def _from_folder(folder: Path, model: str, revision: str | None, entry: str | None = None) -> Checkpoint:
+def _from_folder(folder: Path, model: str, revision: str | None, entry: str = "") -> Checkpoint:
     entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder), _one_below(folder))
     indexed = entry.endswith(".index.json")
     shards = shards_of(read_json(folder / entry), str(folder / entry)) if indexed else {}

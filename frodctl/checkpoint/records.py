@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from frodctl import values
-from frodctl.checkpoint import codec
+from frodctl.checkpoint import codec, hub_urls
 from frodctl.checkpoint.inputs import kind_of
 from frodctl.checkpoint.source import Folder, Source
 from frodctl.checkpoint.ties import Ties, find_ties
@@ -36,7 +36,6 @@ WEIGHT_FILES = (
 #: What PEFT calls an adapter's config and weights.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _MOST_NAMED = 8  #: sub-folders in a message
-_URL = re.compile(r"[a-z]+://|(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Location:
-    """A model as its user names it, and how to reach it."""
+    """A model as its user names it, and how to reach it; of a URL its parts.
+
+    Raises
+    ------
+    UsageError
+        A URL is not the Hub's, or says something else than ``revision`` or ``subfolder`` beside it.
+    """
 
     model: str
     revision: str | None = None
@@ -119,30 +124,41 @@ class Location:
     token: str | None = field(default=None, repr=False)
     cache_dir: str | None = None
     offline: bool = False
+    file: str = ""  #: the one that a URL names
+    remote: bool = False  #: on the Hub whatever there is of that name here: it was a URL
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", values.model(self.model, "model"))
+        if hub_urls.is_url(self.model) and kind_of(self.model) is None:
+            url = hub_urls.parse(self.model)
+            parts = {"revision": url.revision, "subfolder": url.folder}
+            for name, part in parts.items():
+                given = getattr(self, name)
+                if given and part and given.strip("/") != part:
+                    raise UsageError(f"`{name}` {given}: {self.model} says {part}; one of them is enough")
+                object.__setattr__(self, name, given or part)
+            object.__setattr__(self, "model", url.repo)
+            object.__setattr__(self, "file", url.file)
+            object.__setattr__(self, "remote", True)
 
     def local_path(self) -> Path | None:
-        """The file or folder on disk; None for a Hub id.
+        """The file or folder on disk; None for what is on the Hub.
 
         Raises
         ------
         FrodctlError
             There is nothing at the path.
-        UsageError
-            It is a URL.
         InvalidInput
             It is neither a file nor a folder.
         """
+        if self.remote:
+            return None
         path = Path(os.path.expanduser(self.model))
         kind = kind_of(path)
         if kind in ("file", "folder"):
             return path
         if kind is not None:
             raise InvalidInput(f"{self.model}: is a {kind}, neither a file nor a folder")
-        if _URL.match(self.model):
-            raise UsageError(f"{self.model}: URLs are not taken; give the Hub id in it, org/name or org/name@revision")
         repo = self.model.partition("@")[0]  # a revision may hold slashes: refs/pr/1
         if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or "\\" in repo:
             raise FrodctlError(f"{self.model}: no such file or folder")

@@ -21,9 +21,11 @@ from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.columns import Column
+from frodctl.jobs.decompose.card import model_card
 from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan
-from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.push import Written, push_file
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
 
@@ -60,7 +62,7 @@ class CategoryResult:
 
 
 @dataclass(frozen=True)
-class DecomposeResult(Profiled):
+class DecomposeResult(Written):
     """A finished decomposition."""
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -74,6 +76,7 @@ class DecomposeResult(Profiled):
         Column("seconds", "time", "seconds"),
         Column("resumed"),
         Column("rms_singular_value"),
+        Column("trainable_per_token"),
     )
 
     plan: DecomposePlan
@@ -87,6 +90,7 @@ class DecomposeResult(Profiled):
         """For JSON: the plan's figures and what came of them."""
         return (
             self.profile_dict()
+            | self.pushed_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,
@@ -132,7 +136,8 @@ def run_decompose(
         with profile.step("writing"):
             staging.publish(write)
     size = plan.output.stat().st_size
-    return DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+    result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+    return push_file(result, plan.output, plan.options, model_card(plan), progress)
 
 
 def _order(plan: DecomposePlan) -> list[int]:

@@ -20,8 +20,9 @@ from frodctl.jobs.columns import Column
 from frodctl.jobs.merge.card import model_card
 from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
-from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _SURVIVAL = (
 
 
 @dataclass(frozen=True)
-class MergeResult(Profiled):
+class MergeResult(Written):
     """A finished merge."""
 
     plan: MergePlan
@@ -93,6 +94,7 @@ class MergeResult(Profiled):
         """For JSON: the plan's figures and what came of them."""
         return (
             self.profile_dict()
+            | self.pushed_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,
@@ -164,7 +166,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
                 shards.verify(tree, plan.shards, digests)
         with profile.step("writing"):
             staging.publish_folder(_TREE)
-    return MergeResult(
+    result = MergeResult(
         plan=plan,
         output=plan.output,
         output_bytes=plan.output_bytes,
@@ -175,6 +177,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
         device=kernels.name,
         seconds=time.perf_counter() - started,
     )
+    return push_folder(result, plan.output, plan.options, progress)
 
 
 def _remove_all_but(folder: Path, files: list[str]) -> None:
