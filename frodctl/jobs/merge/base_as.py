@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STORED, AUTO = "stored", "auto"
 #: Resident memory of torch and the library that quantizes.
-LIBRARY_BYTES = 400_000_000
+LIBRARY_BYTES = 320_000_000
 
 
 @dataclass(frozen=True)

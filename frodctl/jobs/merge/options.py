@@ -17,11 +17,17 @@ FORMS = ("auto", "delta", "reconstruct")
 RESULTS = ("model", "lora")
 
 
+def _dtype(value: object, parameter: str) -> str:
+    """One of the dtypes by name, or torch's own, whose name for 8 bits is longer."""
+    same = str(value).removeprefix("torch.") == f"{FLOAT8}fn"
+    return values.dtype("auto", *MODEL_DTYPES, FLOAT8)(FLOAT8 if same else value, parameter)
+
+
 @dataclass(frozen=True)
 class MergeOptions(LoraOptions):
     """The parameters of `frodctl.merge`, each in its one form; the command line has a flag for each."""
 
-    dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES, FLOAT8))  #: of what is written
+    dtype: str = option("auto", _dtype)  #: of what is written
     as_: str = option("model", values.choice(*RESULTS))  #: a dense model, or a LoRA adapter
     basis: str | None = option(None, optional(values.basis))  #: for an adapter without V; None: found near it
     #: take V from it although the adapter does not say that it is the one

@@ -39,7 +39,7 @@ _ENOUGH = 0.9
 _SURVIVAL = (
     Column("survival", "survives", "figure", absent="–"),
     Column("least_survival", "least", "figure", absent="–"),
-    Column("survival_distance", "‖ΔŴ−ΔW‖/‖ΔW‖", "figure", absent="–"),
+    Column("survival_distance", "distance", "figure", absent="–"),
 )
 
 
