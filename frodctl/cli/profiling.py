@@ -8,15 +8,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
 from frodctl.cli.progress import Reporter
+from frodctl.cli.started import started
 from frodctl.jobs import profile as job
 
 
 def begin(wanted: bool, *, dry_run: bool = False) -> job.Unprofiled:
     """The profile of this command, from the start of its process where it has one to itself."""
-    own_process = bool(click.get_current_context().obj)
+    own_process = started().own_process
     return job.begin(wanted, dry_run=dry_run, began=_process_began() if wanted and own_process else None)
 
 
