@@ -8,7 +8,7 @@ import click
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli import profiling
+from frodctl.cli import completion, profiling
 from frodctl.cli.options import (
     device_option,
     output_options,
@@ -23,13 +23,20 @@ from frodctl.jobs import decompose as job
 
 
 @click.command("decompose")
-@click.argument("model")
-@click.option("-o", "--output", metavar="FILE", help="Default: ./<model name>.frod.safetensors")
+@click.argument("model", shell_complete=completion.models)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Default: ./<model name>.frod.safetensors",
+)
 @click.option(
     "--target-modules",
     default="default",
     show_default=True,
     metavar="default|all-linear|NAMES|REGEX",
+    shell_complete=completion.modules,
     help="PEFT's default for the model, every linear layer of the blocks, names separated by commas, or a "
     "regular expression for the whole path.",
 )
@@ -105,7 +112,7 @@ def command(
     (hf://org/name@revision/folder).
     """
     measured = profiling.begin(profile, dry_run=dry_run)
-    with Reporter(quiet) as report:
+    with Reporter(quiet, format_) as report:
         out = Output(format_, json_, report.note)
         chosen = job.DecomposeOptions.of(**options)
         with measured.step("planning"):
