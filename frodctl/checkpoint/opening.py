@@ -13,6 +13,7 @@ from pathlib import Path
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.inputs import kind_of, read_json
+from frodctl.checkpoint.quantized import with_scales
 from frodctl.checkpoint.records import (
     Checkpoint,
     Location,
@@ -36,6 +37,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find the checkpoint and read its headers; download it first if it is on the Hub.
 
+    A weight that is stored in 8 bits with scales of a known form is one tensor with these (`quantized.with_scales`).
+
     Parameters
     ----------
     location : Location
@@ -57,6 +60,18 @@ def open_checkpoint(
     InvalidInput
         A file is truncated, missing from beside its index, or not a checkpoint.
     """
+    return with_scales(_opened(location, headers_only, later, streamed, everything, progress))
+
+
+def _opened(
+    location: Location,
+    headers_only: bool,
+    later: bool,
+    streamed: bool,
+    everything: bool,
+    progress: Callable[[str], None] | None,
+) -> Checkpoint:
+    """The checkpoint with all of its tensors as they are stored."""
     path = location.local_path()
     if path is None:
         from frodctl.checkpoint import hub

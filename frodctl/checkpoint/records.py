@@ -39,8 +39,20 @@ _MOST_NAMED = 8  #: sub-folders in a message
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """A matrix of 8 bits an element, and the scales that its blocks of rows and columns are multiplied by."""
+
+    codes: TensorInfo
+    scales: TensorInfo
+    block: tuple[int, int]  #: rows and columns of a block; the last of a row or column may have fewer
+
+
+@dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint and where its bytes lie."""
+    """One tensor of a checkpoint and where its bytes lie.
+
+    A weight that is stored with scales has the dtype and size of its values, which are float32 (`stream.read_tensor`).
+    """
 
     name: str
     dtype: str  #: the safetensors format's name of the dtype
@@ -49,14 +61,35 @@ class TensorInfo:
     offset: int  #: of the first byte, in that file
     stride: tuple[int, ...] | None = None  #: in elements, where a pickled tensor is not contiguous
     data: HostArray | None = field(default=None, repr=False, compare=False)  #: of an old-format pickle: it is in memory
+    scaled: Scaled | None = None  #: what it is made from as it is read
 
     @property
     def parameters(self) -> int:
         return prod(self.shape)
 
     @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """The tensors in the files that it is read from: itself, or a matrix and its scales."""
+        return (self,) if self.scaled is None else (self.scaled.codes, self.scaled.scales)
+
+    @property
+    def stored_dtype(self) -> str:
+        """That of its elements in the file, where it may have scales."""
+        return self.parts[0].dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes it takes in the files, with its scales."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes lie in its file as they are read."""
+        return self.data is None and self.stride is None and self.scaled is None
+
+    @property
     def nbytes(self) -> int:
-        """Bytes it takes in the file, from its first element to its last."""
+        """Bytes it takes as it is read, which without scales are those in the file, from the first to the last."""
         elements = prod(self.shape)
         if self.stride is not None and elements:
             elements = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -152,7 +185,7 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """The files that hold its tensors, as far as they are here."""
-        names = sorted({info.file for info in self.tensors.values()})
+        names = sorted({part.file for info in self.tensors.values() for part in info.parts})
         if self.repository is not None:
             return [path for name in names if (path := self.repository.cached(name)) is not None]
         return [self.root / name for name in names] if self.root is not None else []

@@ -154,12 +154,22 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
         f"operations{about_time(plan.seconds_estimate)}"
     )
+    if any(category.share_per_token != 1 for category in plan.categories):
+        report.note(_per_token(plan))
     report.refusal(plan.check_output)
     left_out = Counter((names.role(item.name), item.reason) for item in plan.left_out)
     if left_out:
         report.note("Left out:")
     for (role, reason), count in left_out.items():
         report.note(f"  {role} ×{count}: {reason}")
+
+
+def _per_token(plan: job.DecomposePlan) -> str:
+    """How many of the trained numbers take part in a token, where there are experts."""
+    if plan.trainable_per_token is None:
+        return "Experts: config.json does not say how many a token has, or the spectra decide how much they are trained"
+    trained, active = human_count(plan.trainable_parameters), human_count(plan.trainable_per_token)
+    return f"Experts: {active} of the {trained} trainable parameters take part in a token"
 
 
 def _summary(document: dict[str, Json]) -> str:

@@ -76,6 +76,7 @@ class DecomposeResult(Written):
         Column("seconds", "time", "seconds"),
         Column("resumed"),
         Column("rms_singular_value"),
+        Column("trainable_per_token"),
     )
 
     plan: DecomposePlan
@@ -153,7 +154,8 @@ def _source(plan: DecomposePlan, order: Sequence[int], progress: Callback) -> Ab
         return nullcontext(plan.checkpoint.source)
     from frodctl.checkpoint.remote import Downloads
 
-    tensors = [target.tensor for number in order for target in plan.categories[number].targets]
+    targets = [target for number in order for target in plan.categories[number].targets]
+    tensors = [part for target in targets for part in target.tensor.parts]
     return Downloads(plan.checkpoint.repository, tensors, lambda text: progress(Progress(text)))
 
 
@@ -352,7 +354,8 @@ class _Weights:
     def _reads(self, numbers: Sequence[int]) -> Iterator[Callable[[], HostArray]]:
         """What reads each of them, once there is something to read."""
         for number, buffer in zip(numbers, itertools.cycle(self._buffers()), strict=False):
-            self.source.wait(self.targets[number].tensor)
+            for part in self.targets[number].tensor.parts:
+                self.source.wait(part)
             yield partial(self._read, self.targets[number], buffer)
 
     def _buffers(self) -> list[HostArray]:
@@ -396,6 +399,6 @@ def _weights_key(plan: DecomposePlan) -> list[Json]:
     root, revision = plan.checkpoint.root, plan.checkpoint.revision
     if root is None or revision is not None:
         return [plan.checkpoint.model, plan.options.subfolder, revision]
-    files = sorted({t.tensor.file for c in plan.categories for t in c.targets})
+    files = sorted({part.file for c in plan.categories for t in c.targets for part in t.tensor.parts})
     states = [(root / file).stat() for file in files]
     return [str(root.resolve()), [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)]]

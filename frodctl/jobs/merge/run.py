@@ -153,7 +153,8 @@ def _job_key(plan: MergePlan, kernels: Kernels) -> str:
         "frodctl": frodctl.__version__,
         "arithmetic": kernels.identity(),
         "base": [
-            state_of(plan.checkpoint.root / file) for file in sorted({i.file for i in plan.checkpoint.tensors.values()})
+            state_of(plan.checkpoint.root / file)
+            for file in sorted({part.file for info in plan.checkpoint.tensors.values() for part in info.parts})
         ],
         "sources": [source_key(source) for source in plan.sources],
         "shards": [[shard.file, [(s.name, s.dtype, s.shape) for s in shard.specs]] for shard in plan.shards],
