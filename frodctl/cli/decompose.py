@@ -8,7 +8,7 @@ import click
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli import profiling
+from frodctl.cli import completion, profiling
 from frodctl.cli.options import (
     device_option,
     output_options,
@@ -24,13 +24,20 @@ from frodctl.jobs import decompose as job
 
 
 @click.command("decompose")
-@click.argument("model")
-@click.option("-o", "--output", metavar="FILE", help="Default: ./<model name>.frod.safetensors")
+@click.argument("model", shell_complete=completion.models)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Default: ./<model name>.frod.safetensors",
+)
 @click.option(
     "--target-modules",
     default="default",
     show_default=True,
     metavar="default|all-linear|NAMES|REGEX",
+    shell_complete=completion.modules,
     help="PEFT's default for the model, every linear layer of the blocks, names separated by commas, or a "
     "regular expression for the whole path.",
 )
@@ -107,7 +114,7 @@ def command(
     """
     measured = profiling.begin(profile, dry_run=dry_run)
     launch = started().launch
-    with Reporter(quiet or launch.number > 0) as report:
+    with Reporter(quiet or launch.number > 0, format_) as report:
         out = Output(format_, json_, report.note)
         chosen = job.DecomposeOptions.of(**options)
         with measured.step("planning"):
