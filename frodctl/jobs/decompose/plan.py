@@ -12,6 +12,7 @@ from typing import ClassVar
 import frodctl
 from frodctl import values
 from frodctl.checkpoint import codec, names, siblings, sink, targets
+from frodctl.checkpoint.experts import share_per_token
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
@@ -20,7 +21,6 @@ from frodctl.errors import OutOfResources, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.columns import Column
-from frodctl.jobs.decompose.experts import share_per_token
 from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.ranks import RANK_BYTES
