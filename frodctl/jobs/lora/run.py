@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ import numpy as np
 
 import frodctl
 from frodctl.arrays import DTYPES
-from frodctl.checkpoint import manifest, shards, sink, stream
+from frodctl.checkpoint import files, manifest, shards, sink, stream
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput
 from frodctl.formats import lora
@@ -120,8 +119,7 @@ def run_lora(
     require_memory(plan.peak_memory_bytes, kernels.name)
     with sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume) as staging:
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
-        tree = staging.path(_TREE)
-        tree.mkdir(exist_ok=True)
+        tree = staging.begin_folder(_TREE, [lora.WEIGHTS_FILE])
         work = _Work(plan, changes, kernels, progress, profile)
         origin = partial(_origin, plan, changes)
         try:
@@ -132,7 +130,7 @@ def run_lora(
                     resumed, found = work.write(writer, ranks, _Notes(staging.path(_FIGURES)))
                     digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
-            shutil.rmtree(staging.folder)
+            files.rmtree(staging.folder)
             raise
         result = LoraResult(
             plan, plan.output, shard.nbytes, tuple(ranks), tuple(found), resumed, plan.options.verify, kernels.name, 0.0
@@ -224,20 +222,20 @@ class _Notes:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.known: dict[str, Fidelity] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        for line in files.read_bytes(file).splitlines():
             with suppress(ValueError, TypeError):  # the line that was being written as the run was killed
                 module, *figures = json.loads(line)
                 self.known[module] = Fidelity(*figures)
 
     def __enter__(self) -> _Notes:
-        self._open = open(self.file, "a", encoding="utf-8")
+        self._open = files.open_write(self.file, "a")
         return self
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
     def add(self, module: str, found: Fidelity) -> None:
-        self._open.write(json.dumps([module, *astuple(found)]) + "\n")
+        self._open.write(json.dumps([module, *astuple(found)]).encode() + b"\n")
         self._open.flush()
 
 
@@ -256,6 +254,6 @@ def _write_the_rest(result: LoraResult, tree: Path) -> None:
     plan = result.plan
     ranks = {layer.module: rank for layer, rank in zip(plan.layers, result.ranks, strict=True)}
     text = json.dumps(lora.config(ranks, plan.setting), indent=2, ensure_ascii=False) + "\n"
-    (tree / lora.CONFIG_FILE).write_text(text, encoding="utf-8")
-    (tree / "README.md").write_text(model_card(plan, result.rows(), result.overall), encoding="utf-8", errors="replace")
+    files.write_text(tree / lora.CONFIG_FILE, text)
+    files.write_text(tree / "README.md", model_card(plan, result.rows(), result.overall))
     manifest.write(tree, f"frodctl {frodctl.__version__}")
