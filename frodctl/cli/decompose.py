@@ -9,7 +9,14 @@ import click
 from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
 from frodctl.cli import profiling
-from frodctl.cli.options import device_option, output_options, profile_option, run_options, source_options
+from frodctl.cli.options import (
+    device_option,
+    output_options,
+    profile_option,
+    push_options,
+    run_options,
+    source_options,
+)
 from frodctl.cli.output import Output, about_time, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.jobs import decompose as job
@@ -72,6 +79,7 @@ from frodctl.jobs import decompose as job
 )
 @source_options
 @run_options
+@push_options
 @profile_option
 @output_options
 def command(
@@ -93,7 +101,8 @@ def command(
       frodctl decompose org/name@main --layers 0-11 --dry-run
       frodctl decompose ./my-model -o basis.safetensors --json | jq .trainable_share
 
-    MODEL is a local folder or file, or a Hub id (name, org/name, org/name@revision).
+    MODEL is a local folder or file, a Hub id (name, org/name, org/name@revision) or one of the Hub's URLs
+    (hf://org/name@revision/folder).
     """
     measured = profiling.begin(profile, dry_run=dry_run)
     with Reporter(quiet) as report:
@@ -138,12 +147,22 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
         f"operations{about_time(plan.seconds_estimate)}"
     )
+    if any(category.share_per_token != 1 for category in plan.categories):
+        report.note(_per_token(plan))
     report.refusal(plan.check_output)
     left_out = Counter((names.role(item.name), item.reason) for item in plan.left_out)
     if left_out:
         report.note("Left out:")
     for (role, reason), count in left_out.items():
         report.note(f"  {role} ×{count}: {reason}")
+
+
+def _per_token(plan: job.DecomposePlan) -> str:
+    """How many of the trained numbers take part in a token, where there are experts."""
+    if plan.trainable_per_token is None:
+        return "Experts: config.json does not say how many a token has, or the spectra decide how much they are trained"
+    trained, active = human_count(plan.trainable_parameters), human_count(plan.trainable_per_token)
+    return f"Experts: {active} of the {trained} trainable parameters take part in a token"
 
 
 def _summary(document: dict[str, Json]) -> str:

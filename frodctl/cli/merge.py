@@ -13,6 +13,7 @@ from frodctl.cli.options import (
     lora_options,
     output_options,
     profile_option,
+    push_options,
     run_options,
     source_options,
     verify_option,
@@ -66,6 +67,7 @@ from frodctl.jobs import merge as job
 @device_option
 @source_options
 @run_options
+@push_options
 @verify_option
 @profile_option
 @output_options
@@ -90,8 +92,8 @@ def command(
       frodctl merge ./base ./math ./both --scale 0.6 --also ./code:0.4
       frodctl merge ./base ./my-adapter ./my-lora --as lora --rank 64
 
-    BASE and ADAPTER are local folders or files, or Hub ids (name, org/name, org/name@revision). BASE - is the model
-    that the adapter names. --revision and --subfolder are BASE's.
+    BASE and ADAPTER are local folders or files, Hub ids (name, org/name, org/name@revision) or the Hub's URLs
+    (hf://org/name@revision/folder). BASE - is the model that the adapter names. --revision and --subfolder are BASE's.
     """
     measured = profiling.begin(profile, dry_run=dry_run)
     with Reporter(quiet) as report:

@@ -20,6 +20,7 @@ from frodctl.errors import OutOfResources, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.columns import Column
+from frodctl.jobs.decompose.experts import share_per_token
 from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates
@@ -43,6 +44,7 @@ class CategoryPlan:
     name: str
     targets: tuple[targets.Target, ...] = field(repr=False)
     sparsity: float | None  #: None until the spectra that it depends on are known
+    share_per_token: float | None = 1.0  #: of the weights that take part in a token; None: unknown
 
     @property
     def n(self) -> int:
@@ -61,6 +63,12 @@ class CategoryPlan:
     @property
     def trainable_parameters(self) -> int | None:
         return None if self.sparsity is None else len(self.targets) * budget.trainable(self.n, self.sparsity)
+
+    @property
+    def trainable_per_token(self) -> int | None:
+        """Those of them that take part in a token."""
+        trained, share = self.trainable_parameters, self.share_per_token
+        return None if trained is None or share is None else round(trained * share)
 
     @property
     def flops(self) -> float:
@@ -104,6 +112,7 @@ class CategoryPlan:
             "nnz": None if self.sparsity is None else budget.nnz(self.n, self.sparsity),
             "trainable_parameters": self.trainable_parameters,
             "flops": self.flops,
+            "trainable_per_token": self.trainable_per_token,
         }
 
 
@@ -125,7 +134,11 @@ SHAPE_COLUMNS = (
 class DecomposePlan:
     """Everything that will be done, known from headers alone."""
 
-    columns: ClassVar[tuple[Column, ...]] = (*SHAPE_COLUMNS, Column("flops", "flop", "count"))
+    columns: ClassVar[tuple[Column, ...]] = (
+        *SHAPE_COLUMNS,
+        Column("flops", "flop", "count"),
+        Column("trainable_per_token"),
+    )
 
     checkpoint: Checkpoint = field(repr=False)
     output: Path
@@ -141,6 +154,13 @@ class DecomposePlan:
         counts = [category.trainable_parameters for category in self.categories]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else int(_numbers(self.checkpoint, self.options))
+
+    @property
+    def trainable_per_token(self) -> int | None:
+        """Numbers that are trained and take part in a token: of experts those that a router chooses, if it is known."""
+        counts = [category.trainable_per_token for category in self.categories]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
 
     def settled(self, weights: Sequence[float]) -> DecomposePlan:
         """The plan with every sparsity: in proportion to ``weights``, one for each category, where they decide."""
@@ -259,6 +279,7 @@ class DecomposePlan:
             "parameters": total,
             "trainable_parameters": self.trainable_parameters,
             "trainable_share": self.trainable_parameters / total if total else None,
+            "trainable_per_token": self.trainable_per_token,
             "share_input": self.share_input,
             "peft_loadable": metadata.peft_loadable,
             "categories": [category.row() for category in self.categories],
@@ -288,6 +309,8 @@ def plan_decompose(
         sink.check_output_file(path, force=chosen.force)
         choose_device(chosen.device)  # before a download, not after it
     basis_file.check_name(path)
+    if not dry_run:
+        chosen.check_destination(path)
     checkpoint = open_checkpoint(
         location,
         headers_only=dry_run,
@@ -346,7 +369,11 @@ def _categories(
             raise UsageError(f"{error}, {least:.4%} of the checkpoint's parameters") from None
     if options.allocate != "uniform":
         sparsity = None
-    return tuple(CategoryPlan(name, tuple(groups[name]), sparsity) for name in sorted(groups)), collisions
+    made = [
+        CategoryPlan(name, tuple(group), sparsity, share_per_token(group, checkpoint))
+        for name, group in sorted(groups.items())
+    ]
+    return tuple(made), collisions
 
 
 def _joined(widths: Mapping[str, int]) -> dict[str, str]:

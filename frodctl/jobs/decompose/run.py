@@ -21,9 +21,11 @@ from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.columns import Column
+from frodctl.jobs.decompose.card import model_card
 from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan
-from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.push import Written, push_file
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
 
@@ -60,7 +62,7 @@ class CategoryResult:
 
 
 @dataclass(frozen=True)
-class DecomposeResult(Profiled):
+class DecomposeResult(Written):
     """A finished decomposition."""
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -74,6 +76,7 @@ class DecomposeResult(Profiled):
         Column("seconds", "time", "seconds"),
         Column("resumed"),
         Column("rms_singular_value"),
+        Column("trainable_per_token"),
     )
 
     plan: DecomposePlan
@@ -87,6 +90,7 @@ class DecomposeResult(Profiled):
         """For JSON: the plan's figures and what came of them."""
         return (
             self.profile_dict()
+            | self.pushed_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,
@@ -132,7 +136,8 @@ def run_decompose(
         with profile.step("writing"):
             staging.publish(write)
     size = files.stat(plan.output).st_size
-    return DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+    result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+    return push_file(result, plan.output, plan.options, model_card(plan), progress)
 
 
 def _order(plan: DecomposePlan) -> list[int]:
@@ -149,7 +154,8 @@ def _source(plan: DecomposePlan, order: Sequence[int], progress: Callback) -> Ab
         return nullcontext(plan.checkpoint.source)
     from frodctl.checkpoint.remote import Downloads
 
-    tensors = [target.tensor for number in order for target in plan.categories[number].targets]
+    targets = [target for number in order for target in plan.categories[number].targets]
+    tensors = [part for target in targets for part in target.tensor.parts]
     return Downloads(plan.checkpoint.repository, tensors, lambda text: progress(Progress(text)))
 
 
@@ -348,7 +354,8 @@ class _Weights:
     def _reads(self, numbers: Sequence[int]) -> Iterator[Callable[[], HostArray]]:
         """What reads each of them, once there is something to read."""
         for number, buffer in zip(numbers, itertools.cycle(self._buffers()), strict=False):
-            self.source.wait(self.targets[number].tensor)
+            for part in self.targets[number].tensor.parts:
+                self.source.wait(part)
             yield partial(self._read, self.targets[number], buffer)
 
     def _buffers(self) -> list[HostArray]:
@@ -392,6 +399,6 @@ def _weights_key(plan: DecomposePlan) -> list[Json]:
     root, revision = plan.checkpoint.root, plan.checkpoint.revision
     if root is None or revision is not None:
         return [plan.checkpoint.model, plan.options.subfolder, revision]
-    names = sorted({t.tensor.file for c in plan.categories for t in c.targets})
+    names = sorted({part.file for c in plan.categories for t in c.targets for part in t.tensor.parts})
     states = [files.stat(root / name) for name in names]
     return [str(root.resolve()), [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, states, strict=True)]]

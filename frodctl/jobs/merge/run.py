@@ -18,8 +18,9 @@ from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge.card import model_card
 from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
-from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
-class MergeResult(Profiled):
+class MergeResult(Written):
     """A finished merge."""
 
     plan: MergePlan
@@ -46,6 +47,7 @@ class MergeResult(Profiled):
         """For JSON: the plan's figures and what came of them."""
         return (
             self.profile_dict()
+            | self.pushed_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,
@@ -96,7 +98,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
                 shards.verify(tree, plan.shards, digests)
         with profile.step("writing"):
             staging.publish_folder(_TREE)
-    return MergeResult(
+    result = MergeResult(
         plan=plan,
         output=plan.output,
         output_bytes=plan.output_bytes,
@@ -106,6 +108,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
         device=kernels.name,
         seconds=time.perf_counter() - started,
     )
+    return push_folder(result, plan.output, plan.options, progress)
 
 
 def _write_the_rest(plan: MergePlan, tree: Path, card: str, digests: Mapping[str, str]) -> None:
@@ -143,7 +146,8 @@ def _job_key(plan: MergePlan, kernels: Kernels) -> str:
         "frodctl": frodctl.__version__,
         "arithmetic": kernels.identity(),
         "base": [
-            state_of(plan.checkpoint.root / file) for file in sorted({i.file for i in plan.checkpoint.tensors.values()})
+            state_of(plan.checkpoint.root / file)
+            for file in sorted({part.file for info in plan.checkpoint.tensors.values() for part in info.parts})
         ],
         "sources": [source_key(source) for source in plan.sources],
         "shards": [[shard.file, [(s.name, s.dtype, s.shape) for s in shard.specs]] for shard in plan.shards],

@@ -157,8 +157,8 @@ def origin(plan: MergePlan, name: str) -> str:
 
 
 def _pieces(root: Path, info: TensorInfo) -> Iterator[memoryview]:
-    """A tensor's bytes, by rows where a pickle has them otherwise."""
-    if info.data is None and info.stride is None:
+    """A tensor's bytes, by rows where a pickle has them otherwise, and of its values where it has scales."""
+    if info.is_plain:
         yield from Folder(root).chunks(info)
     else:
         yield stream.tensor_bytes(np.ascontiguousarray(stream.read_tensor(root, info)))
