@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import click
 
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli import adapters, profiling
+from frodctl.cli import adapters, completion, profiling
 from frodctl.cli.options import (
     device_option,
     lora_options,
@@ -24,9 +24,9 @@ from frodctl.jobs import merge as job
 
 
 @click.command("merge")
-@click.argument("base")
-@click.argument("adapter")
-@click.argument("output", metavar="OUT")
+@click.argument("base", shell_complete=completion.models)
+@click.argument("adapter", shell_complete=completion.models)
+@click.argument("output", metavar="OUT", shell_complete=completion.files)
 @click.option(
     "--as",
     "as_",
@@ -36,7 +36,12 @@ from frodctl.jobs import merge as job
     help="A dense checkpoint, or the nearest LoRA adapter over BASE.",
 )
 @lora_options
-@click.option("--basis", metavar="FILE", help="Shared-basis file, for an adapter that does not hold V.")
+@click.option(
+    "--basis",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Shared-basis file, for an adapter that does not hold V.",
+)
 @click.option("--trust-basis", is_flag=True, help="Take it although the adapter does not say that it is the one.")
 @click.option("--recompute-projection", is_flag=True, help="Run PEFT's routine for the V of an adapter without one.")
 @click.option(
@@ -61,7 +66,13 @@ from frodctl.jobs import merge as job
     help="W + ΔW, or U (diag(λ') + S) Vᵀ as PEFT trains it. auto: as it was trained.",
 )
 @click.option("--scale", default="1", show_default=True, metavar="S", help="W + S (W' − W).")
-@click.option("--also", multiple=True, metavar="ADAPTER[:S]", help="A further adapter; may be repeated.")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="ADAPTER[:S]",
+    shell_complete=completion.models,
+    help="A further adapter; may be repeated.",
+)
 @click.option("--adapter-name", metavar="NAME", help="Which of several adapters in the folder.")
 @click.option(
     "--dtype",
@@ -111,7 +122,7 @@ def command(
     (hf://org/name@revision/folder). BASE - is the model that the adapter names. --revision and --subfolder are BASE's.
     """
     measured = profiling.begin(profile, dry_run=dry_run)
-    with Reporter(quiet) as report:
+    with Reporter(quiet, format_) as report:
         out = Output(format_, json_, report.note)
         chosen = job.MergeOptions.of(**options)
         if chosen.as_ == "lora":
