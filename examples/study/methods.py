@@ -85,7 +85,8 @@ def lora_share(checkpoint: Checkpoint) -> float:
     with safe_open(checkpoint.folder / "model.safetensors", "pt") as tensors:
         shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     trained: int = checkpoint.rank * sum(sum(shape) for name, shape in shapes.items() if name.endswith(endings))
-    return trained / sum(prod(shape) for shape in shapes.values())
+    total: int = sum(prod(shape) for shape in shapes.values())
+    return trained / total
 
 
 def uniform(model: Learner, checkpoint: Checkpoint) -> Path:

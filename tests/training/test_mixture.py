@@ -107,3 +107,21 @@ def test_autocast(implementation: str, files: tuple[Path, Path]) -> None:
     exact = layer_grads(experts_of(model))
     with torch.autocast("cpu", torch.bfloat16):
         assert far(layer_grads(experts_of(model)), exact) < 0.03
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile(files: tuple[Path, Path]) -> None:
+    """Without a break, as transformers' own; `eager` is broken at every expert there too."""
+    model = attached(files)
+    perturb(model)
+    layer = experts_of(model)
+    expected = layer_grads(layer)
+    found = layer_grads(torch.compile(layer, fullgraph=True, backend="aot_eager"))  # type: ignore[arg-type]
+    assert far(found, expected) < 1e-5
+
+
+def test_weights_that_are_trained_themselves_too(files: tuple[Path, Path]) -> None:
+    layer = experts_of(attached(files))
+    layer.base_layer.gate_up_proj.requires_grad_()
+    with pytest.raises(frodctl.UsageError, match="freeze it"):
+        layer_grads(layer)

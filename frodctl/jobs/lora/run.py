@@ -6,8 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +21,7 @@ from frodctl.errors import InvalidInput
 from frodctl.formats import lora
 from frodctl.jobs.lora.card import model_card
 from frodctl.jobs.lora.plan import LoraPlan
+from frodctl.jobs.notes import Notes
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
@@ -131,7 +131,7 @@ def run_lora(
                 ranks = work.ranks()
                 shard = plan.shard(ranks)
                 with shards.ShardWriter(tree, [shard], staging.path(_JOURNAL), origin) as writer:
-                    resumed, found = work.write(writer, ranks, _Notes(staging.path(_FIGURES)))
+                    resumed, found = work.write(writer, ranks, Notes(staging.path(_FIGURES)))
                     digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
             shutil.rmtree(staging.folder)
@@ -175,7 +175,7 @@ class _Work:
             found.append(min(limits[number], needed))
         return found if self.plan.options.rank_pattern else [max(found)] * len(found)
 
-    def write(self, writer: shards.ShardWriter, ranks: Sequence[int], notes: _Notes) -> tuple[int, list[Fidelity]]:
+    def write(self, writer: shards.ShardWriter, ranks: Sequence[int], notes: Notes) -> tuple[int, list[Fidelity]]:
         """Write all that is not finished; how many layers were, and how near all come to their ΔW."""
         modules = [layer.module for layer in self.plan.layers]
         keys = [lora.factor_keys(module) for module in modules]
@@ -219,29 +219,6 @@ class _Work:
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
             raise InvalidInput(f"{self.plan.layers[number].module}: its change is too large for {dtype.name}")
         return (A, B), fidelity(X, kernels.put(B, "float64"), kernels.put(A, "float64"), kernels)
-
-
-class _Notes:
-    """How near the finished layers come to their ΔW, kept for a run that takes them up."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.known: dict[str, Fidelity] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-            with suppress(ValueError, TypeError):  # the line that was being written as the run was killed
-                module, *figures = json.loads(line)
-                self.known[module] = Fidelity(*figures)
-
-    def __enter__(self) -> _Notes:
-        self._open = open(self.file, "a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
-    def add(self, module: str, found: Fidelity) -> None:
-        self._open.write(json.dumps([module, *astuple(found)]) + "\n")
-        self._open.flush()
 
 
 @np.errstate(over="ignore")  # infinity is looked for
