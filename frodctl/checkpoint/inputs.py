@@ -7,9 +7,11 @@ import os
 import re
 import stat
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from frodctl.checkpoint import files
 from frodctl.errors import InvalidInput
 
 Json: TypeAlias = Any  #: a value of JSON, whose form its reader has to know
@@ -54,7 +56,7 @@ def open_input(path: Path) -> IO[bytes]:
     if kind != "file":
         raise InvalidInput(f"{path}: is a {kind}, not a file" if kind else f"{path}: no such file")
     try:
-        return open(path, "rb")
+        return BufferedReader(files.open_read(path))
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be read ({error.strerror})") from None
 

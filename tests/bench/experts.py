@@ -95,11 +95,11 @@ def flops(method: str, config: dict[str, int], tokens: int) -> float:
     n, inner, experts = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
     routed = {"experts": experts, "chosen": config["num_experts_per_tok"]}
     into, out = Shape(inner, n, 0, **routed, in_rows=True), Shape(n, inner, 0, **routed, own_input=True)
-    full = 2 * full_flops(into, tokens) + full_flops(out, tokens)
+    full = float(2 * full_flops(into, tokens) + full_flops(out, tokens))
     if method == "frodctl":
         share = sparsity(config)
         with_S = [shape._replace(positions=int(share * shape.n**2) + shape.n) for shape in (into, into, out)]
-        return sum(input_flops(shape, tokens) for shape in with_S)
+        return float(sum(input_flops(shape, tokens) for shape in with_S))
     formed = 6.0 * RANK * 3 * n * inner * experts  # B A, and the gradients of B and A
     return {"full": full, "LoRA": full + formed, "attention": full * 2 / 3}[method]
 
