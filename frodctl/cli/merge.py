@@ -52,6 +52,13 @@ from frodctl.jobs import merge as job
     help="Of the base as a PEFT adapter without V was trained over it.",
 )
 @click.option(
+    "--base-as",
+    type=click.Choice(["stored", "auto", "nf4", "nf4-double", "fp4", "fp4-double", "int8", "llm-int8"]),
+    default="stored",
+    show_default=True,
+    help="BASE's weights as stored, or as the quantized model had them; auto: as the adapter says that it was trained.",
+)
+@click.option(
     "--form",
     type=click.Choice(["auto", "delta", "reconstruct"]),
     default="auto",
@@ -69,10 +76,17 @@ from frodctl.jobs import merge as job
 @click.option("--adapter-name", metavar="NAME", help="Which of several adapters in the folder.")
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "float8_e4m3"]),
     default="auto",
     show_default=True,
     help="Of the result; auto keeps each tensor's, and has a LoRA adapter in float32.",
+)
+@click.option(
+    "--fp8-scales",
+    type=click.Choice(["channel", "block"]),
+    default="channel",
+    show_default=True,
+    help="With --dtype float8_e4m3: a scale for each row, or for each block of 128 × 128.",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Tensors in one file.")
 @device_option
@@ -102,6 +116,7 @@ def command(
       frodctl merge ./base ./my-adapter ./merged --basis base.frod.safetensors
       frodctl merge ./base ./math ./both --scale 0.6 --also ./code:0.4
       frodctl merge ./base ./my-adapter ./my-lora --as lora --rank 64
+      frodctl merge ./base ./my-adapter ./served --dtype float8_e4m3
 
     BASE and ADAPTER are local folders or files, Hub ids (name, org/name, org/name@revision) or the Hub's URLs
     (hf://org/name@revision/folder). BASE - is the model that the adapter names. --revision and --subfolder are BASE's.
@@ -131,7 +146,9 @@ def command(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)} in {files} {'file' if files == 1 else 'files'}): "
         f"{_summary(document)}, in {result.seconds:.1f} s on {result.device}"
     )
-    out.emit(document, document["categories"], plan.columns)
+    for warning in result.warnings():
+        report.note(f"Warning: {warning}.")
+    out.emit(document, document["categories"], result.columns)
     profiling.show(result.profile, report)
 
 
@@ -155,4 +172,7 @@ def _summary(document: Mapping[str, Json]) -> str:
         "added": len(document["added_tensors"]),
         "copied": document["copied_tensors"],
     }
-    return "tensors: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    shown = "tensors: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    held, in_8_bits = document["base_as"], document["quantization"]
+    shown += f", {held['tensors']} from {held['kind']}" if held else ""
+    return shown + (f", {in_8_bits['tensors']} in 8 bits" if in_8_bits else "")

@@ -281,6 +281,11 @@ def human_count(count: float) -> str:
     return f"{count:.3g} T"
 
 
+def devices(device: str, ranks: int) -> str:
+    """What computed, for a person: "cpu", or of several ranks the first's."""
+    return device if ranks == 1 else f"{ranks} ranks, the first on {device}"
+
+
 def about_time(seconds: float | None) -> str:
     """An estimate of time for a person, at the end of a list: ``, about 3.5 s``; nothing where there is none."""
     if seconds is None:
