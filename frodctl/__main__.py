@@ -1,7 +1,9 @@
-"""``python -m frodctl``."""
+"""``python -m frodctl``, which torchrun starts several of. (The script ``frodctl`` is always one process.)"""
 
+import os
 import sys
 
 from frodctl.cli.main import main
+from frodctl.jobs.ranks import Launch
 
-sys.exit(main())
+sys.exit(main(launch=Launch(os.environ)))

@@ -40,16 +40,30 @@ def frodctl(
     a report of its progress, or just before it changes a file or folder: (3, "") is the third, (3, "merging") the
     third that has the word in its text or path.
     """
-    command = [str(word) for word in words]
+    moments = {} if moment is None else {0: moment}
+    return together([str(word) for word in words], cwd, [os.environ if env is None else env], moments, number)[0]
+
+
+def together(
+    command: list[str],
+    cwd: Path,
+    environments: Sequence[Mapping[str, str]],
+    moments: Mapping[int, Moment],
+    number: int = signal.SIGKILL,
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run the command once in each environment, beside each other, with a moment for some of them."""
     with TemporaryDirectory() as folder:
-        streams = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = start(command, cwd, os.environ if env is None else env, streams, moment, number)
-        process.join(600)
-        process.kill()
-        process.join()
-        assert process.exitcode is not None
-        shown = [stream.read_text("utf-8") for stream in streams]
-        return subprocess.CompletedProcess(command, process.exitcode, *shown)
+        streams = [[Path(folder, f"{name}-{i}") for name in ("stdout", "stderr")] for i in range(len(environments))]
+        processes = [start(command, cwd, env, streams[i], moments.get(i), number) for i, env in enumerate(environments)]
+        done = []
+        for process, shown in zip(processes, streams, strict=True):
+            process.join(600)
+            process.kill()
+            process.join()
+            assert process.exitcode is not None
+            texts = [stream.read_text("utf-8") for stream in shown]
+            done.append(subprocess.CompletedProcess(command, process.exitcode, *texts))
+        return done
 
 
 def start(
@@ -78,10 +92,11 @@ def _command(
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     from frodctl.cli.main import main
+    from frodctl.jobs.ranks import Launch
 
     if moment is not None:
         _end_at(moment, number)
-    sys.exit(main(words))
+    sys.exit(main(words, Launch(env)))
 
 
 def _end_at(moment: Moment, number: int) -> None:

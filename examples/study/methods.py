@@ -85,18 +85,21 @@ def lora_share(checkpoint: Checkpoint) -> float:
     with safe_open(checkpoint.folder / "model.safetensors", "pt") as tensors:
         shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     trained: int = checkpoint.rank * sum(sum(shape) for name, shape in shapes.items() if name.endswith(endings))
-    return trained / sum(prod(shape) for shape in shapes.values())
+    total: int = sum(prod(shape) for shape in shapes.values())
+    return trained / total
 
 
-def frod(
-    basis: Callable[[Checkpoint], Path] = basis_of, **rates: Any
-) -> Callable[[Learner, Checkpoint, float], Groups]:
-    """The rate is ρ, of λ and of S alike unless `rates` say otherwise, as multiples of it."""
+def uniform(model: Learner, checkpoint: Checkpoint) -> Path:
+    """As many random positions in every category, for the number that LoRA trains."""
+    return basis_of(checkpoint)
+
+
+def frod(basis: Callable[[Learner, Checkpoint], Path] = uniform) -> Callable[[Learner, Checkpoint, float], Groups]:
+    """The rate is ρ, of λ' and of S alike."""
 
     def prepare(model: Learner, checkpoint: Checkpoint, rate: float) -> Groups:
-        frodctl.attach(model.backbone, basis(checkpoint))
-        by_scales, by_sparse = (rate * rates.get(name, 1.0) for name in ("scales", "sparse"))
-        return frodctl.parameter_groups(model.backbone, rho_lambda=by_scales, rho_sparse=by_sparse)
+        frodctl.attach(model.backbone, basis(model, checkpoint))
+        return frodctl.parameter_groups(model.backbone, rho_lambda=rate, rho_sparse=rate)
 
     return prepare
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 
-from .methods import METHODS, Method
-from .tasks import TASKS, Checkpoint, Sizes, Task, load
+from frodctl.training.rates import relative_step
+
+from .methods import FROD_RATE, METHODS, Method, basis_of, frod
+from .positions import SCORES, STRUCTURES, chosen
+from .tasks import TASKS, Checkpoint, Learner, Sizes, Task, load
 from .training import Run, run
 
 SEARCH_SEED = 100  # of the tries; the reported seeds are 0, 1, …
+FEW = ("packages", "tagging", "code")  # for what differs less than methods do
 Key = tuple[str, str, str, str, int, int, str]
 
 
@@ -69,6 +74,16 @@ class Lab:
         loss = self.run(part, task, method, rate, SEARCH_SEED, "validation").loss
         return loss if isfinite(loss) else inf
 
+    def compare_few(self, part: str, methods: Sequence[Method], multiples: Sequence[float] = (0.5, 1, 2)) -> None:
+        """Ways of FRoD on one task of each model and kind, each with a try at the rule's rate, half of it and twice."""
+        for task in FEW:
+            for method in methods:
+                rates = [multiple * relative_step(self.steps) for multiple in multiples]
+                tries = {rate: self._try(part, task, method, rate) for rate in rates}
+                rate = min(tries, key=lambda rate: tries[rate])
+                for seed in self.seeds:
+                    self.run(part, task, method, rate, seed, "test")
+
     def compare(self, part: str, methods: Iterable[Method], tasks: Iterable[str]) -> None:
         """Search every method's rate on the validation split, and train all seeds at it."""
         for task in tasks:
@@ -100,4 +115,31 @@ def methods(lab: Lab) -> None:
     lab.compare("methods", METHODS.values(), TASKS)
 
 
-PARTS: dict[str, Callable[[Lab], None]] = {"methods": methods}
+def rates(lab: Lab) -> None:
+    """FRoD at multiples of the rate of `parameter_groups(steps=…)`, in runs of several lengths."""
+    for steps, tasks, seeds in ((lab.steps // 4 or 1, TASKS, 3), (lab.steps, TASKS, 2), (4 * lab.steps, FEW, 1)):
+        for task in tasks:
+            for multiple in (1 / 4, 1 / 2, 1, 2, 4, 8):
+                for seed in lab.seeds[:seeds]:
+                    lab.run("rates", task, METHODS["FRoD"], multiple * relative_step(steps), seed, "validation", steps)
+
+
+def positions(lab: Lab) -> None:
+    """S at other positions than random ones."""
+    others = [Method(how, frod(chosen(how)), FROD_RATE) for how in (*STRUCTURES, *SCORES)]
+    lab.compare_few("positions", [METHODS["FRoD"], *others])
+
+
+def sparsity(lab: Lab) -> None:
+    """FRoD with fewer and with more numbers, as shares of LoRA's."""
+    others = [Method(f"{share:g} times", frod(partial(of_share, share)), FROD_RATE) for share in (0.5, 2, 4)]
+    lab.compare_few("sparsity", [METHODS["FRoD"], *others])
+
+
+def of_share(share: float, model: Learner, checkpoint: Checkpoint) -> Path:
+    return basis_of(checkpoint, share)
+
+
+PARTS: dict[str, Callable[[Lab], None]] = {
+    "methods": methods, "rates": rates, "positions": positions, "sparsity": sparsity,
+}  # fmt: skip

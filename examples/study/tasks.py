@@ -36,13 +36,13 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and a label, labels of the tokens, or the token ids of what belongs to them."""
+    """Token ids, and a label, labels of the tokens, or the token ids of what belongs to it."""
 
     tokens: list[int]
     target: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """Splits are fixed: rates are chosen on `validation`, `test` is reported."""
 
@@ -92,7 +92,7 @@ class Learner(nn.Module):
 
     def __init__(self, task: Task, backbone: Any) -> None:
         super().__init__()
-        self.kind, self.backbone = task.kind, backbone
+        self.task, self.backbone = task, backbone
         width = backbone.config.hidden_size
         self.head = nn.Linear(width, task.classes, bias=False)
         if task.pretrained_head:
@@ -102,11 +102,11 @@ class Learner(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int, int]:
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if self.kind != "tokens":
+        if self.task.kind != "tokens":
             mask = attention_mask.unsqueeze(-1)
             states = (states * mask).sum(1) / mask.sum(1)
         logits = self.head(states)
-        if self.kind == "retrieval":
+        if self.task.kind == "retrieval":
             queries, documents = nn.functional.normalize(logits, dim=-1).chunk(2)
             logits = queries @ documents.T / TEMPERATURE
         loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
@@ -126,12 +126,10 @@ def backbone(folder: Path) -> Any:
 
 
 def collate(task: Task, examples: Sequence[Example]) -> Batch:
-    rows = [example.tokens for example in examples]
+    rows, targets = [example.tokens for example in examples], [example.target for example in examples]
     if task.kind == "retrieval":
-        rows += [example.target for example in examples]
-        labels = torch.arange(len(examples))
-    else:
-        labels = torch.tensor([example.target for example in examples])
+        rows, targets = rows + targets, list(range(len(rows)))
+    labels = torch.tensor(targets)
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -1)
     return {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "labels": labels}
 
@@ -210,7 +208,7 @@ class Sizes:
 
     @property
     def per_package(self) -> int:
-        """Docstrings, of which half have a second paragraph."""
+        """Docstrings, enough for every task."""
         return 2 * self.all // len(PACKAGES)
 
 
@@ -234,22 +232,6 @@ def packages(tokenizer: Any, sizes: Sizes) -> Task:
     ids = tokenizer([text for text, _ in pairs], truncation=True, max_length=sizes.tokens)["input_ids"]
     examples = [Example(row, label) for row, (_, label) in zip(ids, pairs, strict=True)]
     return split(Task("packages", "MiniLM", "pooled", len(PACKAGES), (), (), (), sizes.batch), examples, sizes)
-
-
-def pairs(tokenizer: Any, sizes: Sizes) -> Task:
-    """Whether two paragraphs come from one docstring, or from two of one package."""
-    examples = []
-    for package in PACKAGES:
-        both = [
-            one
-            for one in described(package, sizes.per_package)
-            if len(one.paragraphs) > 1 and len(one.paragraphs[1]) > 25
-        ]
-        for number, one in enumerate(both[: len(both) // 2 * 2]):
-            second = both[number - number % 2].paragraphs[1]  # every other one has its neighbour's
-            row = tokenizer(one.paragraphs[0], second, truncation=True, max_length=3 * sizes.tokens // 2)["input_ids"]
-            examples.append(Example(row, number % 2))
-    return split(Task("pairs", "MiniLM", "pooled", 2, (), (), (), sizes.batch), examples, sizes)
 
 
 def retrieval(tokenizer: Any, sizes: Sizes) -> Task:
@@ -333,9 +315,9 @@ def prose(tokenizer: Any, sizes: Sizes) -> Task:
 
 
 TASKS: dict[str, Callable[[Any, Sizes], Task]] = {
-    "packages": packages, "pairs": pairs, "retrieval": retrieval, "tagging": tagging, "code": code, "prose": prose,
+    "packages": packages, "retrieval": retrieval, "tagging": tagging, "code": code, "prose": prose,
 }  # fmt: skip
-MODEL_OF = {"packages": "MiniLM", "pairs": "MiniLM", "retrieval": "MiniLM"}
+MODEL_OF = dict.fromkeys(("packages", "retrieval"), "MiniLM")
 
 
 def load(name: str, made: dict[str, Checkpoint], sizes: Sizes) -> Task:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from frodctl.checkpoint import files, manifest
 from frodctl.errors import FrodctlError, OutOfResources, UsageError
@@ -123,8 +123,50 @@ def require_disk(folder: Path, nbytes: int) -> None:
         )
 
 
-class Staging:
+class Pieces:
     """``OUTPUT.partial/KEY/``: the finished pieces of the job KEY, until OUTPUT is whole.
+
+    Other processes of the job write pieces too, with this class; one of them has the `Staging`. Used in a ``with``
+    statement.
+
+    Raises
+    ------
+    FrodctlError
+        The folder is not there.
+    OutOfResources
+        The disk filled up within the ``with`` statement.
+    """
+
+    def __init__(self, output: Path, key: str) -> None:
+        self.output = output
+        self.root = output.with_name(output.name + ".partial")
+        self.folder = self.root / key
+        self._enter()
+
+    def _enter(self) -> None:
+        if not self.folder.is_dir():
+            raise FrodctlError(f"{self.folder}: not there, where other processes of the job write; name another output")
+
+    def path(self, name: str) -> Path:
+        """Where the finished piece ``name`` is, or will be."""
+        return self.folder / name
+
+    def write(self, name: str, write: Callable[[IO[bytes]], None]) -> None:
+        """Write the piece ``name`` by calling ``write`` with a file; it appears only when complete."""
+        temporary = self.folder / (name + ".tmp")
+        _write_new(temporary, write)
+        files.replace(temporary, self.path(name))
+        files.sync(self.folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _refuse_full_disk(self.output, error[1] if error else None, ", and a rerun resumes")
+
+
+class Staging(Pieces):
+    """The pieces of a job, with the right to give OUTPUT its name.
 
     A run that was killed leaves its pieces here, and the same job takes them up. Another job's pieces are
     left alone. One run at a time: a second one is refused. Used in a ``with`` statement.
@@ -150,30 +192,31 @@ class Staging:
     """
 
     def __init__(self, output: Path, key: str, check: Callable[[], None], *, resume: bool) -> None:
-        self.output = output
-        self.root = output.with_name(output.name + ".partial")
-        self.folder = self.root / key
-        self._previous = self.root / "previous"
         self._check = check
-        check()
+        self._resume = resume
+        super().__init__(output, key)
+
+    def _enter(self) -> None:
+        self._previous = self.root / "previous"
+        self._check()
         if os.path.lexists(self.root) and (self.root.is_symlink() or not self.root.is_dir()):
             raise UsageError(f"{self.root}: is not a folder, but unfinished work goes there; remove it")
         files.mkdir(self.root)
         self._lock = _lock(self.root)
         try:
-            self._prepare(resume)
+            self._prepare()
         except BaseException:
             self.__exit__()
             raise
 
-    def _prepare(self, resume: bool) -> None:
+    def _prepare(self) -> None:
         for entry in files.listing(self.root):
             ours = entry.name == self._previous.name or re.fullmatch("[0-9a-f]{16}", entry.name)
             if not ours or not entry.is_dir(follow_symlinks=False):
                 raise UsageError(f"{entry.path}: is not of an unfinished run; move it away from there")
         if _put_back(self._previous, self.output):
             self._check()
-        if not resume:
+        if not self._resume:
             for entry in files.listing(self.root):
                 files.rmtree(Path(entry.path))
         files.mkdir(self.folder)
@@ -181,10 +224,6 @@ class Staging:
             state = path.lstat()
             if not stat.S_ISDIR(state.st_mode) and not (stat.S_ISREG(state.st_mode) and state.st_nlink == 1):
                 raise UsageError(f"{path}: is a link or no ordinary file, and would be written to; remove {self.root}")
-
-    def path(self, name: str) -> Path:
-        """Where the finished piece ``name`` is, or will be."""
-        return self.folder / name
 
     def begin_folder(self, name: str, keep: Collection[str]) -> Path:
         """Make the piece ``name`` a folder that holds nothing but what an earlier run left of the names in ``keep``."""
@@ -200,13 +239,6 @@ class Staging:
     def finished_bytes(self) -> int:
         """What the finished pieces take on disk."""
         return sum(files.stat(path).st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
-
-    def write(self, name: str, write: Callable[[IO[bytes]], None]) -> None:
-        """Write the piece ``name`` by calling ``write`` with a file; it appears only when complete."""
-        temporary = self.folder / (name + ".tmp")
-        _write_new(temporary, write)
-        files.replace(temporary, self.path(name))
-        files.sync(self.folder)
 
     def publish(self, write: Callable[[IO[bytes]], None]) -> None:
         """Write the file OUTPUT by calling ``write``, put it in place in one step, and clear the staging away."""
@@ -243,9 +275,6 @@ class Staging:
             files.rename(old, self._previous)
             files.rename(new, old)
 
-    def __enter__(self) -> Staging:
-        return self
-
     def __exit__(self, *error: object) -> None:
         """Remove the folders again if no piece was finished, and let another run in."""
         with suppress(OSError):
@@ -255,7 +284,7 @@ class Staging:
         if self._lock is not None:
             with suppress(OSError):
                 files.close(self._lock)
-        _refuse_full_disk(self.output, error[1] if error else None, ", and a rerun resumes")
+        super().__exit__(*error)
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], None], reads: Iterable[Path] = (), *, force: bool) -> None:

@@ -177,6 +177,12 @@ def linear_layer(info: TensorInfo, index: int | None, checkpoint: Checkpoint) ->
     return _targets(info, checkpoint)[index or 0]
 
 
+def is_table(name: str) -> bool:
+    """Whether a tensor of this name is an embedding's or a norm's, though it may be a matrix."""
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    return _EMBEDDING.search(last) is not None or _NORM.search(last) is not None
+
+
 def is_fused_experts(info: TensorInfo) -> bool:
     """Whether a tensor of three dimensions stacks the weights of experts."""
     *parents, last = info.name.removesuffix(".weight").split(".")

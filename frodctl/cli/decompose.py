@@ -8,7 +8,7 @@ import click
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli import profiling
+from frodctl.cli import completion, profiling
 from frodctl.cli.options import (
     device_option,
     output_options,
@@ -17,19 +17,27 @@ from frodctl.cli.options import (
     run_options,
     source_options,
 )
-from frodctl.cli.output import Output, about_time, human_bytes, human_count
+from frodctl.cli.output import Output, about_time, devices, human_bytes, human_count
 from frodctl.cli.progress import Reporter
+from frodctl.cli.started import started
 from frodctl.jobs import decompose as job
 
 
 @click.command("decompose")
-@click.argument("model")
-@click.option("-o", "--output", metavar="FILE", help="Default: ./<model name>.frod.safetensors")
+@click.argument("model", shell_complete=completion.models)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Default: ./<model name>.frod.safetensors",
+)
 @click.option(
     "--target-modules",
     default="default",
     show_default=True,
     metavar="default|all-linear|NAMES|REGEX",
+    shell_complete=completion.modules,
     help="PEFT's default for the model, every linear layer of the blocks, names separated by commas, or a "
     "regular expression for the whole path.",
 )
@@ -105,22 +113,23 @@ def command(
     (hf://org/name@revision/folder).
     """
     measured = profiling.begin(profile, dry_run=dry_run)
-    with Reporter(quiet) as report:
+    launch = started().launch
+    with Reporter(quiet or launch.number > 0, format_) as report:
         out = Output(format_, json_, report.note)
         chosen = job.DecomposeOptions.of(**options)
         with measured.step("planning"):
-            plan = job.plan_decompose(model, output, chosen, dry_run=dry_run, progress=report)
+            plan = job.plan_decompose(model, output, chosen, dry_run=dry_run, progress=report, ranks=launch.count)
         _warn(plan, report)
         if dry_run:
             _describe(plan, report)
             document = plan.as_dict() | {"dry_run": True}
             out.emit(document, document["categories"], plan.columns)
             return
-        result = job.run_decompose(plan, report, measured).with_profile(measured)
+        result = job.run_decompose(plan, report, measured, launch).with_profile(measured)
     document = result.as_dict()
     report.note(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)}): {_summary(document)}, "
-        f"in {result.seconds:.1f} s on {result.device}"
+        f"in {result.seconds:.1f} s on {devices(result.device, plan.ranks)}"
     )
     out.emit(document, document["categories"], result.columns)
     profiling.show(result.profile, report)
@@ -143,9 +152,10 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
     """What a dry run says on stderr beside the table of categories."""
     document = plan.as_dict()
     report.note(f"Would write {plan.output} ({human_bytes(plan.output_bytes)}): {_summary(document)}")
+    each = " for each rank" if plan.ranks > 1 else ""
     report.note(
-        f"Peak memory about {human_bytes(plan.peak_memory_bytes)}, about {human_count(plan.flops)} floating-point "
-        f"operations{about_time(plan.seconds_estimate)}"
+        f"Peak memory about {human_bytes(plan.peak_memory_bytes)}{each}, about {human_count(plan.flops)} "
+        f"floating-point operations{about_time(plan.seconds_estimate)}"
     )
     if any(category.share_per_token != 1 for category in plan.categories):
         report.note(_per_token(plan))

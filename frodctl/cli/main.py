@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -18,9 +19,12 @@ import click
 from click.shell_completion import shell_complete
 
 import frodctl
+from frodctl.cli.agents import format_in, is_agent
 from frodctl.cli.options import as_flags
 from frodctl.cli.output import OutputClosed, printable, silence_stdout
-from frodctl.errors import FrodctlError, OutOfResources
+from frodctl.cli.started import Started
+from frodctl.errors import FrodctlError, OutOfResources, UsageError
+from frodctl.jobs.ranks import BY_ITSELF, Launch
 from frodctl.jobs.resources import is_out_of_memory, require_address_space
 
 _COMMANDS = {
@@ -28,7 +32,12 @@ _COMMANDS = {
     "merge": "Trained perturbations folded back into dense weights.",
     "extract": "What a fine-tuning changed in a checkpoint, compressed to an adapter.",
     "inspect": "Rank and spectrum statistics of checkpoints, bases and adapters.",
+    "env": "What a bug report needs: versions, threads, devices, cache folders.",
 }
+
+
+#: What several ranks can do together.
+_SHARED = ("decompose", "merge")
 
 
 class _LazyGroup(click.Group):
@@ -68,44 +77,66 @@ class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    own_process = arguments is None
+def main(arguments: Sequence[str] | None = None, launch: Launch = BY_ITSELF) -> int:
+    """Run the command line, maybe as one of several ranks, and return its exit code."""
+    started = Started(own_process=arguments is None, launch=launch)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
+    if launch.number:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first rank's is all there is to see)
     try:
-        return _run(arguments, own_process=own_process)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.ClickException as error:
-        click.UsageError(printable(error.format_message()), getattr(error, "ctx", None)).show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _interrupted(arguments, 130)
-    except _Terminated:
-        return _interrupted(arguments, 143)
-    except BaseException as error:
-        if _closed_pipe(error):
-            return 0
-        if "--debug" in arguments:
-            _show_traceback()
-        message, code = _explain(error)
-        with suppress(BrokenPipeError):
-            click.echo(f"Error: {printable(message)}", err=True)
+        code = _run(arguments, started)
+        launch.leave()
         return code
+    except (KeyboardInterrupt, click.Abort):
+        return _interrupted(arguments, 130, launch)
+    except _Terminated:
+        return _interrupted(arguments, 143, launch)
+    except BaseException as error:
+        return _failed(error, arguments, launch)
 
 
-def _run(arguments: list[str], *, own_process: bool) -> int:
+def _failed(error: BaseException, arguments: list[str], launch: Launch) -> int:
+    """Say what went wrong, unless another rank has; the exit code."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if _closed_pipe(error):
+        return 0
+    if "--debug" in arguments and not isinstance(error, click.ClickException):
+        _show_traceback()
+    message, code = _explain(error)
+    if launch.first_to_fail():
+        with suppress(BrokenPipeError):
+            if isinstance(error, click.ClickException):
+                _show_misuse(error, arguments)
+            else:
+                click.echo(f"Error: {printable(message)}", err=True)
+    return code
+
+
+def _show_misuse(error: click.ClickException, arguments: Sequence[str]) -> None:
+    """What was wrong with the command line, with its usage; in one line to an agent."""
+    message = printable(error.format_message())
+    if is_agent(format_in(arguments)):
+        click.echo(f"Error: {message}", err=True)
+    else:
+        click.UsageError(message, getattr(error, "ctx", None)).show()
+
+
+def _run(arguments: list[str], started: Started) -> int:
     """What click's own ``main`` does, which turns a closed pipe into exit code 1."""
     completion = os.environ.get("_FRODCTL_COMPLETE")
     if completion:
         return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
-    with cli.make_context("frodctl", arguments, obj=own_process) as context:
+    extension = started.own_process and Path(sys.argv[0]).stem == "hf-frod"
+    with cli.make_context("hf frod" if extension else "frodctl", arguments, obj=started) as context:
         if not {"-h", "--help"} & set(arguments):
             require_address_space()
+        if started.launch.count > 1 and arguments[0] in _COMMANDS and arguments[0] not in _SHARED:
+            raise UsageError(f"{arguments[0]} runs in one process, and this is one of torchrun's; start it without")
         try:
             code = cli.invoke(context)
         except FrodctlError as error:
@@ -115,8 +146,10 @@ def _run(arguments: list[str], *, own_process: bool) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _interrupted(arguments: list[str], code: int) -> int:
+def _interrupted(arguments: list[str], code: int, launch: Launch) -> int:
     """Say that the work was interrupted, and what becomes of it."""
+    if launch.number:
+        return code
     keeps = arguments[:1] in (["decompose"], ["merge"]) or (arguments[:1] == ["extract"] and "frod" not in arguments)
     resumes = keeps and not {"--no-resume", "--dry-run"} & set(arguments)
     with suppress(OSError):
@@ -143,7 +176,7 @@ def _show_traceback() -> None:
 
 def _explain(error: BaseException) -> tuple[str, int]:
     """The text and the exit code for an exception."""
-    if isinstance(error, FrodctlError):
+    if isinstance(error, FrodctlError | click.ClickException):
         return str(error), error.exit_code
     if is_out_of_memory(error):
         return "out of memory; choose fewer target modules", OutOfResources.exit_code

@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
 from frodctl.cli.progress import Reporter
+from frodctl.cli.started import started
 from frodctl.jobs import profile as job
 
 #: What takes less is left out of the table, which would show 0.
@@ -19,7 +18,7 @@ _LEAST_SECONDS = 5e-4
 
 def begin(wanted: bool, *, dry_run: bool = False) -> job.Unprofiled:
     """The profile of this command, from the start of its process where it has one to itself."""
-    own_process = bool(click.get_current_context().obj)
+    own_process = started().own_process
     return job.begin(wanted, dry_run=dry_run, began=_process_began() if wanted and own_process else None)
 
 

@@ -63,6 +63,8 @@ class Provenance:
     live_prefix: str | None = None
     shapes: Mapping[str, Json] = field(default_factory=dict)  #: then, of the weights as the checkpoint stores them
     digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
+    #: of the live base: ``kind``, ``dtype`` (the format's name) and the ``modules`` that were so; empty where none was
+    quantization: Mapping[str, Json] = field(default_factory=dict)
     version: int = VERSION
 
     @classmethod
@@ -98,6 +100,7 @@ class Provenance:
         yield "sparsity", all(is_rate(rate) for rate in self.sparsity.values())
         yield "head", _is_head(self.head)
         yield "shapes", all(map(_is_shape, self.shapes.values()))
+        yield "quantization", not self.quantization or _is_quantization(self.quantization)
 
 
 def _key(field: str) -> str:
@@ -110,11 +113,24 @@ LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 #: What a config.json, and so `Provenance.head`, says of a head's labels.
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 #: Those fields of `Provenance` that are JSON objects.
-_MAPPINGS = ("V_digests", "base_digests", "sparsity", "categories", "pattern", "dtype", "head", "digests", "shapes")
+_MAPPINGS = (
+    "V_digests", "base_digests", "sparsity", "categories", "pattern", "dtype", "head", "digests", "shapes",
+    "quantization",
+)  # fmt: skip
 
 
 def _is_shape(shape: Json) -> bool:
     return isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+
+
+def _is_quantization(found: Mapping[str, Json]) -> bool:
+    modules = found.get("modules")
+    return (
+        isinstance(found.get("kind"), str)
+        and (found.get("dtype") is None or found["dtype"] in FLOAT_DTYPES)
+        and isinstance(modules, list)
+        and all(isinstance(module, str) for module in modules)
+    )
 
 
 def _is_head(head: Mapping[str, Json]) -> bool:

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 PROCESS_BYTES = 70_000_000
 
 
-def choose_device(name: str) -> Kernels:
-    """The kernels of the device called ``name``: "auto" is the first CUDA GPU if there is one, else the CPU.
+def choose_device(name: str, number: int = 0) -> Kernels:
+    """The kernels of the device called ``name``: "auto" is a CUDA GPU if there is one, else the CPU.
+
+    Of several GPUs it is the one with this number, or so many times around, unless the name says which.
 
     Raises
     ------
@@ -37,8 +39,10 @@ def choose_device(name: str) -> Kernels:
         return kernels_of("cpu")
     import torch
 
-    if name == "auto":
-        return kernels_of("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto" and not torch.cuda.is_available():
+        return kernels_of("cpu")
+    if name in ("auto", "cuda") and torch.cuda.device_count():
+        return kernels_of(f"cuda:{number % torch.cuda.device_count()}")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -60,8 +64,9 @@ def measured_rates(device: str) -> Rates | None:
         return None
 
 
-def require_memory(nbytes: int, device: str) -> None:
-    """Raise `OutOfResources` if ``nbytes`` are not available on the device."""
+def require_memory(nbytes: int, device: str, processes: int = 1) -> None:
+    """Raise `OutOfResources` if ``nbytes`` are not available on the device for each process of this machine."""
+    nbytes *= processes if device == "cpu" else 1
     available = _available(device)
     if available is not None and available < nbytes:
         raise OutOfResources(

@@ -49,6 +49,22 @@ def flops(shapes: Sequence[tuple[int, int]]) -> float:
     return sum(sum(layer_flops(m, n)) for m, _ in shapes) + 20.0 * n**3
 
 
+#: Operations in the time of a byte of a message: 20 GFLOP/s and 0.5 GB/s on a CPU's core, more of both on GPUs.
+_MESSAGE = 40.0
+
+
+def flops_of_ranks(shapes: Sequence[tuple[int, int]], ranks: int) -> float:
+    """Operations, about, in whose time so many ranks are done with a category together.
+
+    The layers are divided among them; all but their parts in the three passes is one rank's, for whom the others wait;
+    G, T, V and D are sent.
+    """
+    n, most = shapes[0][1], -(-len(shapes) // ranks)
+    layers = max(sum(sum(layer_flops(m, n)) for m, _ in shapes[i : i + most]) for i in range(0, len(shapes), most))
+    sent = 0.0 if ranks == 1 else _MESSAGE * 28 * n * n
+    return layers + 20.0 * n**3 + sent
+
+
 def stacked(m: int, count: int) -> int:
     """How many of ``count`` wide weights of height m are multiplied at a time."""
     return max(1, min(STACK_ROWS // m, count))
@@ -89,7 +105,9 @@ def kept_grams(shapes: Sequence[tuple[int, int]], cache_bytes: int, work: str) -
     return kept
 
 
-def memory_bytes(shapes: Sequence[tuple[int, int]], cache_bytes: int, work: str, *, parked: bool = False) -> int:
+def memory_bytes(
+    shapes: Sequence[tuple[int, int]], cache_bytes: int, work: str, *, parked: bool = False, ranks: int = 1
+) -> int:
     """Peak memory of `joint_basis` in bytes, without the process's own and the weights read ahead.
 
     The (n, n) matrices that are alive are counted phase by phase, as `joint_basis` goes.
@@ -104,15 +122,17 @@ def memory_bytes(shapes: Sequence[tuple[int, int]], cache_bytes: int, work: str,
         Dtype of the products.
     parked : bool
         Whether R and R⁻¹ are elsewhere while they are not needed.
+    ranks : int
+        How many processes divide the layers among them; the memory is one's.
     """
     n = shapes[0][1]
     w = ITEMSIZE[work]
     tall = [(m, 8 if nearly_square(m, n) else w) for m, _ in shapes if m >= n]
     wide = [m for m, _ in shapes if m < n]
-    kept = kept_grams(shapes, cache_bytes, work)
+    kept = kept_grams(shapes[: -(-len(shapes) // ranks)], cache_bytes, work)
     roots = w * n * n * len(kept)
     turning = 4 * n * n if kept and kept[0] > w * n * n else 0  # a G_i beside the R_i that takes its place
-    again = len(tall) > len(kept)  # some Gram matrices are computed again
+    again = -(-len(tall) // ranks) > len(kept)  # some Gram matrices are computed again
     stack = max((stacked(m, len(shapes)) * m for m in wide), default=0)
     buffers = (w * stack + sum({size: size * m for m, size in sorted(tall)}.values())) * n
     buffers += sum({size for _, size in tall}) * n * n if again else 0

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.method.cost import is_deficient, kept_grams, layer_flops, nearly_square, stacked, working_dtype
 from frodctl.method.kernels import Kernels, kernels_of
 from frodctl.method.linalg import Scratch, row_blocks, spectral_norm_of_triangle
+from frodctl.method.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from frodctl.arrays import Array, HostArray
@@ -155,6 +156,7 @@ def joint_basis(
     cache_bytes: int = 0,
     park: Callable[[Array], Held] = in_memory,
     advance: Callable[[float], None] = lambda flops: None,
+    ranks: Ranks = ALONE,
 ) -> JointBasis:
     """Compute the joint basis of ``layers``.
 
@@ -182,6 +184,8 @@ def joint_basis(
         Takes R and R⁻¹ (n, n) while they are not needed, and returns what gives them back.
     advance : callable
         Progress: called with the number of floating-point operations just done (of `cost.flops`).
+    ranks : Ranks
+        The processes that compute it together, by default this one. Each reads its own layers only; all return it.
 
     Returns
     -------
@@ -196,20 +200,38 @@ def joint_basis(
     NotPositiveDefinite
         Rounding has left a layer's G_i + αG, or C_i + αI, without a Cholesky factor.
     """
-    stack = _Stack(layers, kernels, cache_bytes, park, advance)
-    G, root, work = stack.factored(precision, alpha)
-    T = stack.mean_resolvent(G, root, alpha, work)
+    stack = _Stack(layers, kernels, cache_bytes, park, advance, ranks)
+    work, directions = _directions(stack, alpha, precision, dtype)
+    V, tau, Dt, rms = ranks.share(directions)
+    rank, condition = stack.root.rank, stack.root.condition
+    scales = stack.scales(V, Dt, work, alpha)
+    _check_rounding(scales, rank, dtype)
+    return JointBasis(V, tau, scales, rank, condition, work, rms)
+
+
+def _directions(stack: _Stack, alpha: float, precision: str, dtype: str) -> tuple[str, list[Any] | None]:
+    """The dtype of the products; V as stored, τ, D in rows if V's rounding does not show in it, and ‖V‖_F/√n.
+
+    All but the dtype is found by the first rank alone.
+    """
+    kernels = stack.kernels
+    G, work = stack.factored(precision, alpha)
+    T = stack.mean_resolvent(G, alpha, work)
     del G
+    if stack.ranks.number:
+        stack.drop_R()
+        stack.drop_P()
+        return work, None
     # T is as precise as the products it came from: float32 where there are wide weights only
     T = T if stack.any_tall else kernels.put(T, work)
     tau, Zt = kernels.syevd(T)
     del T
-    Vt = root.basis(kernels, Zt)
-    if not stack.roots:
-        root = replace(root, R=in_memory(root.null))
-    Dt = root.dual(kernels, Zt, work)
-    root = replace(root, P=in_memory(root.null))
+    Vt = stack.root.basis(kernels, Zt)
+    stack.drop_R()
+    Dt = stack.root.dual(kernels, Zt, work)
+    stack.drop_P()
     del Zt
+    root = stack.root
     _untie(kernels, Vt, Dt, tau, graded=root.frame is not None)
     if root.frame is not None:
         Vt = _rotated(kernels, Vt, root.frame)
@@ -224,9 +246,7 @@ def joint_basis(
         Dt *= kernels.put(signs[:, None])
     else:  # the rounding of V would show
         Dt = None
-    scales = stack.scales(V, Dt, root, work, alpha)
-    _check_rounding(scales, root.rank, dtype)
-    return JointBasis(V, tau, scales, root.rank, root.condition, work, rms)
+    return work, [V, tau, Dt, rms]
 
 
 def float32_condition(shapes: Sequence[tuple[int, int]], alpha: float) -> float:
@@ -245,6 +265,7 @@ class _Stack:
         cache_bytes: int,
         park: Callable[[Array], Held],
         advance: Callable[[float], None],
+        ranks: Ranks,
     ) -> None:
         self.layers = layers
         self.shapes = layers.shapes
@@ -259,6 +280,9 @@ class _Stack:
         self.sizes: dict[int, float] = {}  #: the length of R_i's longest column, about ‖R_i‖
         self.cache_bytes = cache_bytes
         self.park = park
+        self.ranks = ranks
+        self.own = ranks.own(len(self.shapes))  #: the layers that this process reads
+        self.root: _Root  #: of G, known after the first pass
 
     @property
     def any_tall(self) -> bool:
@@ -300,10 +324,11 @@ class _Stack:
     ) -> Iterator[tuple[slice, Array]]:
         """The weights times their factors, in a dtype, with the numbers of their layers; ``step`` is the pass.
 
-        The factors, powers of two, are by default the common one. Wide weights come several of one height on top of
+        Those of this process are taken, or what there is of them in ``numbers``. The factors, powers of two, are by
+        default the common one. Wide weights come several of one height on top of
         each other, as short matrices do not make the most of the machine. Nearly square ones may be of another dtype.
         """
-        numbers = range(len(self.shapes)) if numbers is None else numbers
+        numbers = self.own if numbers is None else numbers
         first, held = 0, 0
         for place, (i, stored) in enumerate(zip(numbers, self.layers.read(numbers), strict=True)):
             m, n = self.shapes[i]
@@ -329,8 +354,8 @@ class _Stack:
                 yield slice(first, i + 1), stack[: held * m]
                 held = 0
 
-    def factored(self, precision: str, alpha: float) -> tuple[Array, _Root, str]:
-        """G (0, 0 where it is not needed again), its root, and the dtype of the products that turned out to do."""
+    def factored(self, precision: str, alpha: float) -> tuple[Array, str]:
+        """G (0, 0 where it is not needed again), and the dtype of the products that turned out to do."""
         work = working_dtype(self.shapes, precision)
         G = self.gram(work)
         if self.rescale():
@@ -349,15 +374,25 @@ class _Stack:
             if self.is_spare:
                 del G
                 G = self.gram(work)
-            root = self.qr_root(G) if self.spread > SPREAD else _eigen_root(self.kernels, G)
+            root = self.qr_root(G) if self.spread > SPREAD else self.eigen_root(G)
         if not self.any_tall:  # G has served, and R may be in its place
             G = self.kernels.empty((0, 0), "float64")
-        return G, root, work
+        self.root = root
+        return G, work
+
+    def drop_R(self) -> None:
+        """R has served, unless λ is to be found by the R_i."""
+        if not self.roots:
+            self.root = replace(self.root, R=in_memory(self.root.null))
+
+    def drop_P(self) -> None:
+        """P has served."""
+        self.root = replace(self.root, P=in_memory(self.root.null))
 
     def gram(self, work: str) -> Array:
         """G = Σ W_iᵀ W_i (n, n) float64."""
         self.grams.clear()
-        kept = len(kept_grams(self.shapes, self.cache_bytes, work))
+        kept = len(kept_grams([self.shapes[i] for i in self.own], self.cache_bytes, work))
         total = _Sum(self.n, self.kernels)
         for layers, X in self.stacks(0, work, near_square="float64"):
             if self.shapes[layers.start][0] < self.n:
@@ -368,7 +403,10 @@ class _Stack:
             if keep:
                 self.grams[layers.start] = gram
             total.add(gram)  # each G_i as it is used again: ties depend on G being their sum exactly
-        return total.result()
+        self.norms = self.ranks.sum(
+            np.array([self.norms[i] * (i in self.own) for i in range(len(self.shapes))])
+        ).tolist()
+        return self.ranks.sum(total.result())
 
     def gram_of(self, X: Array, *, keep: bool) -> Array:
         """XᵀX (n, n), in scratch memory unless it is to be kept."""
@@ -376,14 +414,14 @@ class _Stack:
         out = self.kernels.empty(shape, dtype) if keep else self.scratch.empty("gram", shape, dtype)
         return self.kernels.syrk(X, out)
 
-    def mean_resolvent(self, G: Array, root: _Root, alpha: float, work: str) -> Array:
+    def mean_resolvent(self, G: Array, alpha: float, work: str) -> Array:
         """T = (1/N) Σ (C_i + αI)⁻¹ (r, r) float64."""
-        terms = _Resolvents(G, root, alpha, work, self.scratch)
-        unwhitened = root.triangular and root.frame is None
+        terms = _Resolvents(G, self.root, alpha, work, self.scratch)
+        unwhitened = self.root.triangular and self.root.frame is None
         for i in list(self.grams) if unwhitened else ():
             self.advance(layer_flops(*self.shapes[i])[1])
             self.roots[i], self.sizes[i] = terms.add_unwhitened(self.grams.pop(i), keep=True)
-        others = [i for i in range(len(self.shapes)) if i not in self.roots]
+        others = [i for i in self.own if i not in self.roots]
         for layers, X in self.stacks(1, work, numbers=others, near_square="float64" if unwhitened else None):
             m = self.shapes[layers.start][0]
             if unwhitened and m >= self.n:
@@ -392,7 +430,8 @@ class _Stack:
                 terms.add_whitened(X, m)
         self.grams.clear()
         self.scratch.blocks.clear()
-        return terms.mean()
+        T = self.ranks.sum(terms.sum())
+        return self.kernels.axpby(1 / len(self.shapes), T, 0, T)
 
     def cholesky_root(self, G: Array, work: str) -> _Root | None:
         """The Cholesky factor of G as its root; None where G is singular or too badly conditioned for it.
@@ -403,10 +442,11 @@ class _Stack:
         if is_deficient(self.shapes):
             return None
         R = G if self.is_spare else kernels.axpby(1, G, 0, kernels.empty(shape, "float64"))
-        if not kernels.potrf(R):
-            return None
-        P = kernels.trtri(kernels.copy(R, kernels.empty(shape, work)))
-        condition = spectral_norm_of_triangle(kernels, R) * spectral_norm_of_triangle(kernels, P)
+        condition = math.inf
+        if kernels.potrf(R):
+            P = kernels.trtri(kernels.copy(R, kernels.empty(shape, work)))
+            condition = spectral_norm_of_triangle(kernels, R) * spectral_norm_of_triangle(kernels, P)
+        condition = self.ranks.largest(condition)
         if not condition <= CHOLESKY_CONDITION:
             return None
         null = kernels.empty((0, self.n), "float64")
@@ -424,28 +464,54 @@ class _Stack:
         reciprocals = [_inverse_scale(norm) if norm else 0.0 for norm in self.norms]
         for _, X in self.stacks(0, "float64", reciprocals):
             kernels.syrk(X, balanced, beta=1)
-        values, E = kernels.syevd(balanced)
-        null, E = _split(values, E)
+        null, E = _split(*self.eigenvectors(self.ranks.sum(balanced)))
         seen = kernels.gemm(E, kernels.mirror(G), kernels.empty(tuple(E.shape), "float64"))
         inner = kernels.gemm(seen, E, kernels.empty((len(E), len(E)), "float64"), transpose_b=True)
-        frame = _rotated(kernels, kernels.syevd(_negated(kernels, inner))[1], E)
+        frame = _rotated(kernels, self.eigenvectors(_negated(kernels, inner))[1], E)
         R = kernels.zeros((0, len(frame)), "float64")
         for _, X in self.stacks(0, "float64"):
-            rows = kernels.empty((len(R) + len(X), len(frame)), "float64")
-            rows[: len(R)] = R
-            kernels.gemm(X, frame, rows[len(R) :], transpose_b=True)
-            lengths = kernels.row_dots(rows, rows)
-            R = kernels.qr(rows[np.argsort(-lengths, kind="stable").tolist()])
+            R = self.stacked_qr(R, X, frame)
+        for number in range(1, self.ranks.count):
+            [part] = self.ranks.share([R], number)
+            R = self.stacked_qr(R, part) if self.ranks.number == 0 else R
+        [R] = self.ranks.share([R])
         P = kernels.trtri(kernels.copy(R, kernels.empty(tuple(R.shape), "float64")))
         condition = spectral_norm_of_triangle(kernels, R) * spectral_norm_of_triangle(kernels, P)
         return _Root(self.park(R), self.park(P), null, len(R), True, condition, frame)
 
-    def scales(self, V: HostArray, Dt: Array | None, root: _Root, work: str, alpha: float) -> list[HostArray]:
+    def stacked_qr(self, R: Array, X: Array, frame: Array | None = None) -> Array:
+        """The triangular factor of R on top of X, or of X seen in a frame."""
+        rows = self.kernels.empty((len(R) + len(X), R.shape[1]), "float64")
+        rows[: len(R)] = R
+        if frame is None:
+            rows[len(R) :] = X
+        else:
+            self.kernels.gemm(X, frame, rows[len(R) :], transpose_b=True)
+        lengths = self.kernels.row_dots(rows, rows)
+        return self.kernels.qr(rows[np.argsort(-lengths, kind="stable").tolist()])
+
+    def eigen_root(self, G: Array) -> _Root:
+        """diag(√g) Eᵀ of G = E diag(g) Eᵀ as its root, the null space split off."""
+        kernels = self.kernels
+        values, E = self.eigenvectors(kernels.axpby(1, G, 0, kernels.zeros(tuple(G.shape), "float64")))
+        null, E = _split(values, E)
+        root = np.sqrt(values[len(null) :])
+        condition = float(root[-1] / root[0]) if len(root) else 1.0
+        scale = kernels.put(root[:, None])
+        return _Root(in_memory(E * scale), in_memory(E / scale), null, len(E), False, condition)
+
+    def eigenvectors(self, A: Array) -> tuple[Vector, Array]:
+        """The same to the last bit in every rank: what follows depends on it."""
+        found = self.kernels.syevd(A) if self.ranks.number == 0 else None
+        values, E = self.ranks.share(found)
+        return values, E
+
+    def scales(self, V: HostArray, Dt: Array | None, work: str, alpha: float) -> list[HostArray]:
         """λ_i (n,) float32 of every layer, from V as stored; 0 in the null directions, the last n − rank.
 
         ``Dt`` (n, n) is D in rows where it is known.
         """
-        kernels, rank = self.kernels, root.rank
+        kernels, rank = self.kernels, self.root.rank
         lengths = (kernels_of("cpu").norms(V, 0) * self.factor)[:rank]
         if Dt is None:
             inverse = kernels.inverse(kernels.put(V.astype(np.float64) * self.factor, work))
@@ -457,7 +523,7 @@ class _Stack:
         Dt = Dt[:rank]
         duals = np.sqrt(kernels.row_dots(Dt, Dt))
         factors = [self._own_factor(norm) for norm in self.norms]
-        scales = np.sqrt(self._squares(kernels.put(Dt, work), root, factors, work, alpha))
+        scales = np.sqrt(self._squares(kernels.put(Dt, work), factors, work, alpha))
         # ‖W_i‖ from λ_i and V: within rounding that matters here, as U's columns are unit vectors
         sizes = np.linalg.norm(scales * lengths, axis=1, keepdims=True)
         scales[(scales <= ROUNDING * sizes * duals) & (scales * lengths <= ROUNDING * sizes)] = 0
@@ -474,11 +540,11 @@ class _Stack:
         common = norm * self.factor
         return self.factor if not common or common >= _SAFE_NORM else _inverse_scale(norm)
 
-    def _squares(self, Dt: Array, root: _Root, factors: Sequence[float], work: str, alpha: float) -> HostArray:
+    def _squares(self, Dt: Array, factors: Sequence[float], work: str, alpha: float) -> HostArray:
         """‖f_i W_i d_k‖² (N, r) float64 for the rows d_k of Dt (r, n), f_i being the factors."""
         squares = np.zeros((len(self.shapes), len(Dt)))
-        lost = self._squares_by_roots(squares, Dt, root, factors, work, alpha)
-        others = [i for i in range(len(self.shapes)) if i not in self.roots or i in lost]
+        lost = self._squares_by_roots(squares, Dt, factors, work, alpha)
+        others = [i for i in self.own if i not in self.roots or i in lost]
         for layers, X in self.stacks(2, work, factors, others):
             m = self.shapes[layers.start][0]
             chosen = lost.get(layers.start)
@@ -487,17 +553,17 @@ class _Stack:
             for place, i in enumerate(range(layers.start, layers.stop)):
                 own = Y[:, place * m : (place + 1) * m]
                 squares[i, slice(None) if chosen is None else chosen] = self.kernels.row_dots(own, own)
-        return squares
+        return self.ranks.sum(squares)
 
     def _squares_by_roots(
-        self, squares: HostArray, Dt: Array, root: _Root, factors: Sequence[float], work: str, alpha: float
+        self, squares: HostArray, Dt: Array, factors: Sequence[float], work: str, alpha: float
     ) -> dict[int, list[int]]:
         """Fill in λ² = ‖R_i d‖² − α dᵀGd where R_i is kept; of each such layer the k where that cancels too much."""
         lost: dict[int, list[int]] = {}
         if not self.roots:
             return lost
         lengths = self.kernels.row_dots(Dt, Dt)
-        shift = alpha * self._squares_of(self.kernels.put(root.R(), work), Dt)
+        shift = alpha * self._squares_of(self.kernels.put(self.root.R(), work), Dt)
         for i, R in self.roots.items():
             self.advance(layer_flops(*self.shapes[i])[2])
             squares[i] = self._squares_of(R, Dt) - shift
@@ -572,7 +638,6 @@ class _Resolvents:
         self.tall: _Sum | None = None  #: Σ (Q_iᵀQ_i + αI)⁻¹
         self.wide: _Sum | None = None  #: Σ Q_iᵀ (Q_i Q_iᵀ + αI)⁻¹ Q_i
         self.wide_count = 0
-        self.count = 0
 
     def add_unwhitened(self, gram: Array, *, keep: bool = False) -> tuple[Array, float]:
         """A layer with m ≥ n, by its Gram matrix G_i (n, n).
@@ -581,7 +646,6 @@ class _Resolvents:
         longest column; unless it is to be kept, R_i is not to be used.
         """
         shape = tuple(gram.shape)
-        self.count += 1
         shifted = self.kernels.axpby(1, gram, 0, self.scratch.empty("shifted", shape, "float64"))
         self.kernels.axpby(self.alpha, self.G, 1, shifted)
         longest = math.sqrt(float(self.kernels.get(shifted.diagonal()).max()))
@@ -604,7 +668,6 @@ class _Resolvents:
             Q = kernels.trmm(W, self.P)
         else:
             Q = kernels.gemm(W, self.P, self.scratch.empty("Q", (len(W), r), dtype), transpose_b=True)
-        self.count += len(W) // m
         parts = [Q[rows] for rows in row_blocks(len(Q), m)]
         if m < r:
             for part in parts:
@@ -624,8 +687,8 @@ class _Resolvents:
             raise NotPositiveDefinite("rounding has left a matrix without a Cholesky factor")
         return A
 
-    def mean(self) -> Array:
-        """T (r, r) float64, symmetric."""
+    def sum(self) -> Array:
+        """Σ (C_i + αI)⁻¹ (r, r) float64, symmetric."""
         kernels = self.kernels
         parts = []
         if self.unwhitened is not None:
@@ -639,17 +702,7 @@ class _Resolvents:
         T = parts[0]
         for part in parts[1:]:
             kernels.axpby(1, part, 1, T)
-        return kernels.axpby(1 / self.count, T, 0, T)
-
-
-def _eigen_root(kernels: Kernels, G: Array) -> _Root:
-    """diag(√g) Eᵀ of G = E diag(g) Eᵀ as its root, the null space split off."""
-    values, E = kernels.syevd(kernels.axpby(1, G, 0, kernels.zeros(tuple(G.shape), "float64")))
-    null, E = _split(values, E)
-    root = np.sqrt(values[len(null) :])
-    condition = float(root[-1] / root[0]) if len(root) else 1.0
-    scale = kernels.put(root[:, None])
-    return _Root(in_memory(E * scale), in_memory(E / scale), null, len(E), False, condition)
+        return T
 
 
 def _split(values: Vector, E: Array) -> tuple[Array, Array]:

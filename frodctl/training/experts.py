@@ -27,12 +27,13 @@ from frodctl.training.products import Factors, projected
 
 #: The flags of transformers' experts by which it dispatches them.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-_OUTPUT = "down_proj"
+#: The parameter by which what they computed goes back into the model.
+OUTPUT = "down_proj"
 
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether it is stacked experts of one of the classes that transformers dispatches."""
-    return all(hasattr(module, flag) for flag in _FLAGS) and isinstance(getattr(module, _OUTPUT, None), nn.Parameter)
+    return all(hasattr(module, flag) for flag in _FLAGS) and isinstance(getattr(module, OUTPUT, None), nn.Parameter)
 
 
 class ExpertsUpdate(Update):
@@ -145,8 +146,8 @@ class FrodExperts(FrodLinear):
         base: Any = self.base_layer
         if not updates:
             return base(hidden_states, top_k_index, top_k_weights)
-        inputs = [found for found in updates if found[0].parameter != _OUTPUT]
-        outputs = [found for found in updates if found[0].parameter == _OUTPUT]
+        inputs = [found for found in updates if found[0].parameter != OUTPUT]
+        outputs = [found for found in updates if found[0].parameter == OUTPUT]
         parameter = "gate_up_proj" if base.has_gate else "up_proj"
         rotated = Rotated(hidden_states, inputs)
 
@@ -155,7 +156,7 @@ class FrodExperts(FrodLinear):
                 pairs, parameter, inputs, hidden_states.index_select(0, pairs.tokens), rotated.of(pairs.tokens)
             )
             y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-            y = _product(pairs, _OUTPUT, outputs, y, Rotated(y, outputs).all)
+            y = _product(pairs, OUTPUT, outputs, y, Rotated(y, outputs).all)
             return base.post_expert_norm(y) if base.has_post_expert_norm else y
 
         routed = _ROUTED.get(base.config._experts_implementation, Grouped)(base, top_k_index, top_k_weights)

@@ -8,8 +8,8 @@ rank 4, by target_parameters) train as many numbers. "attention" leaves the expe
 frodctl. A process takes one method: --steps steps, of which the median counts, after one to warm up. Processes are in
 turns, --repeats of each, of which the median counts again.
 
-"count" is the time by operations of the experts' products alone, full fine-tuning's being 1, as
-`frodctl.training.step_costs` counts them.
+"count" is the time of the experts' products alone by their operations, full fine-tuning's being 1
+(`frodctl.method.step_cost`); PEFT's LoRA forms W + B A of every expert, and ∂L/∂W as full fine-tuning does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import machine
 from process import Failed, printed
 
 import frodctl
+from frodctl.method.step_cost import Shape, full_flops, input_flops
 
 RANK = 4
 METHODS = ("full", "LoRA", "frodctl", "attention")
@@ -71,23 +72,43 @@ print(json.dumps([statistics.median(seconds), peak, sum(p.numel() for p in train
 """.replace("RANK", str(RANK))
 
 
+def sparsity(config: dict[str, Any]) -> float:
+    """At which as many numbers are trained in an expert as LoRA has."""
+    n, inner = config["hidden_size"], config["moe_intermediate_size"]
+    numbers = RANK * ((2 * inner + n) + (n + inner))
+    return float((numbers - 2 * n - inner) / (2 * n * n + inner * inner))
+
+
 def made(work: Path, config: dict[str, Any]) -> tuple[Path, Path]:
-    """The checkpoint and its basis, with as many trained numbers in the experts as LoRA has."""
+    """The checkpoint and its basis."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).save_pretrained(work / "model")
-    n, inner = config["hidden_size"], config["moe_intermediate_size"]
-    numbers = RANK * ((2 * inner + n) + (n + inner))  # of an expert
-    sparsity = (numbers - 2 * n - inner) / (2 * n * n + inner * inner)
-    frodctl.decompose(str(work / "model"), work / "basis.safetensors", target_modules="all-linear", sparsity=sparsity)
-    return work / "model", work / "basis.safetensors"
+    basis, share = work / "basis.safetensors", sparsity(config)
+    frodctl.decompose(str(work / "model"), basis, target_modules="all-linear", sparsity=share)
+    return work / "model", basis
 
 
-def shown(found: dict[str, list[list[float]]], tokens: int) -> str:
+def flops(method: str, config: dict[str, Any], tokens: int) -> float:
+    """Operations of a step in the experts of a layer."""
+    n, inner, experts = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
+    routed = {"experts": experts, "chosen": config["num_experts_per_tok"]}
+    into, out = Shape(inner, n, 0, **routed, in_rows=True), Shape(n, inner, 0, **routed, own_input=True)
+    full = 2 * full_flops(into, tokens) + full_flops(out, tokens)
+    if method == "frodctl":
+        share = sparsity(config)
+        with_S = [shape._replace(positions=int(share * shape.n**2) + shape.n) for shape in (into, into, out)]
+        return sum(input_flops(shape, tokens) for shape in with_S)
+    formed = 6.0 * RANK * 3 * n * inner * experts  # B A, and the gradients of B and A
+    return {"full": full, "LoRA": full + formed, "attention": full * 2 / 3}[method]
+
+
+def shown(found: dict[str, list[list[float]]], config: dict[str, Any], tokens: int) -> str:
     """The results in Markdown."""
-    lines = ["| trained | numbers | tokens/s, median (min–max) | / full | / LoRA | peak memory |", f"|{'---|' * 6}"]
+    heads = ("trained", "numbers", "tokens/s, median (min–max)", "/ full", "/ LoRA", "count", "peak memory")
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for method, turns in found.items():
         if not turns:
             continue
@@ -103,6 +124,7 @@ def shown(found: dict[str, list[list[float]]], tokens: int) -> str:
             f"{turns[0][2] / 1e6:.2f} M",
             f"{statistics.median(rates):.0f} ({min(rates):.0f}–{max(rates):.0f})",
             *ratios,
+            f"{flops(method, config, tokens) / flops('full', config, tokens):.2f}",
             f"{peak:.0f} MB",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -120,7 +142,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(machine.description(), end="\n\n")
     with tempfile.TemporaryDirectory() as work:
-        model, basis = made(Path(work), QUICK if arguments.quick else CONFIG)
+        config = QUICK if arguments.quick else CONFIG
+        model, basis = made(Path(work), config)
         for dtype in arguments.dtypes:
             for tokens in [64] if arguments.quick else arguments.tokens:
                 found: dict[str, list[list[float]]] = {method: [] for method in arguments.methods}
@@ -131,7 +154,7 @@ def main() -> None:
                             found[method].append(printed(STEPS, given))
                         except Failed as failure:
                             print(f"{method}: {failure}\n", flush=True)
-                print(f"{tokens} tokens, {dtype}\n\n{shown(found, tokens)}\n", flush=True)
+                print(f"{tokens} tokens, {dtype}\n\n{shown(found, config, tokens)}\n", flush=True)
 
 
 if __name__ == "__main__":

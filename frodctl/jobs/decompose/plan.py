@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +12,7 @@ from typing import ClassVar
 import frodctl
 from frodctl import values
 from frodctl.checkpoint import codec, names, siblings, sink, targets
+from frodctl.checkpoint.experts import share_per_token
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
@@ -20,11 +21,12 @@ from frodctl.errors import OutOfResources, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.columns import Column
-from frodctl.jobs.decompose.experts import share_per_token
 from frodctl.jobs.decompose.options import DecomposeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.ranks import RANK_BYTES
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates
 from frodctl.method import budget, cost
+from frodctl.method.ranks import divided, shares
 from frodctl.pipeline import AHEAD
 from frodctl.values import PathLike
 
@@ -45,10 +47,16 @@ class CategoryPlan:
     targets: tuple[targets.Target, ...] = field(repr=False)
     sparsity: float | None  #: None until the spectra that it depends on are known
     share_per_token: float | None = 1.0  #: of the weights that take part in a token; None: unknown
+    ranks: tuple[int, ...] = (0,)  #: the processes that divide its layers among them
+    process_bytes: int = PROCESS_BYTES  #: what each takes before any weight
 
     @property
     def n(self) -> int:
         return self.targets[0].n
+
+    def own(self, rank: int) -> range:
+        """The numbers of the weights that one of its ranks reads."""
+        return shares(len(self.targets), len(self.ranks))[self.ranks.index(rank)]
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -75,6 +83,11 @@ class CategoryPlan:
         """Floating-point operations, about."""
         return cost.flops(self.shapes)
 
+    @property
+    def flops_of_ranks(self) -> float:
+        """In whose time its ranks are done with it."""
+        return cost.flops_of_ranks(self.shapes, len(self.ranks))
+
     def memory(self, options: DecomposeOptions) -> Memory:
         """What is kept: all that the cache has room for, as far as a limit allows it, then less, then R on disk."""
         limit = options.memory_limit
@@ -92,8 +105,10 @@ class CategoryPlan:
     def memory_bytes(self, memory: Memory, work: str) -> int:
         """Peak memory of the process: the arithmetic's with products of this dtype, and the weights read ahead."""
         stored = max(target.nbytes for target in self.targets)
-        arithmetic = cost.memory_bytes(self.shapes, memory.cache_bytes, work, parked=memory.parked)
-        return PROCESS_BYTES + arithmetic + (AHEAD + 1) * stored
+        arithmetic = cost.memory_bytes(
+            self.shapes, memory.cache_bytes, work, parked=memory.parked, ranks=len(self.ranks)
+        )
+        return self.process_bytes + arithmetic + (AHEAD + 1) * stored
 
     def most_memory_bytes(self, memory: Memory) -> int:
         """The same whichever dtype turns out to be needed."""
@@ -113,6 +128,7 @@ class CategoryPlan:
             "trainable_parameters": self.trainable_parameters,
             "flops": self.flops,
             "trainable_per_token": self.trainable_per_token,
+            "ranks": list(self.ranks),
         }
 
 
@@ -138,6 +154,8 @@ class DecomposePlan:
         *SHAPE_COLUMNS,
         Column("flops", "flop", "count"),
         Column("trainable_per_token"),
+        Column("memory_bytes"),
+        Column("ranks"),
     )
 
     checkpoint: Checkpoint = field(repr=False)
@@ -146,6 +164,7 @@ class DecomposePlan:
     categories: tuple[CategoryPlan, ...]
     left_out: tuple[targets.LeftOut, ...]
     peft_collisions: tuple[str, ...]
+    ranks: int = 1  #: processes that share the work
     seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
     @property
@@ -194,16 +213,24 @@ class DecomposePlan:
         tensors = [spec.name for category in self.categories for spec in self.specs(category)]
         return dict.fromkeys(tensors, blank), dict.fromkeys(modules, blank)
 
+    def category_memory_bytes(self, category: CategoryPlan) -> int:
+        """Peak resident memory of each process that has part in it, where products are as shapes tell."""
+        work = cost.working_dtype(category.shapes, self.options.precision)
+        return category.memory_bytes(self.memory(category), work)
+
     @property
     def peak_memory_bytes(self) -> int:
-        """Peak resident memory of the whole process, about, where products are of the precision that shapes tell."""
-        precision = self.options.precision
-        return max(c.memory_bytes(self.memory(c), cost.working_dtype(c.shapes, precision)) for c in self.categories)
+        """Peak resident memory of a whole process, about, where products are of the precision that shapes tell."""
+        return max(self.category_memory_bytes(c) for c in self.categories)
 
     @property
     def most_memory_bytes(self) -> int:
         """The same where float64 turns out to be needed."""
         return max(c.most_memory_bytes(self.memory(c)) for c in self.categories)
+
+    def rows(self) -> list[dict[str, Json]]:
+        """The categories as lines of a table."""
+        return [c.row() | {"memory_bytes": self.category_memory_bytes(c)} for c in self.categories]
 
     @property
     def parked_bytes(self) -> int:
@@ -270,6 +297,7 @@ class DecomposePlan:
             "output_bytes": self.output_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "flops": self.flops,
+            "ranks": self.ranks,
             "seconds_estimate": self.seconds_estimate,
             "alpha": self.options.alpha,
             "allocate": self.options.allocate,
@@ -282,7 +310,7 @@ class DecomposePlan:
             "trainable_per_token": self.trainable_per_token,
             "share_input": self.share_input,
             "peft_loadable": metadata.peft_loadable,
-            "categories": [category.row() for category in self.categories],
+            "categories": self.rows(),
             "modules": [
                 {key: value for key, value in asdict(record).items() if key != "digest"}
                 for record in metadata.modules
@@ -298,10 +326,11 @@ def plan_decompose(
     *,
     progress: Callback = silent,
     dry_run: bool = False,
+    ranks: int = 1,
 ) -> DecomposePlan:
     """Settle what `decompose` would do. Parameters and errors are those of `decompose`.
 
-    With ``dry_run`` no weights are downloaded, and the output may exist.
+    With ``dry_run`` no weights are downloaded, and the output may exist. ``ranks`` processes share the work.
     """
     location = chosen.location(values.model(model, "model"))
     path = values.path(output, "output") if output is not None else Path(f"{location.short_name()}.frod.safetensors")
@@ -321,7 +350,8 @@ def plan_decompose(
     refuse_quantized(checkpoint)
     selection = targets.select(checkpoint, chosen.target_modules, chosen.exclude_modules, chosen.layers)
     categories, collisions = _categories(selection.targets, checkpoint, chosen)
-    plan = DecomposePlan(checkpoint, path, chosen, categories, selection.left_out, tuple(collisions))
+    categories = _among(categories, ranks)
+    plan = DecomposePlan(checkpoint, path, chosen, categories, selection.left_out, tuple(collisions), ranks)
     plan.check_memory()
     if dry_run:
         return replace(plan, seconds_estimate=_seconds_estimate(plan))
@@ -374,6 +404,17 @@ def _categories(
         for name, group in sorted(groups.items())
     ]
     return tuple(made), collisions
+
+
+def _among(categories: Sequence[CategoryPlan], ranks: int) -> tuple[CategoryPlan, ...]:
+    """Each with the ranks that compute it: whole categories where that is as fast, else with the layers divided."""
+
+    def seconds(category: CategoryPlan) -> Callable[[int], float]:
+        return lambda count: cost.flops_of_ranks(category.shapes, min(count, len(category.targets)))
+
+    division = divided([seconds(category) for category in categories], ranks)
+    nbytes = PROCESS_BYTES + (RANK_BYTES if ranks > 1 else 0)
+    return tuple(replace(c, ranks=r, process_bytes=nbytes) for c, r in zip(categories, division, strict=True))
 
 
 def _joined(widths: Mapping[str, int]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePl
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_file
+from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from frodctl.arrays import Array, HostArray
     from frodctl.method.joint_basis import Held, JointBasis
     from frodctl.method.kernels import Kernels
+    from frodctl.method.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class DecomposeResult(Written):
         Column("resumed"),
         Column("rms_singular_value"),
         Column("trainable_per_token"),
+        Column("memory_bytes"),
+        Column("ranks"),
     )
 
     plan: DecomposePlan
@@ -96,66 +100,87 @@ class DecomposeResult(Written):
                 "output_bytes": self.output_bytes,
                 "device": self.device,
                 "seconds": self.seconds,
-                "categories": [category.row() for category in self.categories],
+                "categories": [
+                    planned | category.row()
+                    for planned, category in zip(self.plan.rows(), self.categories, strict=True)
+                ],
             }
         )
 
 
 def run_decompose(
-    plan: DecomposePlan, progress: Callback = silent, profile: Unprofiled = UNPROFILED
+    plan: DecomposePlan,
+    progress: Callback = silent,
+    profile: Unprofiled = UNPROFILED,
+    launch: Launch = BY_ITSELF,
 ) -> DecomposeResult:
-    """Carry out a plan of `plan_decompose`. Errors are those of `decompose`."""
+    """Carry out a plan of `plan_decompose`, as one of its ranks. Errors are those of `decompose`."""
     started = time.perf_counter()
     if plan.checkpoint.source is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
-        kernels = profile.kernels(choose_device(plan.options.device))
-    require_memory(plan.most_memory_bytes, kernels.name)
+        kernels = profile.kernels(choose_device(plan.options.device, launch.local_number))
+    require_memory(plan.most_memory_bytes, kernels.name, launch.local_count)
+    with profile.step("start and imports"):
+        world = launch.world
+
+    def open_staging() -> sink.Staging:
+        return sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume)
+
     order = _order(plan)
     with (
-        sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging,
-        _source(plan, order, progress) as source,
+        staged(world, plan.output, open_staging) as staging,
+        _source(plan, order, world.number, progress) as source,
     ):
-        needed = 2 * plan.output_bytes - staging.finished_bytes() + plan.parked_bytes
-        sink.require_disk(staging.folder, needed)
-        parts = _Parts(plan, source, staging, kernels, progress, profile)
-        finished = {number: parts.finish(number) for number in order}
-        results = tuple(finished[number] for number in sorted(finished))
-        progress(Progress(f"writing {plan.output}"))
+        if isinstance(staging, sink.Staging):
+            needed = 2 * plan.output_bytes - staging.finished_bytes() + plan.parked_bytes
+            sink.require_disk(staging.folder, needed)
+        parts = _Parts(plan, source, staging, kernels, world, progress, profile)
+        results = parts.finish(order)
         plan = plan.settled([result.outcome.rms_singular_value for result in results])
         results = tuple(replace(r, plan=c) for r, c in zip(results, plan.categories, strict=True))
-        metadata = plan.metadata(parts.tensors, parts.modules)
-        paths = [parts.path(i) for i in range(len(results))]
-
-        def write(file: IO[bytes]) -> None:
-            basis_file.write_basis(file, paths, metadata)
-            file.flush()
-            with profile.step("checking the file"):
-                _check_written(Path(file.name), parts.tensors)
-
-        with profile.step("writing"):
-            staging.publish(write)
+        if isinstance(staging, sink.Staging):
+            progress(Progress(f"writing {plan.output}"))
+            with profile.step("writing"):
+                _publish(plan, staging, parts, profile)
+        world.gather(None)
     size = files.stat(plan.output).st_size
     result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
-    return push_file(result, plan.output, plan.options, model_card(plan), progress)
+    return result if world.number else push_file(result, plan.output, plan.options, model_card(plan), progress)
+
+
+def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile: Unprofiled) -> None:
+    """Put the finished categories together."""
+    metadata = plan.metadata(parts.tensors, parts.modules)
+    paths = [parts.path(i) for i in range(len(plan.categories))]
+
+    def write(file: IO[bytes]) -> None:
+        basis_file.write_basis(file, paths, metadata)
+        file.flush()
+        with profile.step("checking the file"):
+            _check_written(Path(file.name), parts.tensors)
+
+    staging.publish(write)
 
 
 def _order(plan: DecomposePlan) -> list[int]:
-    """The numbers of the categories, those first that wait for the fewest files."""
+    """The numbers of the categories, those first that wait for the fewest files; with several ranks the longest."""
+    if plan.ranks > 1:  # who have not all the same files, and begin what they divide together
+        return sorted(range(len(plan.categories)), key=lambda i: -plan.categories[i].flops_of_ranks)
     here = {path.name for path in plan.checkpoint.files()}
     missing = [len({target.tensor.file for target in c.targets} - here) for c in plan.categories]
     return sorted(range(len(missing)), key=missing.__getitem__)
 
 
-def _source(plan: DecomposePlan, order: Sequence[int], progress: Callback) -> AbstractContextManager[Source]:
+def _source(plan: DecomposePlan, order: Sequence[int], rank: int, progress: Callback) -> AbstractContextManager[Source]:
     """What the weights are read from: files that are here, or come in the order of the categories, or the Hub."""
     if plan.checkpoint.repository is None or plan.options.stream:
         assert plan.checkpoint.source is not None
         return nullcontext(plan.checkpoint.source)
     from frodctl.checkpoint.remote import Downloads
 
-    targets = [target for number in order for target in plan.categories[number].targets]
-    tensors = [part for target in targets for part in target.tensor.parts]
+    mine = [plan.categories[number] for number in order if rank in plan.categories[number].ranks]
+    tensors = [part for category in mine for i in category.own(rank) for part in category.targets[i].tensor.parts]
     return Downloads(plan.checkpoint.repository, tensors, lambda text: progress(Progress(text)))
 
 
@@ -166,8 +191,9 @@ class _Parts:
         self,
         plan: DecomposePlan,
         source: Source,
-        staging: sink.Staging,
+        staging: sink.Pieces,
         kernels: Kernels,
+        world: World,
         progress: Callback,
         profile: Unprofiled,
     ) -> None:
@@ -177,29 +203,42 @@ class _Parts:
         self.kernels = kernels
         self.progress = progress
         self.profile = profile
+        self.world = world
+        self.groups = {members: world.group(members) for members in dict.fromkeys(c.ranks for c in plan.categories)}
         self.done = 0.0
-        self.total = plan.flops
+        self.total = sum(_flops_of_rank(c) for c in plan.categories if world.number in c.ranks)
         self.tensors: dict[str, str] = {}  #: digest of each tensor of the file
         self.modules: dict[str, str] = {}  #: digest of each module's weight
 
     def path(self, number: int) -> Path:
         return self.staging.path(f"{number:04d}.safetensors")
 
-    def finish(self, number: int) -> CategoryResult:
-        """Take the category from an earlier run, or compute and keep it."""
-        category = self.plan.categories[number]
-        weights = _Weights(self.source, category.targets, self.profile)
-        record = _read_part(self.path(number), self.plan.specs(category), weights)
-        resumed = record is not None
-        if record is None:
-            record = self._compute(number, category)
-        else:
-            self._advance(category, category.flops)
-        self.tensors.update(record["tensors"])
-        self.modules.update(record["modules"])
-        return CategoryResult(category, Outcome(**record["outcome"]), resumed)
+    def finish(self, order: Sequence[int]) -> tuple[CategoryResult, ...]:
+        """Take the categories from an earlier run, or compute and keep them; all are known to all ranks."""
+        own = {number: self._finish(number, group) for number in order if (group := self._group(number))}
+        found = {number: made for each in self.world.gather(own) for number, made in each.items()}
+        results = []
+        for number, category in enumerate(self.plan.categories):
+            record, resumed = found[number]
+            self.tensors.update(record["tensors"])
+            self.modules.update(record["modules"])
+            results.append(CategoryResult(category, Outcome(**record["outcome"]), resumed))
+        return tuple(results)
 
-    def _compute(self, number: int, category: CategoryPlan) -> dict[str, Json]:
+    def _group(self, number: int) -> Ranks | None:
+        return self.groups[self.plan.categories[number].ranks]
+
+    def _finish(self, number: int, ranks: Ranks) -> tuple[dict[str, Json], bool]:
+        """The record of a category, and whether it is of an earlier run."""
+        category = self.plan.categories[number]
+        weights = _Weights(self.source, category.targets, self.profile, ranks)
+        record = _read_part(self.path(number), self.plan.specs(category), weights)
+        if record is None:
+            return self._compute(number, category, ranks), False
+        self._advance(category, _flops_of_rank(category))
+        return record, True
+
+    def _compute(self, number: int, category: CategoryPlan, ranks: Ranks) -> dict[str, Json]:
         with self.profile.step("start and imports"):
             from frodctl.checkpoint import stream
             from frodctl.method.joint_basis import (
@@ -213,7 +252,7 @@ class _Parts:
         options, memory = self.plan.options, self.plan.memory(category)
         started = time.perf_counter()
         begun = self.done
-        layers = _Weights(self.source, category.targets, self.profile)
+        layers = _Weights(self.source, category.targets, self.profile, ranks)
         try:
             with memory_errors(self.kernels.name), self.profile.step("other arithmetic"):
                 basis = joint_basis(
@@ -225,6 +264,7 @@ class _Parts:
                     cache_bytes=memory.cache_bytes,
                     park=self._park if memory.parked else in_memory,
                     advance=lambda flops: self._advance(category, flops),
+                    ranks=ranks,
                 )
         except NonFiniteWeights:
             layers.check_finite()
@@ -251,14 +291,15 @@ class _Parts:
         tensors = _tensors(category, basis)
         with self.profile.step("digests"):
             digests = {name: stream.digest(tensor) for name, tensor in tensors.items()}
-        record = {"tensors": digests, "modules": layers.digests, "outcome": asdict(outcome)}
+        record = {"tensors": digests, "modules": layers.all_digests(), "outcome": asdict(outcome)}
         specs = codec.layout(self.plan.specs(category))
         chunks = (stream.tensor_bytes(tensors[spec.name]) for spec in specs)
         text = json.dumps(record)
         metadata = {"record": text, "digest": _text_digest(text)}
-        with self.profile.step("writing"):
-            self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
-        self._advance(category, begun + category.flops - self.done)
+        if ranks.number == 0:
+            with self.profile.step("writing"):
+                self.staging.write(self.path(number).name, lambda file: codec.write_file(file, specs, metadata, chunks))
+        self._advance(category, begun + _flops_of_rank(category) - self.done)
         return record
 
     def _park(self, matrix: Array) -> Held:
@@ -273,8 +314,19 @@ class _Parts:
         self.progress(Progress(category.name, self.done, self.total))
 
 
+def _flops_of_rank(category: CategoryPlan) -> float:
+    """Of each rank's part, about."""
+    return category.flops / len(category.ranks)
+
+
 def _read_part(path: Path, specs: Sequence[codec.TensorSpec], weights: _Weights) -> dict[str, Json] | None:
     """The record of a finished category; None where there is none, a damaged one, or one made from other weights."""
+    [record] = weights.ranks.share([_record_of(path, specs)] if weights.ranks.number == 0 else None)
+    return record if record is not None and weights.read_digests() == record["modules"] else None
+
+
+def _record_of(path: Path, specs: Sequence[codec.TensorSpec]) -> dict[str, Json] | None:
+    """What a finished category says of itself, if the file is whole."""
     try:
         header = codec.read_header(path)
         text = header.metadata["record"]
@@ -283,8 +335,9 @@ def _read_part(path: Path, specs: Sequence[codec.TensorSpec], weights: _Weights)
             header.metadata["digest"] == _text_digest(text)
             and {spec for spec, _ in header.tensors.values()} == set(specs)
             and _file_digests(path) == record["tensors"]
+            and isinstance(record["modules"], dict)
         )
-        return record if whole and weights.read_digests() == record["modules"] else None
+        return record if whole else None
     except (FileNotFoundError, InvalidInput, KeyError, ValueError):
         return None
 
@@ -321,12 +374,14 @@ def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, HostArra
 
 
 class _Weights:
-    """The weights of a category, read from their source at each walk; digested at the first."""
+    """The weights of a category, each read by one of its ranks from the source at each walk; digested at the first."""
 
-    def __init__(self, source: Source, targets: tuple[Target, ...], profile: Unprofiled) -> None:
+    def __init__(self, source: Source, targets: tuple[Target, ...], profile: Unprofiled, ranks: Ranks) -> None:
         self.source = source
         self.targets = targets
         self.profile = profile
+        self.ranks = ranks
+        self.own = ranks.own(len(targets))
         self.digests: dict[str, str] = {}
         self.buffers: list[HostArray] | None = None
 
@@ -340,16 +395,30 @@ class _Weights:
 
     def read_digests(self) -> dict[str, str]:
         """The digests of all, of which none is kept."""
-        for _ in self.read(range(len(self.targets))):
+        for _ in self.read(self.own):
             pass
-        return self.digests
+        return self.all_digests()
+
+    def all_digests(self) -> dict[str, str]:
+        """Every rank's, once all were read."""
+        return {module: digest for each in self.ranks.gather(self.digests) for module, digest in each.items()}
 
     def check_finite(self) -> None:
         """Raise `InvalidInput` that names the first weight that holds NaN or Inf."""
+        found = next((text for text in self.ranks.gather(self._not_finite()) if text), "")
+        if found:
+            raise InvalidInput(found)
+
+    def _not_finite(self) -> str:
         from frodctl.checkpoint.stream import check_finite
 
-        for target, weight in zip(self.targets, self.read(range(len(self.targets))), strict=True):
-            check_finite(weight, target.tensor.name, self.source.where(target.tensor))
+        for number, weight in zip(self.own, self.read(self.own), strict=True):
+            tensor = self.targets[number].tensor
+            try:
+                check_finite(weight, tensor.name, self.source.where(tensor))
+            except InvalidInput as error:
+                return str(error)
+        return ""
 
     def _reads(self, numbers: Sequence[int]) -> Iterator[Callable[[], HostArray]]:
         """What reads each of them, once there is something to read."""
@@ -387,7 +456,7 @@ def _job_key(plan: DecomposePlan, kernels: Kernels) -> str:
         "options": [plan.options.alpha, plan.options.precision, plan.options.dtype, plan.options.cache_size],
         "memory_limit": plan.options.memory_limit,
         "categories": [
-            [c.name, [(t.module, t.tensor.file, t.tensor.offset, t.transposed) for t in c.targets]]
+            [c.name, len(c.ranks), [(t.module, t.tensor.file, t.tensor.offset, t.transposed) for t in c.targets]]
             for c in plan.categories
         ],
     }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +20,7 @@ from frodctl.errors import InvalidInput
 from frodctl.formats import lora
 from frodctl.jobs.lora.card import model_card
 from frodctl.jobs.lora.plan import LoraPlan
+from frodctl.jobs.notes import Notes
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
@@ -129,7 +129,7 @@ def run_lora(
                 ranks = work.ranks()
                 shard = plan.shard(ranks)
                 with shards.ShardWriter(tree, [shard], staging.path(_JOURNAL), origin) as writer:
-                    resumed, found = work.write(writer, ranks, _Notes(staging.path(_FIGURES)))
+                    resumed, found = work.write(writer, ranks, Notes(staging.path(_FIGURES)))
                     digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
             files.rmtree(staging.folder)
@@ -173,7 +173,7 @@ class _Work:
             found.append(min(limits[number], needed))
         return found if self.plan.options.rank_pattern else [max(found)] * len(found)
 
-    def write(self, writer: shards.ShardWriter, ranks: Sequence[int], notes: _Notes) -> tuple[int, list[Fidelity]]:
+    def write(self, writer: shards.ShardWriter, ranks: Sequence[int], notes: Notes) -> tuple[int, list[Fidelity]]:
         """Write all that is not finished; how many layers were, and how near all come to their ΔW."""
         modules = [layer.module for layer in self.plan.layers]
         keys = [lora.factor_keys(module) for module in modules]
@@ -217,29 +217,6 @@ class _Work:
         if not (np.isfinite(A).all() and np.isfinite(B).all()):
             raise InvalidInput(f"{self.plan.layers[number].module}: its change is too large for {dtype.name}")
         return (A, B), fidelity(X, kernels.put(B, "float64"), kernels.put(A, "float64"), kernels)
-
-
-class _Notes:
-    """How near the finished layers come to their ΔW, kept for a run that takes them up."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.known: dict[str, Fidelity] = {}
-        for line in files.read_bytes(file).splitlines():
-            with suppress(ValueError, TypeError):  # the line that was being written as the run was killed
-                module, *figures = json.loads(line)
-                self.known[module] = Fidelity(*figures)
-
-    def __enter__(self) -> _Notes:
-        self._open = files.open_write(self.file, "a")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
-    def add(self, module: str, found: Fidelity) -> None:
-        self._open.write(json.dumps([module, *astuple(found)]).encode() + b"\n")
-        self._open.flush()
 
 
 @np.errstate(over="ignore")  # infinity is looked for

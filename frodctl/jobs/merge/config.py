@@ -47,6 +47,7 @@ def edited(
     replaced: Mapping[str, tuple[Source, TensorInfo]],
     adapter: Adapter,
     dtype: str,
+    quantization: Mapping[str, Json] | None = None,
 ) -> dict[str, Json] | None:
     """The config of the result; None where the base's own will do, or there is none.
 
@@ -62,12 +63,16 @@ def edited(
         Its task says what kind of model the result is.
     dtype : str
         What was asked for: auto keeps the tensors' own.
+    quantization : mapping, optional
+        What to say of weights in 8 bits.
     """
     if not config:
         return None
     adapter = headed(adapter, added, replaced)
     result = copy.deepcopy(dict(config))
     _drop_quantization(result)
+    if quantization is not None:
+        result["quantization_config"] = dict(quantization)
     if dtype != "auto":
         _set_dtype(result, dtype)
         if not any(key in result for key in _DTYPE_KEYS):

@@ -15,6 +15,7 @@ import frodctl
 from frodctl.checkpoint import files, manifest, shards, sink
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput, UsageError
+from frodctl.jobs.columns import Column
 from frodctl.jobs.merge.card import model_card
 from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
@@ -24,10 +25,21 @@ from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
 if TYPE_CHECKING:
+    from frodctl.method.fidelity import Fidelity
     from frodctl.method.kernels import Kernels
 
 _TREE = "tree"
 _JOURNAL = "journal.jsonl"
+_FIGURES = "figures.jsonl"
+#: Of a layer's update: where less survives, it is said.
+_ENOUGH = 0.9
+
+
+_SURVIVAL = (
+    Column("survival", "survives", "figure", absent="–"),
+    Column("least_survival", "least", "figure", absent="–"),
+    Column("survival_distance", "distance", "figure", absent="–"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,44 @@ class MergeResult(Written):
     output: Path
     output_bytes: int  #: of the weights' files
     unchanged: tuple[str, ...]  #: targeted weights whose bytes are the base's: nothing was trained there
+    survival: Mapping[str, Fidelity]  #: how much of each update is in a weight in 8 bits, by its name
     resumed_tensors: int  #: taken from an earlier run
     verified: bool
     device: str
     seconds: float
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Of its rows: the plan's, and of a result in 8 bits what survives."""
+        return (*self.plan.columns, *(_SURVIVAL if self.plan.quantization else ()))
+
+    def rows(self) -> list[dict[str, Json]]:
+        """Each category of each adapter as a line of a table."""
+        groups: dict[tuple[int, str], list[Fidelity]] = {}
+        for weight in self.plan.weights:
+            found = self.survival.get(self.plan.name(weight))
+            for part in weight.parts:
+                key = self.plan.sources.index(part.source), part.trained.category
+                groups.setdefault(key, []).extend([found] if found else [])
+        rows = zip(self.plan.rows(), groups.values(), strict=True)
+        return [row | _survival_of(found) for row, found in rows] if self.plan.quantization else self.plan.rows()
+
+    @property
+    def least(self) -> tuple[str, float] | None:
+        """The weight of whose update least survives in 8 bits, and how much."""
+        shares = [(name, found.kept) for name, found in self.survival.items() if found.kept is not None]
+        return min(shares, key=lambda item: item[1], default=None)
+
+    def warnings(self) -> list[str]:
+        """What is lost in 8 bits."""
+        if self.least is None or self.least[1] >= _ENOUGH:
+            return []
+        name, share = self.least
+        module = name.removesuffix(".weight")
+        return [
+            f"{share:.1%} of the update of {module} survives in 8 bits: it is too small for them, "
+            "so merge in 16 (`dtype`), or train further"
+        ]
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan's figures and what came of them."""
@@ -52,6 +98,11 @@ class MergeResult(Written):
             | {
                 "output_bytes": self.output_bytes,
                 "unchanged_tensors": list(self.unchanged),
+                "survival": [
+                    {"tensor": name, "survival": found.kept, "survival_distance": found.distance}
+                    for name, found in self.survival.items()
+                ],
+                "categories": self.rows(),
                 "resumed_tensors": self.resumed_tensors,
                 "verified": self.verified,
                 "device": self.device,
@@ -60,11 +111,21 @@ class MergeResult(Written):
         )
 
 
+def _survival_of(found: list[Fidelity]) -> dict[str, Json]:
+    """How much of the updates of a category's layers is in the result, over all and where it is least."""
+    from frodctl.method.fidelity import together
+
+    overall = together(found)
+    least = min((item.kept for item in found if item.kept is not None), default=None)
+    return {"survival": overall.kept, "least_survival": least, "survival_distance": overall.distance}
+
+
 def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled = UNPROFILED) -> MergeResult:
     """Carry out a plan of `plan_merge`. Errors are those of `merge`."""
     started = time.perf_counter()
     with profile.step("start and imports"):
         from frodctl.jobs.merge.tensors import TensorMerger, origin
+        from frodctl.jobs.notes import Notes
 
     if plan.checkpoint.root is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
@@ -83,8 +144,12 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
                 shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL), partial(origin, plan)) as writer,
             ):
                 resumed = len(writer.digests)
-                with memory_errors(kernels.name), profile.step("other arithmetic"):
-                    merger = TensorMerger(plan, writer, kernels, progress, profile)
+                with (
+                    memory_errors(kernels.name),
+                    profile.step("other arithmetic"),
+                    Notes(staging.path(_FIGURES)) as notes,
+                ):
+                    merger = TensorMerger(plan, writer, notes, kernels, progress, profile)
                     merger.run()
                 digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
@@ -103,6 +168,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
         output=plan.output,
         output_bytes=plan.output_bytes,
         unchanged=tuple(merger.unchanged),
+        survival={name: notes.known[name] for name in map(plan.name, plan.weights) if name in notes.known},
         resumed_tensors=resumed,
         verified=plan.options.verify,
         device=kernels.name,
@@ -155,6 +221,7 @@ def _job_key(plan: MergePlan, kernels: Kernels) -> str:
             [w.target.stored.name, w.target.transposed, [part_key(plan.sources, part) for part in w.parts]]
             for w in plan.weights
         ],
+        "base_as": [plan.base_as.as_dict(), sorted(plan.base_as.tensors)] if plan.base_as else None,
         # V is computed from all of a category's weights
         "projected": [
             origin(plan, plan.name(w)) for w in plan.weights if any(part.source.recompute for part in w.parts)

@@ -1,4 +1,4 @@
-"""Experts: how much of what is trained takes part in one token."""
+"""A layer's experts: which of them a module belongs to, and how many of them a token has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def share_per_token(targets: Sequence[Target], checkpoint: Checkpoint) -> float 
     shares = []
     for target in targets:
         count = counts.get(_NUMBERED.sub("", target.module))
-        chosen = _chosen(config_of(target.module, checkpoint.config)) if count else None
+        chosen = experts_per_token(config_of(target.module, checkpoint.config)) if count else None
         if count and chosen is None:
             return None
         shares.append(min(1.0, chosen / count) if count and chosen else 1.0)
@@ -43,6 +43,7 @@ def expert_number(module: str) -> int | None:
     return None if found is None else int(found[1] or found[2])
 
 
-def _chosen(config: Mapping[str, object]) -> int | None:
+def experts_per_token(config: Mapping[str, object]) -> int | None:
+    """As a config says it; None where it does not."""
     found = (config.get(name) for name in _CHOSEN)
     return next((value for value in found if isinstance(value, int) and value > 0), None)

@@ -1,0 +1,175 @@
+"""Jobs that several processes share, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+import frodctl
+from frodctl.jobs.decompose import DecomposeOptions, plan_decompose
+from frodctl.method.ranks import divided, shares
+from tests import forked
+from tests.conftest import llama_layers, save_checkpoint
+from tests.jobs.test_decompose import check_identities
+
+KILLED = -signal.SIGKILL
+
+
+def torchrun(
+    count: int, *words: object, cwd: Path, moments: dict[int, forked.Moment] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run the command in so many ranks, without torchrun's own two seconds; each may kill itself at a moment."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RESTART_COUNT": "0"}
+    common |= {"OMP_NUM_THREADS": "1"}
+    environments = [{**os.environ, **common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    return forked.together([str(word) for word in words], cwd, environments, moments or {})
+
+
+def succeed(runs: Sequence[subprocess.CompletedProcess[str]]) -> None:
+    """All ended well, and the first alone has said something."""
+    assert [run.returncode for run in runs] == [0] * len(runs), [run.stderr for run in runs]
+    assert all(not run.stdout and not run.stderr for run in runs[1:])
+
+
+def same_up_to_rounding(first: Path, second: Path, *, relative: float = 1e-6) -> None:
+    """τ, which do not depend on how V is turned where directions are equal."""
+    ours, theirs = frodctl.open_basis(first), frodctl.open_basis(second)
+    modules: dict[str, list[str]] = {}
+    for record in ours.metadata.modules:
+        modules.setdefault(record.category, []).append(record.name)
+    assert ours.metadata.modules == theirs.metadata.modules
+    for category in modules:
+        tau = [basis.tensor(f"tau.{category}") for basis in (ours, theirs)]
+        np.testing.assert_allclose(*tau, rtol=0, atol=relative * tau[0].max())
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_the_example_by_several_ranks(count: int, example: Path, tmp_path: Path) -> None:
+    frodctl.decompose(example, tmp_path / "one.safetensors", target_modules="all-linear")
+    command = ("decompose", example, "--target-modules", "all-linear", "-o", "several.safetensors")
+    runs = torchrun(count, *command, cwd=tmp_path)
+    succeed(runs)
+    assert "Wrote several.safetensors" in runs[0].stderr
+    assert len(runs[0].stdout.splitlines()) == 8
+    check_identities(example, tmp_path / "several.safetensors")
+    same_up_to_rounding(tmp_path / "one.safetensors", tmp_path / "several.safetensors")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
+def test_minilm_by_several_ranks(count: int, minilm: Path, tmp_path: Path) -> None:
+    frodctl.decompose(minilm, tmp_path / "one.safetensors", target_modules="all-linear")
+    succeed(torchrun(count, "decompose", minilm, "--target-modules", "all-linear", "-o", "f.safetensors", cwd=tmp_path))
+    check_identities(minilm, tmp_path / "f.safetensors")
+    same_up_to_rounding(tmp_path / "one.safetensors", tmp_path / "f.safetensors")
+
+
+def degenerate() -> dict[str, torch.Tensor]:
+    """One category whose layers differ in scale by so much that R comes from QR; a singular one; one that is tall."""
+    layers = llama_layers(6)
+    for i in range(6):
+        layers[f"model.layers.{i}.self_attn.q_proj.weight"] *= 10.0 ** (-2 * i)
+        layers[f"model.layers.{i}.self_attn.q_proj.weight"][:, 5] = 0
+        layers[f"model.layers.{i}.self_attn.k_proj.weight"][:, 3] = 0
+    return layers
+
+
+def test_layers_of_one_category_divided_whatever_the_weights(tmp_path: Path) -> None:
+    """Each category alone, so that its layers are divided: by QR, by eigenvectors, wide and tall."""
+    base = save_checkpoint(tmp_path / "base", degenerate())
+    for role in ("q_proj", "k_proj", "up_proj", "down_proj"):
+        one, two = tmp_path / f"{role}-one.safetensors", tmp_path / f"{role}-two.safetensors"
+        frodctl.decompose(base, one, target_modules=role)
+        succeed(torchrun(2, "decompose", base, "--target-modules", role, "-o", two, cwd=tmp_path))
+        check_identities(base, two)
+        same_up_to_rounding(one, two)
+
+
+def test_a_killed_rank_ends_the_job_and_a_rerun_resumes(example: Path, tmp_path: Path) -> None:
+    command = ("decompose", example, "--target-modules", "all-linear", "-o", "basis.safetensors")
+    runs = torchrun(2, *command, cwd=tmp_path, moments={0: (1, "writing")})
+    assert runs[0].returncode == KILLED
+    assert runs[1].returncode == 1
+    assert "another rank has ended" in runs[1].stderr or not runs[1].stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["basis.safetensors.partial"]
+    runs = torchrun(2, *command, cwd=tmp_path)
+    succeed(runs)
+    assert runs[0].stdout.count("\ttrue\t") == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["basis.safetensors"]
+
+
+def test_the_rank_that_fails_says_why_and_no_other(tmp_path: Path) -> None:
+    layers = llama_layers(4)
+    layers["model.layers.3.mlp.down_proj.weight"][1, 2] = torch.nan
+    base = save_checkpoint(tmp_path / "base", layers)
+    runs = torchrun(2, "decompose", base, "--target-modules", "down_proj", "-o", "out.safetensors", cwd=tmp_path)
+    assert 3 in {run.returncode for run in runs}
+    assert 0 not in {run.returncode for run in runs}
+    said = "".join(run.stderr for run in runs)
+    assert said.count("Error:") == 1
+    assert "model.layers.3.mlp.down_proj.weight" in said
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_usage_errors_are_said_once_and_other_commands_refuse(example: Path, tmp_path: Path) -> None:
+    runs = torchrun(2, "inspect", example, cwd=tmp_path)
+    assert [run.returncode for run in runs] == [2, 2]
+    assert "".join(run.stderr for run in runs).count("inspect runs in one process") == 1
+
+
+@pytest.mark.long
+def test_torchrun_itself(example: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "frodctl", "decompose"]
+    done = subprocess.run([*command, example, "-o", "out.safetensors"], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    check_identities(example, tmp_path / "out.safetensors")
+
+
+def test_a_plan_says_what_each_rank_does_and_takes(example: Path, tmp_path: Path) -> None:
+    plan = plan_decompose(
+        example, None, DecomposeOptions.of(target_modules="all-linear"), dry_run=True, ranks=3
+    ).as_dict()
+    assert plan["ranks"] == 3
+    assert {rank for row in plan["categories"] for rank in row["ranks"]} == {0, 1, 2}
+    assert plan["peak_memory_bytes"] == max(row["memory_bytes"] for row in plan["categories"])
+
+
+def finished(division: Any, tasks: Any, count: int) -> float:
+    """When the last rank is done, each task being begun when all of its ranks are free, the longest first."""
+    ends = [0.0] * count
+    for i in sorted(range(len(tasks)), key=lambda i: -tasks[i](len(division[i]))):
+        end = max(ends[rank] for rank in division[i]) + tasks[i](len(division[i]))
+        for rank in division[i]:
+            ends[rank] = end
+    return max(ends)
+
+
+def test_whole_tasks_where_they_come_out_even_and_divided_where_one_is_long() -> None:
+    equal = [lambda ranks: 1.0 / ranks + 0.2 * (ranks > 1)] * 4
+    assert sorted(divided(equal, 4)) == [(0,), (1,), (2,), (3,)]
+    long = [lambda ranks: 10.0 / ranks + 1, *[lambda ranks: 1.0] * 4]
+    division = divided(long, 3)
+    assert len(division[0]) > 1
+    assert finished(division, long, 3) < 8
+    assert divided(long, 1) == ((0,),) * 5
+    fixed = [lambda ranks: max(1.0, 4.0 / ranks)] * 2
+    assert all(len(members) <= 4 for members in divided(fixed, 16))
+
+
+def test_shares_are_even() -> None:
+    for items, count in [(7, 3), (3, 3), (30, 4), (1, 1)]:
+        parts = shares(items, count)
+        assert [i for part in parts for i in part] == [*range(items)]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
