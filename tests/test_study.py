@@ -89,7 +89,7 @@ def test_the_report_fills_a_document(short: Path, tmp_path: Path) -> None:
     for method in METHODS:
         assert f"\n| {method} |" in text
     for name, (part, plot) in report.PLOTS.items():
-        if study.of(part):
+        if study.ran(part):
             plot(study, tmp_path / name)
             assert (tmp_path / name).stat().st_size > 10_000
 
@@ -97,3 +97,8 @@ def test_the_report_fills_a_document(short: Path, tmp_path: Path) -> None:
 def test_the_error_beside_the_reference_is_that_of_the_seeds() -> None:
     assert report.mean([1.0, 3.0], 1) == "2.0 ± 1.0"
     assert report.mean([2.0], 1, sign="+") == "+2.0"
+
+
+def test_the_document_is_what_the_runs_say() -> None:
+    text = (ROOT / "docs" / "study.md").read_text()
+    assert report.written(text, report.Study(read(ROOT / "examples" / "study" / "runs.jsonl"))) == text

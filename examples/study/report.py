@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from frodctl.training.rates import relative_step
+
 from .parts import read
 from .training import Run
 
@@ -34,6 +36,9 @@ class Study:
         found = [run for run in self.runs if (run.part, run.held_out) == (part, held_out)]
         found = [run for run in found if all(getattr(run, name) == value for name, value in wanted.items())]
         return sorted(found, key=lambda run: run.seed)
+
+    def ran(self, part: str) -> bool:
+        return any(run.part == part for run in self.runs)
 
     def names(self, part: str, what: str) -> list[Any]:
         """Tasks, methods … of a part, in the order in which they ran."""
@@ -111,7 +116,39 @@ def chosen(study: Study, part: str) -> str:
     return table(["rate chosen", *study.names(part, "task")], rows)
 
 
-TABLES = {"losses": losses, "accuracies": accuracies, "thirds": thirds, "costs": costs, "rates": chosen}
+def sensitivity(study: Study, part: str) -> str:
+    """Validation losses at multiples of the rule's rate, and how far the rule's is from the best of them."""
+    runs = study.of(part, held_out="validation")
+    multiples = sorted({multiple(run) for run in runs})
+    rows = []
+    for task, steps in dict.fromkeys((run.task, run.steps) for run in runs):
+        by_rate = losses_by_multiple([run for run in runs if (run.task, run.steps) == (task, steps)])
+        best = min(map(fmean, by_rate.values()))
+        cells = [mean(by_rate[one], 3) if one in by_rate else "–" for one in multiples]
+        rows.append([task, str(steps), *cells, f"{100 * (fmean(by_rate[1.0]) / best - 1):.1f}"])
+    return table(["validation loss at", "steps", *(f"{one:g} ρ" for one in multiples), "ρ above the best, %"], rows)
+
+
+def multiple(run: Run) -> float:
+    """Its rate beside the rule's."""
+    return round(run.rate / relative_step(run.steps), 3)
+
+
+def losses_by_multiple(runs: Iterable[Run]) -> dict[float, list[float]]:
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        found.setdefault(multiple(run), []).append(run.loss)
+    return dict(sorted(found.items()))
+
+
+TABLES = {
+    "sensitivity": sensitivity,
+    "losses": losses,
+    "accuracies": accuracies,
+    "thirds": thirds,
+    "costs": costs,
+    "rates": chosen,
+}
 
 
 # Plots
@@ -168,7 +205,33 @@ def worth(study: Study, file: Path) -> None:
     plt.close(figure)
 
 
-PLOTS = {"study-curves.png": ("methods", curves), "study-worth.png": ("methods", worth)}
+def sensitivities(study: Study, file: Path) -> None:
+    """Validation loss beside the best one of a search, by the rate beside the rule's."""
+    import matplotlib.pyplot as plt
+
+    runs = study.of("rates", held_out="validation")
+    lengths = list(dict.fromkeys(run.steps for run in runs))
+    figure, axes = plt.subplots(1, len(lengths), figsize=(11, 3.2), layout="constrained", squeeze=False, sharey=True)
+    for axis, steps in zip(axes.flat, lengths, strict=True):
+        for task in dict.fromkeys(run.task for run in runs if run.steps == steps):
+            by_rate = losses_by_multiple(run for run in runs if (run.task, run.steps) == (task, steps))
+            means = list(map(fmean, by_rate.values()))
+            axis.plot(list(by_rate), [loss / min(means) for loss in means], marker="o", markersize=3, label=task)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.axhspan(1, 1.05, color="grey", alpha=0.2)
+        axis.set_xscale("log", base=2)
+        axis.set(title=f"{steps} steps", xlabel="rate / the rule's", ylim=(0.99, 1.4))
+    axes.flat[0].set_ylabel("validation loss / the best")
+    axes.flat[0].legend(fontsize="small")
+    figure.savefig(file, dpi=80, metadata={"Software": None})
+    plt.close(figure)
+
+
+PLOTS = {
+    "study-rates.png": ("rates", sensitivities),
+    "study-curves.png": ("methods", curves),
+    "study-worth.png": ("methods", worth),
+}
 
 
 def written(text: str, study: Study) -> str:
@@ -176,7 +239,7 @@ def written(text: str, study: Study) -> str:
 
     def made(match: re.Match[str]) -> str:
         part, name = match["part"], match["name"]
-        inside = f"\n{TABLES[name](study, part)}\n" if study.of(part) else match["inside"]
+        inside = f"\n{TABLES[name](study, part)}\n" if study.ran(part) else match["inside"]
         return f"<!-- study: {part} {name} -->\n{inside}\n<!-- end -->"
 
     return re.sub(
@@ -193,11 +256,13 @@ def main() -> None:
     if arguments.document is None:
         for part in dict.fromkeys(run.part for run in study.runs):
             for name, make in TABLES.items():
+                if (name == "sensitivity") != (part == "rates"):
+                    continue
                 print(f"{part}: {name}\n\n{make(study, part)}\n")
         return
     arguments.document.write_text(written(arguments.document.read_text(), study))
     for name, (part, plot) in PLOTS.items():
-        if study.of(part):
+        if study.ran(part):
             plot(study, arguments.document.with_name(name))
 
 

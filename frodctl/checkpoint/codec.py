@@ -19,12 +19,11 @@ from typing import IO
 from safetensors import SafetensorError
 
 from frodctl.checkpoint import files
-from frodctl.checkpoint.inputs import MAX_JSON_BYTES, Json, check_amount, decode_json, open_input
+from frodctl.checkpoint.bounds import MAX_DIMENSIONS, MAX_JSON_BYTES, MAX_NAME
+from frodctl.checkpoint.inputs import Json, check_amount, decode_json, open_input
 from frodctl.errors import InvalidInput
 
 CHUNK_BYTES = 8 << 20  #: of what is read in pieces
-MAX_DIMENSIONS = 32  #: of a tensor: numpy's limit before 2.0
-_MAX_NAME = 1000
 
 #: Bits per element, by the format's name of the dtype.
 DTYPE_BITS = {
@@ -112,8 +111,8 @@ def check_remote(entries: Mapping[str, Json], where: str) -> dict[str, tuple[Ten
 
 def check_name(name: str, where: str) -> None:
     """`InvalidInput` for a tensor's name that could not be shown or written."""
-    if len(name) > _MAX_NAME:
-        raise InvalidInput(f"{where}: a tensor's name has {len(name)} characters, {_MAX_NAME} allowed")
+    if len(name) > MAX_NAME:
+        raise InvalidInput(f"{where}: a tensor's name has {len(name)} characters, {MAX_NAME} allowed")
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -74,9 +74,9 @@ print(json.dumps([statistics.median(seconds), peak, sum(p.numel() for p in train
 
 def sparsity(config: dict[str, Any]) -> float:
     """At which as many numbers are trained in an expert as LoRA has."""
-    n, inner = config["hidden_size"], config["moe_intermediate_size"]
+    n, inner = int(config["hidden_size"]), int(config["moe_intermediate_size"])
     numbers = RANK * ((2 * inner + n) + (n + inner))
-    return float((numbers - 2 * n - inner) / (2 * n * n + inner * inner))
+    return (numbers - 2 * n - inner) / (2 * n * n + inner * inner)
 
 
 def made(work: Path, config: dict[str, Any]) -> tuple[Path, Path]:
@@ -93,9 +93,10 @@ def made(work: Path, config: dict[str, Any]) -> tuple[Path, Path]:
 
 def flops(method: str, config: dict[str, Any], tokens: int) -> float:
     """Operations of a step in the experts of a layer."""
-    n, inner, experts = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
-    routed = {"experts": experts, "chosen": config["num_experts_per_tok"]}
-    into, out = Shape(inner, n, 0, **routed, in_rows=True), Shape(n, inner, 0, **routed, own_input=True)
+    n, inner = int(config["hidden_size"]), int(config["moe_intermediate_size"])
+    experts, chosen = int(config["num_experts"]), int(config["num_experts_per_tok"])
+    into = Shape(inner, n, 0, experts=experts, chosen=chosen, in_rows=True)
+    out = Shape(n, inner, 0, experts=experts, chosen=chosen, own_input=True)
     full = float(2 * full_flops(into, tokens) + full_flops(out, tokens))
     if method == "frodctl":
         share = sparsity(config)

@@ -1,7 +1,7 @@
 """The long form of the promises' tests: ``python -m tests.trust``, again until it says that all is done.
 
-It goes on where it ended, as --state has it, for --seconds each time; with --write it writes the counts into
-docs/promises.md.
+It goes on where it ended, as the files in --state have it, for --seconds each time; with --write it writes the counts
+into docs/promises.md.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from tests.trust.suites import SUITES
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.trust", description=__doc__)
-    parser.add_argument("--state", type=Path, default=Path("build/trust.json"), help="what was done so far")
+    parser.add_argument("--state", type=Path, default=Path("build/trust"), help="folder with what was done so far")
     parser.add_argument("--seconds", type=float, default=3600.0, help="how long to go on")
     parser.add_argument("--only", choices=SUITES, action="append", help="these suites alone")
     parser.add_argument("--write", action="store_true", help="write the counts into docs/promises.md")
     options = parser.parse_args()
-    options.state.parent.mkdir(parents=True, exist_ok=True)
-    state = json.loads(options.state.read_text()) if options.state.is_file() else {}
+    options.state.mkdir(parents=True, exist_ok=True)
+    files = {name: options.state / f"{name}.json" for name in SUITES}
     end = time.monotonic() + options.seconds
     for name in options.only or SUITES:
-        record = state.setdefault(name, {"done": 0, "seconds": 0.0, "failed": []})
+        file = files[name]
+        record = json.loads(file.read_text()) if file.is_file() else {"done": 0, "seconds": 0.0, "failed": []}
         begun = time.monotonic()
         with TemporaryDirectory() as folder:
             cases = SUITES[name].cases(Path(folder))
@@ -44,8 +45,9 @@ def main() -> int:
                     print(f"{name} {number}: {error!r:.300}", flush=True)
                 record["done"] += 1
         record["seconds"] += time.monotonic() - begun
-        options.state.write_text(json.dumps(state, indent=2))
+        file.write_text(json.dumps(record))
         print(f"{name}: {record['done']} of {record['all']}, {len(record['failed'])} failed", flush=True)
+    state = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     finished = all(name in state and state[name]["done"] == state[name]["all"] for name in SUITES)
     if options.write and finished:
         write(state)

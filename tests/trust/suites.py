@@ -15,7 +15,7 @@ from tests.trust import faults, fuzz, power
 from tests.trust.jobs import Content, Job, content, jobs, make_adapter, make_inputs
 
 Case = Callable[[], object]
-BATCH = 100  #: of fuzzed files in a process
+BATCH = 500  #: of fuzzed files in a process
 _MOMENTS = ("before", "amid", "after")
 _COPIED = ("config.json", "tokenizer.json", "frodctl.json")  # or no part of what a model means
 
@@ -167,5 +167,5 @@ SUITES = {
     "kills": Suite(kills, 53),
     "power losses": Suite(power_losses, 37),
     "flipped bits": Suite(flipped_bits, 73),
-    "fuzzed files": Suite(fuzzed, 103, BATCH),
+    "fuzzed files": Suite(fuzzed, 60, BATCH),
 }
