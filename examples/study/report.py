@@ -40,15 +40,19 @@ class Study:
     def ran(self, part: str) -> bool:
         return any(run.part == part for run in self.runs)
 
-    def names(self, part: str, what: str) -> list[Any]:
-        """Tasks, methods … of a part, in the order in which they ran."""
-        return list(dict.fromkeys(getattr(run, what) for run in self.of(part)))
+    def tasks(self, part: str) -> list[str]:
+        """Those that a part has come through with, its reference too."""
+        return list(dict.fromkeys(run.task for run in self.of(part, method=REFERENCE)))
+
+    def methods(self, part: str) -> list[str]:
+        """In the order in which they ran."""
+        return list(dict.fromkeys(run.method for run in self.of(part)))
 
     def by_method(self, part: str, show: Callable[[list[Run]], str], last: bool = True) -> list[list[str]]:
         """A row for each method, a column for each task, and at last how far the loss is from the reference's."""
-        tasks = self.names(part, "task")
+        tasks = self.tasks(part)
         rows = []
-        for method in self.names(part, "method"):
+        for method in self.methods(part):
             cells = [show(runs) if (runs := self.of(part, task=task, method=method)) else "–" for task in tasks]
             rows.append([method, *cells, *([self.beside(part, method, "loss")] if last else [])])
         return rows
@@ -58,7 +62,7 @@ class Study:
         if method == REFERENCE:
             return "0"
         ratios: dict[int, list[float]] = {}
-        for task in self.names(part, "task"):
+        for task in self.tasks(part):
             others = {run.seed: run for run in self.of(part, task=task, method=REFERENCE)}
             for run in self.of(part, task=task, method=method):
                 if run.seed in others:
@@ -81,18 +85,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def losses(study: Study, part: str) -> str:
-    header = ["test loss", *study.names(part, "task"), f"beside {REFERENCE}, %"]
+    header = ["test loss", *study.tasks(part), f"beside {REFERENCE}, %"]
     return table(header, study.by_method(part, lambda runs: mean([run.loss for run in runs], 3)))
 
 
 def accuracies(study: Study, part: str) -> str:
     rows = study.by_method(part, lambda runs: mean([100 * run.accuracy for run in runs], 1), last=False)
-    return table(["accuracy, %", *study.names(part, "task")], rows)
+    return table(["accuracy, %", *study.tasks(part)], rows)
 
 
 def thirds(study: Study, part: str) -> str:
     """What a third of the steps is worth, and the steps until the training loss is the reference's at the end."""
-    header = ["test loss after a third", *study.names(part, "task"), f"beside {REFERENCE}, %"]
+    header = ["test loss after a third", *study.tasks(part), f"beside {REFERENCE}, %"]
     rows = study.by_method(part, lambda runs: mean([run.loss_at_a_third for run in runs], 3), last=False)
     return table(header, [[*row, study.beside(part, row[0], "loss_at_a_third")] for row in rows])
 
@@ -100,20 +104,20 @@ def thirds(study: Study, part: str) -> str:
 def costs(study: Study, part: str) -> str:
     """Medians; what does not depend on the task is shown of each model's first one."""
     rows = []
-    for method in study.names(part, "method"):
+    for method in study.methods(part):
         cells = []
-        for task in study.names(part, "task"):
+        for task in study.tasks(part):
             runs = study.of(part, task=task, method=method)
             cells += [f"{median(1000 * run.training / run.steps for run in runs):.0f}"] if runs else ["–"]
         first = study.of(part, method=method)[0]
         rows.append([method, f"{first.trained:,}", f"{first.bytes / 1e6:.0f}", *cells])
-    tasks = study.names(part, "task")
+    tasks = study.tasks(part)
     return table(["", f"trained ({tasks[0]})", f"MB ({tasks[0]})", *(f"ms a step, {task}" for task in tasks)], rows)
 
 
 def chosen(study: Study, part: str) -> str:
     rows = study.by_method(part, lambda runs: f"{runs[0].rate:.2g}", last=False)
-    return table(["rate chosen", *study.names(part, "task")], rows)
+    return table(["rate chosen", *study.tasks(part)], rows)
 
 
 def sensitivity(study: Study, part: str) -> str:
@@ -158,10 +162,10 @@ def curves(study: Study, file: Path) -> None:
     """Training loss by step, mean of the seeds and its standard error, each point the mean of a few steps."""
     import matplotlib.pyplot as plt
 
-    tasks = study.names("methods", "task")
+    tasks = study.tasks("methods")
     figure, axes = plt.subplots(2, (len(tasks) + 1) // 2, figsize=(11, 6), layout="constrained", squeeze=False)
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for method in study.names("methods", "method"):
+        for method in study.methods("methods"):
             courses = [smooth(run.course) for run in study.of("methods", task=task, method=method)]
             points = list(zip(*courses, strict=True))
             steps = [WIDTH * (number + 1) for number in range(len(points))]
@@ -185,7 +189,7 @@ def worth(study: Study, file: Path) -> None:
     """Every method's test loss beside the reference's, by task."""
     import matplotlib.pyplot as plt
 
-    tasks, methods = study.names("methods", "task"), study.names("methods", "method")
+    tasks, methods = study.tasks("methods"), study.methods("methods")
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
