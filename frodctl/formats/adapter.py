@@ -17,7 +17,6 @@ with a U, and mostly with a V, of its own.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from frodctl.checkpoint.inputs import Json, read_json
 from frodctl.checkpoint.opening import read_file_header
 from frodctl.checkpoint.records import ADAPTER_FILES, WEIGHT_FILES, Location, TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
-from frodctl.formats.basis_file import check_digest, check_version
+from frodctl.formats.basis_file import check_digest, check_version, digest_of
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
 from frodctl.method.budget import nnz
 
@@ -81,14 +80,14 @@ class Provenance:
         for key, holds in found._fields_hold():
             if not holds:
                 raise InvalidInput(f"{where}: damaged frodctl object: {key}")
-        if "digest" in value and value["digest"] != _own_digest(value):
+        if "digest" in value and value["digest"] != digest_of(value):
             raise InvalidInput(f"{where}: its config's frodctl object was changed since it was saved (digests differ)")
         return found
 
     def as_json(self) -> dict[str, object]:
         """For the config, with a digest of all the rest."""
         value = {_key(name): item for name, item in asdict(self).items()}
-        return value | {"digest": _own_digest(value)}
+        return value | {"digest": digest_of(value)}
 
     def _fields_hold(self) -> Iterator[tuple[str, bool]]:
         yield "form", self.form in ("delta", "reconstruct")
@@ -107,11 +106,6 @@ class Provenance:
 def _key(field: str) -> str:
     """What a field of `Provenance` is called in the config."""
     return {"V_digests": "basis", "base_digests": "base"}.get(field, field)
-
-
-def _own_digest(value: Mapping[str, object]) -> str:
-    rest = {key: item for key, item in value.items() if key != "digest"}
-    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 #: PEFT's task types whose heads have labels.

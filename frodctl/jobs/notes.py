@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
+from frodctl.checkpoint import files
 from frodctl.method.fidelity import Fidelity
 
 
@@ -16,13 +17,13 @@ class Notes:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.known: dict[str, Fidelity] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        for line in files.read_bytes(file).splitlines():
             with suppress(ValueError, TypeError):  # the line that was being written as the run was killed
                 module, *figures = json.loads(line)
                 self.known[module] = Fidelity(*figures)
 
     def __enter__(self) -> Notes:
-        self._open = open(self.file, "a", encoding="utf-8")
+        self._open = files.open_write(self.file, "a")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -30,5 +31,5 @@ class Notes:
 
     def add(self, module: str, found: Fidelity) -> None:
         self.known[module] = found
-        self._open.write(json.dumps([module, *astuple(found)]) + "\n")
+        self._open.write(json.dumps([module, *astuple(found)]).encode() + b"\n")
         self._open.flush()

@@ -5,7 +5,8 @@
 A Qwen3-MoE of 6 layers with 8 experts each (hidden size 128, experts of 64, two a token) learns Python's standard
 library byte by byte, and then, as a whole, its documentation (`pydoc_data/topics.py`). What that changed in the experts
 is fitted over either basis (`frodctl.extract`, the best positions) at several sizes: V, λ', S and its positions
-together, in numbers of float32. "kept" is the share of ‖ΔW‖² that is explained, over all experts.
+together, in numbers of float32. Shown is the share of ‖ΔW‖² that is explained, over all experts; in the last column
+with as large an S as over one V for all layers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from frodctl.method.fidelity import Fidelity, together
 
 LAYERS, EXPERTS, HIDDEN, INNER = 6, 8, 128, 64
 ROLES = {"gate_proj": HIDDEN, "up_proj": HIDDEN, "down_proj": INNER}
-SIZES = (0.05, 0.1, 0.2, 0.4)  #: of the experts' parameters
+SIZES = (0.1, 0.2, 0.4)  #: of the experts' parameters
 
 
 def texts() -> tuple[bytes, bytes]:
@@ -57,9 +58,10 @@ def models(work: Path, seconds: float) -> tuple[Path, Path]:
     code, documentation = texts()
     torch.manual_seed(0)
     if not base.exists():
+        heads: dict[str, int] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
         config = Qwen3MoeConfig(
-            vocab_size=256, hidden_size=HIDDEN, moe_intermediate_size=INNER, num_hidden_layers=LAYERS,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=EXPERTS, num_experts_per_tok=2,
+            **heads, vocab_size=256, hidden_size=HIDDEN, moe_intermediate_size=INNER, num_hidden_layers=LAYERS,
+            num_experts=EXPERTS, num_experts_per_tok=2,
             output_router_logits=True, router_aux_loss_coef=0.01,
         )  # fmt: skip
         model = Qwen3MoeForCausalLM(config)
@@ -72,28 +74,27 @@ def models(work: Path, seconds: float) -> tuple[Path, Path]:
     return base, tuned
 
 
-def kept(work: Path, base: Path, tuned: Path, role: str, per_layer: bool, numbers: float) -> float:
-    """The share of ‖ΔW‖² that is explained by so many numbers, V's among them."""
-    n, bases = ROLES[role], LAYERS if per_layer else 1
-    layers = [str(layer) for layer in range(LAYERS)] if per_layer else [f"0-{LAYERS - 1}"]
-    # n a layer are λ', and the positions of S are as two numbers each, once for each V
-    left = numbers - bases * n * n - LAYERS * EXPERTS * n
-    sparsity = left / (LAYERS * EXPERTS + 2 * bases) / (n * n)
-    if sparsity <= 0:
-        return float("nan")
+def sparsity(role: str, bases: int, numbers: float) -> float:
+    """Of S, where so many numbers are V's, λ's, S's and its positions', which are as two each, once for each V."""
+    n, experts = ROLES[role], LAYERS * EXPERTS
+    return min(1.0, (numbers - bases * n * n - experts * n) / (experts + 2 * bases) / (n * n))
+
+
+def kept(work: Path, base: Path, tuned: Path, role: str, per_layer: bool, share: float) -> str:
+    """The share of ‖ΔW‖² that is explained at this sparsity."""
+    if share <= 0:
+        return "–"
     fidelities: list[Fidelity] = []
-    for number in layers:
+    for number in map(str, range(LAYERS)) if per_layer else [f"0-{LAYERS - 1}"]:
         basis, target = work / f"{role}.{number}.safetensors", f".*experts.*{role}"
         if not basis.exists():
             frodctl.decompose(base, basis, target_modules=target, layers=number)
         found = frodctl.extract(
             base, tuned, work / "adapter", as_="frod", basis=basis, target_modules=target, layers=number,
-            sparsity=min(sparsity, 1.0), force=True,
+            sparsity=share, force=True,
         )  # fmt: skip
         fidelities += found.fidelities
-    share = together(fidelities).kept
-    assert share is not None
-    return share
+    return f"{together(fidelities).kept:.1%}"
 
 
 def main() -> None:
@@ -102,12 +103,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="of training, a third of that of fine-tuning")
     arguments = parser.parse_args()
     base, tuned = models(arguments.work, arguments.seconds)
-    print("| role | numbers, of the experts' | one V for all layers | one V a layer |\n|---|---|---|---|")
+    print("| role | numbers, of the experts' | one V for all layers | one V a layer | the same, its V for nothing |")
+    print(f"|{'---|' * 5}")
     for role in ROLES:
         for size in SIZES:
             numbers = size * LAYERS * EXPERTS * HIDDEN * INNER
-            shares = (kept(arguments.work, base, tuned, role, each, numbers) for each in (False, True))
-            print(f"| {role} | {size:.0%} | {' | '.join(f'{share:.1%}' for share in shares)} |", flush=True)
+            one, several = (sparsity(role, bases, numbers) for bases in (1, LAYERS))
+            ways = ((False, one), (True, several), (True, one))
+            shares = (kept(arguments.work, base, tuned, role, per_layer, share) for per_layer, share in ways)
+            print(f"| {role} | {size:.0%} | {' | '.join(shares)} |", flush=True)
 
 
 if __name__ == "__main__":

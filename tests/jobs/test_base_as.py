@@ -220,3 +220,13 @@ def test_an_unknown_quantization_and_other_refusals(
         frodctl.merge(example, nf4_, tmp_path / "out", basis=basis, base_as="auto", as_="lora", rank=2)
     with pytest.raises(UsageError, match="goes with form delta"):
         cases("llama", torch.float32).merged(tmp_path / "out", base_as="nf4")
+
+
+def test_a_tied_head_stays_with_its_embedding(example: Path, basis: Path, tmp_path: Path) -> None:
+    """torchao, asked directly, quantizes the head too; being tied here, it has no tensor of its own to quantize."""
+    model = frodctl.attach(int8(AutoModelForCausalLM.from_pretrained(example, dtype="auto")), basis)
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    plan = frodctl.merge(example, tmp_path / "adapter", tmp_path / "out", basis=basis, base_as="auto", dry_run=True)
+    assert plan.base_as is not None
+    assert len(plan.base_as.tensors) == 56
+    assert [note for note in plan.warnings if "or tied" in note]

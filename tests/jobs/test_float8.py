@@ -48,7 +48,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, example: Path) -> dict[str, Pa
 
 def merged(own: dict[str, Path], out: Path, adapter: str = "large", **options: Any) -> frodctl.MergeResult:
     found = frodctl.merge(
-        own["base"], own[adapter], out, basis=own["basis.safetensors"], dtype="float8_e4m3", **options
+        own["base"], own[adapter], out, basis=own["basis.safetensors"], dtype=torch.float8_e4m3fn, **options
     )
     assert isinstance(found, frodctl.MergeResult)
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 
 import frodctl
 from frodctl.arrays import DTYPES
-from frodctl.checkpoint import manifest, shards, sink, stream
+from frodctl.checkpoint import files, manifest, shards, sink, stream
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput
 from frodctl.formats import lora
@@ -122,8 +121,7 @@ def run_lora(
     require_memory(plan.peak_memory_bytes, kernels.name)
     with sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume) as staging:
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
-        tree = staging.path(_TREE)
-        tree.mkdir(exist_ok=True)
+        tree = staging.begin_folder(_TREE, [lora.WEIGHTS_FILE])
         work = _Work(plan, changes, kernels, progress, profile)
         origin = partial(_origin, plan, changes)
         try:
@@ -134,7 +132,7 @@ def run_lora(
                     resumed, found = work.write(writer, ranks, Notes(staging.path(_FIGURES)))
                     digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
-            shutil.rmtree(staging.folder)
+            files.rmtree(staging.folder)
             raise
         result = LoraResult(
             plan, plan.output, shard.nbytes, tuple(ranks), tuple(found), resumed, plan.options.verify, kernels.name, 0.0
@@ -236,6 +234,6 @@ def _write_the_rest(result: LoraResult, tree: Path) -> None:
     plan = result.plan
     ranks = {layer.module: rank for layer, rank in zip(plan.layers, result.ranks, strict=True)}
     text = json.dumps(lora.config(ranks, plan.setting), indent=2, ensure_ascii=False) + "\n"
-    (tree / lora.CONFIG_FILE).write_text(text, encoding="utf-8")
-    (tree / "README.md").write_text(model_card(plan, result.rows(), result.overall), encoding="utf-8", errors="replace")
+    files.write_text(tree / lora.CONFIG_FILE, text)
+    files.write_text(tree / "README.md", model_card(plan, result.rows(), result.overall))
     manifest.write(tree, f"frodctl {frodctl.__version__}")

@@ -30,7 +30,7 @@ class BaseAs:
     dtype: str | None  #: that the model was loaded in (the format's name); None: the one it is stored in
     library: str  #: that does it, with its version
     tensors: Mapping[str, bool] = field(repr=False)  #: by their names in the result, and whether they are transposed
-    unknown: int = 0  #: quantized layers of the live model that are not found in the base
+    unknown: int = 0  #: quantized layers of the live model that are not in the base, or tied to what was not quantized
 
     def of(self, name: str, stored: HostArray) -> HostArray:
         """A tensor as the live model held it, in float32; as it is stored where that is how it was held."""
@@ -90,6 +90,8 @@ def base_as(found: Match, asked: str, new_names: Mapping[str, str]) -> BaseAs | 
             dtype = record["dtype"]
             modules += record["modules"]
     tensors = _tensors(found, modules) if modules else _usual(found)
+    for name in found.checkpoint.ties.broken_by(tensors):  # an embedding that is no less than it was
+        del tensors[name]
     unknown = len(set(modules)) - len(tensors) if modules else 0
     return BaseAs(kind, dtype, require_library(kind), {new_names[name]: t for name, t in tensors.items()}, unknown)
 
@@ -107,7 +109,7 @@ def notes(found: Match, asked: str, chosen: BaseAs | None) -> Iterable[str]:
         elif held and record.get("kind") != held:
             yield f"{source.adapter.name}: was trained over {trained}, and is merged into the base in {held}"
     if chosen and chosen.unknown:
-        yield f"{chosen.unknown} layers that were in {chosen.kind} are not found in the base, and stay as stored"
+        yield f"{chosen.unknown} layers that were in {chosen.kind} are not in the base, or tied, and stay as stored"
 
 
 def _record(source: Source) -> Mapping[str, Json]:

@@ -227,11 +227,11 @@ def plan_merge(
     held = base_as.base_as(found, chosen.base_as, new_names)
     if held and chosen.base_as == base_as.AUTO:
         progress(Progress(f"{sources[0].adapter.name}: was trained over {held.kind}, and so is the base held"))
-    chosen_weights = None
+    narrow = None
     if chosen.dtype == FLOAT8:
         turned = {new_names[w.target.tensor.name] for w in found.weights if w.target.transposed}
-        chosen_weights = quantization(checkpoint, new_names, {*replaced, *turned}, specs, chosen.fp8_scales)
-        specs = list(chosen_weights.specs(specs))
+        narrow = quantization(checkpoint, new_names, {*replaced, *turned}, specs, chosen.fp8_scales)
+        specs = list(narrow.specs(specs))
     plan = MergePlan(
         checkpoint=checkpoint,
         output=output,
@@ -247,17 +247,17 @@ def plan_merge(
             added,
             replaced,
             sources[0].adapter,
-            "auto" if chosen_weights else chosen.dtype,
-            chosen_weights.config() if chosen_weights else None,
+            chosen.dtype,
+            narrow.config() if narrow else None,
         ),
         files=copied_files(checkpoint, as_sentences=not added),
         warnings=(
             *found.warnings,
             *warnings(sources, replaced),
             *base_as.notes(found, chosen.base_as, held),
-            *(chosen_weights.warnings() if chosen_weights else ()),
+            *(narrow.warnings() if narrow else ()),
         ),
-        quantization=chosen_weights,
+        quantization=narrow,
         base_as=held,
     )
     if dry_run:

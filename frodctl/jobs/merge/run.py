@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import frodctl
-from frodctl.checkpoint import manifest, shards, sink
+from frodctl.checkpoint import files, manifest, shards, sink
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.columns import Column
@@ -138,9 +137,7 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
     with sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume) as staging:
         card = model_card(plan)
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
-        tree = staging.path(_TREE)
-        tree.mkdir(exist_ok=True)
-        _remove_all_but(tree, [shard.file for shard in plan.shards])
+        tree = staging.begin_folder(_TREE, [shard.file for shard in plan.shards])
         try:
             with (
                 profile.step("writing"),
@@ -156,10 +153,10 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
                     merger.run()
                 digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
-            shutil.rmtree(staging.folder)
+            files.rmtree(staging.folder)
             raise
         with profile.step("writing"):
-            _write_the_rest(plan, tree, card)
+            _write_the_rest(plan, tree, card, digests)
         if plan.options.verify:
             progress(Progress("reading the result again"))
             with profile.step("checking the files"):
@@ -180,34 +177,30 @@ def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled 
     return push_folder(result, plan.output, plan.options, progress)
 
 
-def _remove_all_but(folder: Path, files: list[str]) -> None:
-    """Only weights are taken up from an earlier run."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in files:
-            path.unlink()
-
-
-def _write_the_rest(plan: MergePlan, tree: Path, card: str) -> None:
+def _write_the_rest(plan: MergePlan, tree: Path, card: str, digests: Mapping[str, str]) -> None:
     """The index, the configs and whatever else belongs to the model."""
     root = plan.checkpoint.root
     assert root is not None
     for name in plan.files:
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, tree / name)
+        for parent in reversed(PurePosixPath(name).parents[:-1]):
+            files.mkdir(tree / parent)
+        files.copy(root / name, tree / name)
     if len(plan.shards) > 1:
         _write_json(tree / shards.index_file(plan.shards), shards.index(plan.shards))
     if plan.config is not None:
         _write_json(tree / "config.json", plan.config)
     elif plan.checkpoint.config:
-        shutil.copyfile(root / "config.json", tree / "config.json")
-    (tree / "README.md").write_text(card, encoding="utf-8", errors="replace")
-    manifest.write(tree, f"frodctl {frodctl.__version__}")
+        files.copy(root / "config.json", tree / "config.json")
+    files.write_text(tree / "README.md", card)
+    recorded = {
+        shard.file: {piece.name: f"sha256:{digests[piece.name]}" for piece, _ in shard.pieces()}
+        for shard in plan.shards
+    }
+    manifest.write(tree, f"frodctl {frodctl.__version__}", recorded)
 
 
 def _write_json(path: Path, value: Mapping[str, Json]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _job_key(plan: MergePlan, kernels: Kernels) -> str:

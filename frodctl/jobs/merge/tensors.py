@@ -18,6 +18,7 @@ from frodctl.arrays import DTYPES
 from frodctl.checkpoint import codec, stream
 from frodctl.checkpoint.records import TensorInfo
 from frodctl.checkpoint.shards import ShardWriter
+from frodctl.checkpoint.source import Folder
 from frodctl.errors import InvalidInput
 from frodctl.jobs.merge.plan import MergePlan, flops
 from frodctl.jobs.notes import Notes
@@ -238,7 +239,7 @@ def origin(plan: MergePlan, name: str) -> str:
 def _pieces(root: Path, info: TensorInfo) -> Iterator[memoryview]:
     """A tensor's bytes, by rows where a pickle has them otherwise, and of its values where it has scales."""
     if info.is_plain:
-        yield from codec.read_chunks(root / info.file, info.offset, info.nbytes)
+        yield from Folder(root).chunks(info)
     else:
         yield stream.tensor_bytes(np.ascontiguousarray(stream.read_tensor(root, info)))
 
