@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from math import exp, log
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from frodctl.training.rates import relative_step
@@ -102,13 +102,13 @@ def thirds(study: Study, part: str) -> str:
 
 
 def costs(study: Study, part: str) -> str:
-    """Medians; what does not depend on the task is shown of each model's first one."""
+    """Seconds of the run that was disturbed least; numbers and bytes of the first task."""
     rows = []
     for method in study.methods(part):
         cells = []
         for task in study.tasks(part):
             runs = study.of(part, task=task, method=method)
-            cells += [f"{median(1000 * run.training / run.steps for run in runs):.0f}"] if runs else ["–"]
+            cells += [f"{min(1000 * run.training / run.steps for run in runs):.0f}"] if runs else ["–"]
         first = study.of(part, method=method)[0]
         rows.append([method, f"{first.trained:,}", f"{first.bytes / 1e6:.0f}", *cells])
     tasks = study.tasks(part)
@@ -127,6 +127,8 @@ def sensitivity(study: Study, part: str) -> str:
     rows = []
     for task, steps in dict.fromkeys((run.task, run.steps) for run in runs):
         by_rate = losses_by_multiple([run for run in runs if (run.task, run.steps) == (task, steps)])
+        if len(by_rate) < len(multiples):
+            continue  # not through yet
         best = min(map(fmean, by_rate.values()))
         cells = [mean(by_rate[one], 3) if one in by_rate else "–" for one in multiples]
         rows.append([task, str(steps), *cells, f"{100 * (fmean(by_rate[1.0]) / best - 1):.1f}"])
@@ -215,12 +217,22 @@ def sensitivities(study: Study, file: Path) -> None:
 
     runs = study.of("rates", held_out="validation")
     lengths = list(dict.fromkeys(run.steps for run in runs))
+    colours = {task: f"C{number}" for number, task in enumerate(dict.fromkeys(run.task for run in runs))}
     figure, axes = plt.subplots(1, len(lengths), figsize=(11, 3.2), layout="constrained", squeeze=False, sharey=True)
     for axis, steps in zip(axes.flat, lengths, strict=True):
         for task in dict.fromkeys(run.task for run in runs if run.steps == steps):
             by_rate = losses_by_multiple(run for run in runs if (run.task, run.steps) == (task, steps))
             means = list(map(fmean, by_rate.values()))
-            axis.plot(list(by_rate), [loss / min(means) for loss in means], marker="o", markersize=3, label=task)
+            if len(means) < len({multiple(run) for run in runs}):
+                continue  # not through yet
+            axis.plot(
+                list(by_rate),
+                [loss / min(means) for loss in means],
+                marker="o",
+                markersize=3,
+                label=task,
+                color=colours[task],
+            )
         axis.axvline(1, color="black", linewidth=0.8)
         axis.axhspan(1, 1.05, color="grey", alpha=0.2)
         axis.set_xscale("log", base=2)
