@@ -122,6 +122,10 @@ class HubServer:
     With `writes`, a folder, the owner of `token` may make repositories, which are kept below it, and commit to them
     and to the others. `meet` sees these requests too; `Cut` raised there by one that sends a file drops it half-way.
 
+    `spoil` is asked of each request what headers its answer has beside the true ones, or in place of them.
+
+    `limit` is how many bytes of a file's content are sent before the connection is dropped.
+
     `broken` maps the beginning of a request ("GET /api/models/org/name") to what is answered in place of the truth:
     a status, or a body.
     """
@@ -145,6 +149,8 @@ class HubServer:
         self.broken: dict[str, int | bytes] = {}
         self.meet: Callable[[Request], None] = lambda request: None
         self.watch: Callable[[Request], None] = lambda request: None
+        self.spoil: Callable[[Request], Mapping[str, str]] = lambda request: {}
+        self.limit: int | None = None
         self.store: str | None = None
         self._server = _Server(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -373,11 +379,16 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         self.seen.status = status
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(length), "Connection": "close"}.items():
+        sent = {**headers, "Content-Length": str(length), "Connection": "close", **self.hub.spoil(self.seen)}
+        for name, value in sent.items():
             if value:
                 self.send_header(name, value)
         self.end_headers()
         while self.command != "HEAD" and (data := body.read(min(65536, length - self.seen.bytes_sent))):
             watch(self.seen)
+            if "/resolve/" in self.path and self.hub.limit is not None:
+                data = data[: self.hub.limit - self.seen.bytes_sent]
+                if not data:
+                    raise Cut
             self.seen.bytes_sent += len(data)  # before the last byte lets the client go on and look here
             self.wfile.write(data)

@@ -27,7 +27,10 @@ folder = sys.argv[1]
 build_meta.build_wheel(folder)
 build_meta.build_sdist(folder)
 """
-TOP = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "constraints.txt", "pyproject.toml")
+TOP = (
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md", "constraints.txt",
+    "pyproject.toml",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

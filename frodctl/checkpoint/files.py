@@ -191,8 +191,13 @@ def read_bytes(path: Path) -> bytes:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file of UTF-8, over one that is there; half a surrogate pair becomes a question mark."""
+    write_bytes(path, text.encode(errors="replace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, over one that is there."""
     with open_write(path, "w") as file:
-        file.write(text.encode(errors="replace"))
+        file.write(data)
 
 
 def copy(source: Path, target: Path) -> None:

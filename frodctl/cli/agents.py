@@ -9,6 +9,7 @@ from pathlib import Path
 
 #: Set by whatever agent, whether huggingface_hub knows it or not.
 _STANDARD = ("AI_AGENT", "AGENT")
+_LIST = ".agent_harnesses.json"  #: in huggingface_hub's home
 
 
 def is_agent(format_: str | None) -> bool:
@@ -27,13 +28,14 @@ def _detected() -> bool:
     """As huggingface_hub detects agents, by the list that it has in its cache: none is fetched for this."""
     if any(os.environ.get(name, "").strip() for name in _STANDARD):
         return True
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    if not (home / _LIST).expanduser().is_file():  # before huggingface_hub is imported, which takes a while
+        return False
     try:
         from huggingface_hub import constants
         from huggingface_hub.utils import is_agent  # type: ignore[attr-defined]  # it is in its __all__ alone
     except ImportError:  # of an older version
-        return False
-    path = getattr(constants, "AGENT_HARNESSES_PATH", "")
-    if not Path(path).is_file():
         return False
     asked, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # a list of yesterday will do
     try:

@@ -27,7 +27,7 @@ _WIDE = 120  #: columns of a table where no terminal sets its width
 class Reporter:
     """Shows the reports of a job; a context manager, whose call is the job's callback."""
 
-    def __init__(self, quiet: bool, format_: str | None) -> None:
+    def __init__(self, quiet: bool, format_: str | None = None) -> None:
         self.quiet = quiet
         self.bars = not quiet and _bars_wanted() and not is_agent(format_)
         self.bar: Bar | None = None

@@ -18,6 +18,7 @@ import argparse
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import machine
 from process import Failed, printed
@@ -27,7 +28,7 @@ from frodctl.method.step_cost import Shape, full_flops, input_flops
 
 RANK = 4
 METHODS = ("full", "LoRA", "frodctl", "attention")
-CONFIG: dict[str, int] = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 512, "moe_intermediate_size": 192, "num_hidden_layers": 8, "num_experts": 32,
     "num_experts_per_tok": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024,
 }  # fmt: skip
@@ -71,14 +72,14 @@ print(json.dumps([statistics.median(seconds), peak, sum(p.numel() for p in train
 """.replace("RANK", str(RANK))
 
 
-def sparsity(config: dict[str, int]) -> float:
+def sparsity(config: dict[str, Any]) -> float:
     """At which as many numbers are trained in an expert as LoRA has."""
-    n, inner = config["hidden_size"], config["moe_intermediate_size"]
+    n, inner = int(config["hidden_size"]), int(config["moe_intermediate_size"])
     numbers = RANK * ((2 * inner + n) + (n + inner))
     return (numbers - 2 * n - inner) / (2 * n * n + inner * inner)
 
 
-def made(work: Path, config: dict[str, int]) -> tuple[Path, Path]:
+def made(work: Path, config: dict[str, Any]) -> tuple[Path, Path]:
     """The checkpoint and its basis."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -90,11 +91,12 @@ def made(work: Path, config: dict[str, int]) -> tuple[Path, Path]:
     return work / "model", basis
 
 
-def flops(method: str, config: dict[str, int], tokens: int) -> float:
+def flops(method: str, config: dict[str, Any], tokens: int) -> float:
     """Operations of a step in the experts of a layer."""
-    n, inner, experts = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
-    routed = {"experts": experts, "chosen": config["num_experts_per_tok"]}
-    into, out = Shape(inner, n, 0, **routed, in_rows=True), Shape(n, inner, 0, **routed, own_input=True)
+    n, inner = int(config["hidden_size"]), int(config["moe_intermediate_size"])
+    experts, chosen = int(config["num_experts"]), int(config["num_experts_per_tok"])
+    into = Shape(inner, n, 0, experts=experts, chosen=chosen, in_rows=True)
+    out = Shape(n, inner, 0, experts=experts, chosen=chosen, own_input=True)
     full = float(2 * full_flops(into, tokens) + full_flops(out, tokens))
     if method == "frodctl":
         share = sparsity(config)
@@ -104,7 +106,7 @@ def flops(method: str, config: dict[str, int], tokens: int) -> float:
     return {"full": full, "LoRA": full + formed, "attention": full * 2 / 3}[method]
 
 
-def shown(found: dict[str, list[list[float]]], config: dict[str, int], tokens: int) -> str:
+def shown(found: dict[str, list[list[float]]], config: dict[str, Any], tokens: int) -> str:
     """The results in Markdown."""
     heads = ("trained", "numbers", "tokens/s, median (min–max)", "/ full", "/ LoRA", "count", "peak memory")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]

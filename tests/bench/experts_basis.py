@@ -15,6 +15,7 @@ import argparse
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -58,7 +59,7 @@ def models(work: Path, seconds: float) -> tuple[Path, Path]:
     code, documentation = texts()
     torch.manual_seed(0)
     if not base.exists():
-        heads: dict[str, int] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
         config = Qwen3MoeConfig(
             **heads, vocab_size=256, hidden_size=HIDDEN, moe_intermediate_size=INNER, num_hidden_layers=LAYERS,
             num_experts=EXPERTS, num_experts_per_tok=2,

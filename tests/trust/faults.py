@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -157,6 +158,9 @@ def fail_once(job: Job, folder: Path, inputs: dict[str, bytes | None], at: int, 
     except (FrodctlError, OSError) as error:
         caught = error
     assert not isinstance(caught, OSError) or caught.filename, caught  # of which the command's message is made
+    if caught is not None:  # it holds the frames that it came through
+        caught.__traceback__ = caught.__context__ = None
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == handles
     whole = check_left(job, folder, inputs)
     assert caught or whole

@@ -163,9 +163,9 @@ def fuzzed(folder: Path) -> list[Case]:
 
 
 SUITES = {
-    "injected faults": Suite(injected, 53),
-    "kills": Suite(kills, 53),
-    "power losses": Suite(power_losses, 37),
-    "flipped bits": Suite(flipped_bits, 73),
-    "fuzzed files": Suite(fuzzed, 60, BATCH),
+    "injected faults": Suite(injected, 89),
+    "kills": Suite(kills, 131),
+    "power losses": Suite(power_losses, 61),
+    "flipped bits": Suite(flipped_bits, 97),
+    "fuzzed files": Suite(fuzzed, 80, BATCH),
 }
