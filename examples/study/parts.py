@@ -120,7 +120,7 @@ def rates(lab: Lab) -> None:
     for seed in lab.seeds[:2]:
         for steps, tasks in ((lab.steps // 4 or 1, TASKS), (lab.steps, TASKS), (4 * lab.steps, FEW)):
             for task in tasks:
-                for multiple in (1 / 4, 1 / 2, 1, 2, 4, 8):
+                for multiple in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4):
                     rate = multiple * relative_step(steps)
                     lab.run("rates", task, METHODS["FRoD"], rate, seed, "validation", steps)
 

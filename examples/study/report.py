@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from math import exp, log
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from frodctl.training.rates import relative_step
@@ -40,15 +40,19 @@ class Study:
     def ran(self, part: str) -> bool:
         return any(run.part == part for run in self.runs)
 
-    def names(self, part: str, what: str) -> list[Any]:
-        """Tasks, methods … of a part, in the order in which they ran."""
-        return list(dict.fromkeys(getattr(run, what) for run in self.of(part)))
+    def tasks(self, part: str) -> list[str]:
+        """Those that a part has come through with, its reference too."""
+        return list(dict.fromkeys(run.task for run in self.of(part, method=REFERENCE)))
+
+    def methods(self, part: str) -> list[str]:
+        """In the order in which they ran."""
+        return list(dict.fromkeys(run.method for run in self.of(part)))
 
     def by_method(self, part: str, show: Callable[[list[Run]], str], last: bool = True) -> list[list[str]]:
         """A row for each method, a column for each task, and at last how far the loss is from the reference's."""
-        tasks = self.names(part, "task")
+        tasks = self.tasks(part)
         rows = []
-        for method in self.names(part, "method"):
+        for method in self.methods(part):
             cells = [show(runs) if (runs := self.of(part, task=task, method=method)) else "–" for task in tasks]
             rows.append([method, *cells, *([self.beside(part, method, "loss")] if last else [])])
         return rows
@@ -58,7 +62,7 @@ class Study:
         if method == REFERENCE:
             return "0"
         ratios: dict[int, list[float]] = {}
-        for task in self.names(part, "task"):
+        for task in self.tasks(part):
             others = {run.seed: run for run in self.of(part, task=task, method=REFERENCE)}
             for run in self.of(part, task=task, method=method):
                 if run.seed in others:
@@ -81,39 +85,39 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def losses(study: Study, part: str) -> str:
-    header = ["test loss", *study.names(part, "task"), f"beside {REFERENCE}, %"]
+    header = ["test loss", *study.tasks(part), f"beside {REFERENCE}, %"]
     return table(header, study.by_method(part, lambda runs: mean([run.loss for run in runs], 3)))
 
 
 def accuracies(study: Study, part: str) -> str:
     rows = study.by_method(part, lambda runs: mean([100 * run.accuracy for run in runs], 1), last=False)
-    return table(["accuracy, %", *study.names(part, "task")], rows)
+    return table(["accuracy, %", *study.tasks(part)], rows)
 
 
 def thirds(study: Study, part: str) -> str:
     """What a third of the steps is worth, and the steps until the training loss is the reference's at the end."""
-    header = ["test loss after a third", *study.names(part, "task"), f"beside {REFERENCE}, %"]
+    header = ["test loss after a third", *study.tasks(part), f"beside {REFERENCE}, %"]
     rows = study.by_method(part, lambda runs: mean([run.loss_at_a_third for run in runs], 3), last=False)
     return table(header, [[*row, study.beside(part, row[0], "loss_at_a_third")] for row in rows])
 
 
 def costs(study: Study, part: str) -> str:
-    """Medians; what does not depend on the task is shown of each model's first one."""
+    """Seconds of the run that was disturbed least; numbers and bytes of the first task."""
     rows = []
-    for method in study.names(part, "method"):
+    for method in study.methods(part):
         cells = []
-        for task in study.names(part, "task"):
+        for task in study.tasks(part):
             runs = study.of(part, task=task, method=method)
-            cells += [f"{median(1000 * run.training / run.steps for run in runs):.0f}"] if runs else ["–"]
+            cells += [f"{min(1000 * run.training / run.steps for run in runs):.0f}"] if runs else ["–"]
         first = study.of(part, method=method)[0]
         rows.append([method, f"{first.trained:,}", f"{first.bytes / 1e6:.0f}", *cells])
-    tasks = study.names(part, "task")
+    tasks = study.tasks(part)
     return table(["", f"trained ({tasks[0]})", f"MB ({tasks[0]})", *(f"ms a step, {task}" for task in tasks)], rows)
 
 
 def chosen(study: Study, part: str) -> str:
     rows = study.by_method(part, lambda runs: f"{runs[0].rate:.2g}", last=False)
-    return table(["rate chosen", *study.names(part, "task")], rows)
+    return table(["rate chosen", *study.tasks(part)], rows)
 
 
 def sensitivity(study: Study, part: str) -> str:
@@ -123,6 +127,8 @@ def sensitivity(study: Study, part: str) -> str:
     rows = []
     for task, steps in dict.fromkeys((run.task, run.steps) for run in runs):
         by_rate = losses_by_multiple([run for run in runs if (run.task, run.steps) == (task, steps)])
+        if len(by_rate) < len(multiples):
+            continue  # not through yet
         best = min(map(fmean, by_rate.values()))
         cells = [mean(by_rate[one], 3) if one in by_rate else "–" for one in multiples]
         rows.append([task, str(steps), *cells, f"{100 * (fmean(by_rate[1.0]) / best - 1):.1f}"])
@@ -158,10 +164,10 @@ def curves(study: Study, file: Path) -> None:
     """Training loss by step, mean of the seeds and its standard error, each point the mean of a few steps."""
     import matplotlib.pyplot as plt
 
-    tasks = study.names("methods", "task")
+    tasks = study.tasks("methods")
     figure, axes = plt.subplots(2, (len(tasks) + 1) // 2, figsize=(11, 6), layout="constrained", squeeze=False)
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for method in study.names("methods", "method"):
+        for method in study.methods("methods"):
             courses = [smooth(run.course) for run in study.of("methods", task=task, method=method)]
             points = list(zip(*courses, strict=True))
             steps = [WIDTH * (number + 1) for number in range(len(points))]
@@ -185,7 +191,7 @@ def worth(study: Study, file: Path) -> None:
     """Every method's test loss beside the reference's, by task."""
     import matplotlib.pyplot as plt
 
-    tasks, methods = study.names("methods", "task"), study.names("methods", "method")
+    tasks, methods = study.tasks("methods"), study.methods("methods")
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
@@ -211,12 +217,22 @@ def sensitivities(study: Study, file: Path) -> None:
 
     runs = study.of("rates", held_out="validation")
     lengths = list(dict.fromkeys(run.steps for run in runs))
+    colours = {task: f"C{number}" for number, task in enumerate(dict.fromkeys(run.task for run in runs))}
     figure, axes = plt.subplots(1, len(lengths), figsize=(11, 3.2), layout="constrained", squeeze=False, sharey=True)
     for axis, steps in zip(axes.flat, lengths, strict=True):
         for task in dict.fromkeys(run.task for run in runs if run.steps == steps):
             by_rate = losses_by_multiple(run for run in runs if (run.task, run.steps) == (task, steps))
             means = list(map(fmean, by_rate.values()))
-            axis.plot(list(by_rate), [loss / min(means) for loss in means], marker="o", markersize=3, label=task)
+            if len(means) < len({multiple(run) for run in runs}):
+                continue  # not through yet
+            axis.plot(
+                list(by_rate),
+                [loss / min(means) for loss in means],
+                marker="o",
+                markersize=3,
+                label=task,
+                color=colours[task],
+            )
         axis.axvline(1, color="black", linewidth=0.8)
         axis.axhspan(1, 1.05, color="grey", alpha=0.2)
         axis.set_xscale("log", base=2)

@@ -19,7 +19,7 @@ import torch
 from frodctl.training.layer import Update
 
 #: ‖ΔW‖/‖W‖ of a step, times the square root of the number of steps, at which models train well; docs/study.md.
-REACH = 0.09
+REACH = 0.18
 #: ‖ΔW‖/‖W‖ of a step where the number of steps is not known: that of runs of thousands.
 RHO = 1e-3
 
