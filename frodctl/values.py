@@ -206,9 +206,9 @@ def path(value: object, parameter: str) -> Path:
         return Path(given)
 
 
-def basis(value: object, parameter: str) -> Path:
-    """A path, or what `frodctl.open_basis` gave, which has one."""
-    return path(getattr(value, "path", value) if not isinstance(value, os.PathLike) else value, parameter)
+def basis(value: object, parameter: str) -> str:
+    """A path, a URL of the Hub, or what `frodctl.open_basis` gave, which has a path."""
+    return model(getattr(value, "path", value) if not isinstance(value, os.PathLike) else value, parameter)
 
 
 def model(value: object, parameter: str) -> str:
@@ -217,6 +217,13 @@ def model(value: object, parameter: str) -> str:
         raise _wrong(value, parameter, "a path or a Hub id")
     path(value, parameter)
     return os.fspath(value)
+
+
+def repository(value: object, parameter: str) -> str:
+    """A repository on the Hub that is written to: ``org/name``."""
+    known = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text(value, parameter), re.ASCII)
+    require(known is not None, parameter, value, "expected org/name, or your own name before the slash")
+    return str(value)
 
 
 def models(value: object, parameter: str) -> tuple[str, ...]:

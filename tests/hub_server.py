@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
+_WRITE = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)")
+_BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+_OBJECT = re.compile(r"/lfs/([0-9a-f]{64})")
 _API = re.compile(r"/api/models/([^/]+(?:/[^/]+)??)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?")
 _RESOLVE = re.compile(r"/([^/]+(?:/[^/]+)??)/resolve/([^/]+)/(.+)")
 _RANGE = re.compile(r"bytes=(?=.*\d)(\d*)-(\d*)")
@@ -45,6 +49,7 @@ class _Refusal(Exception):
     code: str
     message: str
     commit: str = ""
+    url: str = ""  # of the repository that is there already
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,9 @@ class HubServer:
 
     `meet` is called with each request before it is answered; `Cut` raised there is no answer.
 
+    With `writes`, a folder, the owner of `token` may make repositories, which are kept below it, and commit to them
+    and to the others. `meet` sees these requests too; `Cut` raised there by one that sends a file drops it half-way.
+
     `broken` maps the beginning of a request ("GET /api/models/org/name") to what is answered in place of the truth:
     a status, or a body.
     """
@@ -126,11 +134,13 @@ class HubServer:
         private: Collection[str] = (),
         gated: Collection[str] = (),
         token: str | None = None,
+        writes: Path | None = None,
     ) -> None:
         self.folders = {repo: {"main": folder} for repo, folder in repos.items()}
         for repo, folders in (revisions or {}).items():
             self.folders[repo].update(folders)
-        self.private, self.gated, self.token = private, gated, token
+        self.private, self.gated, self.token = set(private), gated, token
+        self.writes, self.objects = writes, dict[str, bytes]()
         self.requests: list[Request] = []
         self.broken: dict[str, int | bytes] = {}
         self.meet: Callable[[Request], None] = lambda request: None
@@ -168,6 +178,35 @@ class HubServer:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
         return {**kept, **hub, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **extra}
+
+    def create(self, repo: str, *, private: bool) -> None:
+        """Make a repository, with the one file that the Hub puts into a new one."""
+        assert self.writes is not None
+        folder = self.writes / repo
+        folder.mkdir(parents=True)
+        (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+        self.folders[repo] = {"main": folder}
+        self.private |= {repo} if private else set()
+
+    def apply(self, repo: str, lines: list[dict[str, Any]]) -> str:
+        """Carry out a commit: all of it, or none; its id."""
+        head = self.commit(repo)
+        if lines[0]["value"].get("parentCommit") not in (None, head):
+            raise _Refusal(412, "", "A commit has happened since. Please refresh and try again.")
+        folder, written = self.folders[repo]["main"], dict[str, bytes | None]()
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "lfsFile":
+                written[value["path"]] = self.objects[value["oid"]]
+            else:
+                written[value["path"]] = b64decode(value["content"]) if line["key"] == "file" else None
+        for path, data in written.items():
+            if data is None:
+                (folder / path).unlink()
+            else:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(data)
+        return self.commit(repo)
 
     def _open(self, repo: str, revision: str, token: str, *, download: bool) -> tuple[str, _Files]:
         """Commit id and files of a revision; raises the refusal that the Hub would answer with."""
@@ -214,7 +253,11 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.seen.authorization or "").removeprefix("Bearer ")
         url = urlsplit(self.path)
         try:
-            if match := _API.fullmatch(url.path):
+            if url.path == "/api/whoami-v2":
+                if not token or (self.hub.token and token != self.hub.token):
+                    raise _Refusal(401, "", "Invalid credentials in Authorization header")
+                self._send_json({"type": "user", "name": "someone", "orgs": []})
+            elif match := _API.fullmatch(url.path):
                 repo, kind, revision, path = (unquote(part or "") for part in match.groups())
                 commit, files = self.hub._open(repo, revision or "main", token, download=False)
                 asked = {name for name, values in parse_qs(url.query).items() if values == ["true"]}
@@ -235,6 +278,60 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"error": no.message}, no.status, headers)
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """A request that writes."""
+        self.seen = Request(self.command, self.path, None, self.headers["Authorization"])
+        self.hub.requests.append(self.seen)
+        length = int(self.headers["Content-Length"])
+        try:
+            self.hub.meet(self.seen)
+        except Cut:
+            self.rfile.read(length // 2)
+            raise
+        try:
+            self._send_json(self._written(urlsplit(self.path).path, self.rfile.read(length)))
+        except _Refusal as no:
+            headers = {"X-Error-Message": no.message, "X-Error-Code": no.code}
+            self._send_json({"error": no.message, "url": no.url}, no.status, headers)
+
+    do_PUT = do_POST
+
+    def _written(self, path: str, body: bytes) -> dict[str, Any]:
+        """The answer to a request that writes, which is done."""
+        if match := _OBJECT.fullmatch(path):  # of a store of its own, which is given no token
+            if hashlib.sha256(body).hexdigest() != match[1]:
+                raise _Refusal(400, "", "Not the object that was announced")
+            self.hub.objects[match[1]] = body
+            return {}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if self.hub.writes is None or self.seen.authorization != f"Bearer {self.hub.token}":
+            raise _Refusal(401, "", "Invalid credentials in Authorization header")
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if repo in self.hub.folders:
+                raise _Refusal(409, "", "You already created this model repo", url=f"{self.hub.url}/{repo}")
+            self.hub.create(repo, private=bool(asked.get("private") or asked.get("visibility") == "private"))
+            return {"url": f"{self.hub.url}/{repo}"}
+        if match := _BATCH.fullmatch(path):
+            return {"objects": [self._place(found) for found in json.loads(body)["objects"]]}
+        match = _WRITE.fullmatch(path)
+        if match is None or match[1] not in self.hub.folders:
+            raise _Refusal(404, "RepoNotFound", "Repository not found")
+        if match[2] == "commit":
+            oid = self.hub.apply(match[1], [json.loads(line) for line in body.splitlines()])
+            return {"commitUrl": f"{self.hub.url}/{match[1]}/commit/{oid}", "commitOid": oid}
+        files = [found["path"] for found in json.loads(body)["files"]]
+        modes = {file: "lfs" if PurePosixPath(file).suffix in _LFS_SUFFIXES else "regular" for file in files}
+        return {"files": [{"path": file, "uploadMode": mode, "shouldIgnore": False} for file, mode in modes.items()]}
+
+    def _place(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Where an object is to be sent; nowhere if it is here."""
+        here = found["oid"] in self.hub.objects
+        upload = {} if here else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{found['oid']}"}}}
+        return {"oid": found["oid"], "size": found["size"]} | upload
 
     def _info(self, repo: str, commit: str, files: _Files, blobs: bool) -> dict[str, Any]:
         info: dict[str, Any] = {"id": repo, "sha": commit, "lastModified": "2026-01-01T00:00:00.000Z"}
@@ -280,7 +377,7 @@ class _Handler(BaseHTTPRequestHandler):
             if value:
                 self.send_header(name, value)
         self.end_headers()
-        while self.command == "GET" and (data := body.read(min(65536, length - self.seen.bytes_sent))):
+        while self.command != "HEAD" and (data := body.read(min(65536, length - self.seen.bytes_sent))):
             watch(self.seen)
             self.seen.bytes_sent += len(data)  # before the last byte lets the client go on and look here
             self.wfile.write(data)

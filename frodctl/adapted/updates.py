@@ -16,7 +16,10 @@ from frodctl.adapted.projection import Projections
 from frodctl.arrays import DTYPES
 from frodctl.checkpoint import stream
 from frodctl.checkpoint.records import Checkpoint
+from frodctl.checkpoint.targets import Target
 from frodctl.errors import InvalidInput
+from frodctl.method.cost import UpdateCase
+from frodctl.method.dual import ROUNDED_AFTERWARDS
 from frodctl.method.linalg import Scratch
 from frodctl.method.update import Blocks, CategoryUpdate
 
@@ -181,6 +184,28 @@ class WeightUpdates:
                 exact -= W[rows].astype(np.float64) if item.reconstructs else 0
                 total += item.part.source.scale * exact
             yield rows, total
+
+
+def case_of(part: Part, target: Target) -> UpdateCase:
+    """How an adapter's update of a weight will be computed, as far as headers tell."""
+    source, trained = part.source, part.trained
+    V = source.adapter.V.get(trained.category)
+    if V is not None:
+        stored = V.dtype
+    elif source.adapter.provenance is None:
+        stored = source.projection_dtype or target.tensor.dtype
+    else:
+        stored = source.basis.dtype(trained.category) if source.basis is not None else "F32"
+    name, held_in = DTYPES[stored].name, _held_in(part)
+    in_float32 = held_in is None and ROUNDED_AFTERWARDS.may_hold(name, trained.n)
+    return UpdateCase(
+        weights=DTYPES[target.tensor.dtype].name,
+        stored=name,
+        inverse="float32" if in_float32 else "float64",
+        held_in=held_in,
+        from_scales=source.adapter.provenance is not None,
+        nnz=trained.nnz,
+    )
 
 
 def _change(update: CategoryUpdate, W: HostArray, trained: Trained) -> Blocks:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from frodctl.checkpoint import codec
 from frodctl.checkpoint.companions import MODULES_FILE, companions, module_folders
 from frodctl.checkpoint.hub_errors import clear_errors, is_offline, repo_and_revision
 from frodctl.checkpoint.inputs import read_json
@@ -55,7 +56,7 @@ def download(
         location, "config.json", lambda commit, files: _needed(location, commit, files, everything), progress
     )
     if is_offline(location):
-        _require_cached(folder, repo)
+        _require_cached(folder, repo, location.file)
     return repo, commit, folder
 
 
@@ -66,6 +67,31 @@ def download_adapter(location: Location, progress: Callable[[str], None] | None 
         return [file for file in files if PurePosixPath(file).name in ADAPTER_FILES]
 
     return _snapshot(location, f"*{ADAPTER_FILES[0]}", wanted, progress)[2]
+
+
+def fetch_file(location: Location) -> Path:
+    """Where the cache has the file that a URL names, which is downloaded if it has not."""
+    with clear_errors(location, location.file):
+        return Path(
+            hf_hub_download(
+                location.model,
+                _prefixed(location, location.file),
+                revision=location.revision,
+                token=location.token,
+                cache_dir=location.cache_dir,
+                local_files_only=is_offline(location),
+            )
+        )
+
+
+def file_metadata(location: Location) -> Mapping[str, str]:
+    """The metadata in the safetensors file that a URL names; only its header is fetched."""
+    if is_offline(location):
+        return codec.read_header(fetch_file(location)).metadata
+    repo, revision = repo_and_revision(location)
+    with clear_errors(location, location.file):
+        commit, files = _files(location, repo, revision)
+        return Repository(location, commit).metadata(_entry(location, files, repo))
 
 
 def list_files(location: Location) -> list[str]:
@@ -113,11 +139,11 @@ def _snapshot(
     return repo, root.name, root / location.subfolder
 
 
-def _require_cached(folder: Path, repo: str) -> None:
+def _require_cached(folder: Path, repo: str, file: str) -> None:
     files = [path.name for path in folder.iterdir() if path.exists()] if folder.is_dir() else []
-    entry = next((name for name in WEIGHT_FILES if name in files), None)
+    entry = next((name for name in ([file] if file else WEIGHT_FILES) if name in files), None)
     needed = shards_of(read_json(folder / entry), str(folder / entry)).values() if entry and "index" in entry else ()
-    single = entry or any(name.endswith(".safetensors") for name in files)
+    single = entry or (not file and any(name.endswith(".safetensors") for name in files))
     if not single or not set(needed) <= set(files):
         raise FrodctlError(
             f"{repo}: not in the local cache as a whole, only what was needed is; run without `offline`, "
@@ -135,8 +161,8 @@ def open_remote(location: Location, *, later: bool = False) -> Checkpoint | None
     with clear_errors(location):
         commit, files = _files(location, repo, revision)
         repository = Repository(replace(location, model=repo), commit)
-        below, files = files, [file for file in files if "/" not in file]
-        entry = choose_weights(files, repo, below)
+        entry = _entry(location, files, repo)
+        files = [file for file in files if "/" not in file]
         if ".safetensors" not in entry:
             return None
         if later:
@@ -200,7 +226,7 @@ def _needed(location: Location, commit: str, files: list[str], everything: bool)
     repo = repo_and_revision(location)[0]
     repository = Repository(replace(location, model=repo), commit)
     direct = [file for file in files if "/" not in file]
-    entry = choose_weights(direct, repo, files)
+    entry = _entry(location, files, repo)
     wanted = {entry, *(name for name in direct if name in _CONFIGS)}
     if entry.endswith(".index.json"):
         wanted.update(shards_of(read_json(repository.fetch(entry)), f"{repo}/{entry}").values())
@@ -209,6 +235,15 @@ def _needed(location: Location, commit: str, files: list[str], everything: bool)
         wanted.update(companions(files, module_folders(listed) if listed else ()))
         wanted.update({"README.md"} & set(files))
     return sorted(wanted)
+
+
+def _entry(location: Location, files: list[str], repo: str) -> str:
+    """The weights' entry point among a folder's files: the one that a URL names, or the usual one."""
+    if not location.file:
+        return choose_weights([file for file in files if "/" not in file], repo, files)
+    if location.file not in files:
+        raise FrodctlError(f"{repo}: no {_prefixed(location, location.file)} there")
+    return location.file
 
 
 def _prefixed(location: Location, name: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.inputs import kind_of, read_json
+from frodctl.checkpoint.quantized import with_scales
 from frodctl.checkpoint.records import (
     Checkpoint,
     Location,
@@ -36,6 +37,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find the checkpoint and read its headers; download it first if it is on the Hub.
 
+    A weight that is stored in 8 bits with scales of a known form is one tensor with these (`quantized.with_scales`).
+
     Parameters
     ----------
     location : Location
@@ -57,6 +60,18 @@ def open_checkpoint(
     InvalidInput
         A file is truncated, missing from beside its index, or not a checkpoint.
     """
+    return with_scales(_opened(location, headers_only, later, streamed, everything, progress))
+
+
+def _opened(
+    location: Location,
+    headers_only: bool,
+    later: bool,
+    streamed: bool,
+    everything: bool,
+    progress: Callable[[str], None] | None,
+) -> Checkpoint:
+    """The checkpoint with all of its tensors as they are stored."""
     path = location.local_path()
     if path is None:
         from frodctl.checkpoint import hub
@@ -72,7 +87,7 @@ def open_checkpoint(
                     "download the checkpoint first"
                 )
         model, revision, root = hub.download(location, progress, everything=everything)
-        return _from_folder(root, model, revision)
+        return _from_folder(root, model, revision, location.file)
     if path.is_file() and path.name.endswith(".index.json"):
         return _from_folder(path.parent, location.model, None, path.name)
     if path.is_file():
@@ -88,7 +103,7 @@ def _from_file(path: Path, model: str) -> Checkpoint:
     return Checkpoint(model, None, path.parent, _read_config(path.parent), tensors)
 
 
-def _from_folder(folder: Path, model: str, revision: str | None, entry: str | None = None) -> Checkpoint:
+def _from_folder(folder: Path, model: str, revision: str | None, entry: str = "") -> Checkpoint:
     entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder), _one_below(folder))
     indexed = entry.endswith(".index.json")
     shards = shards_of(read_json(folder / entry), str(folder / entry)) if indexed else {}

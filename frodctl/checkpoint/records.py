@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from frodctl import values
-from frodctl.checkpoint import codec
+from frodctl.checkpoint import codec, hub_urls
 from frodctl.checkpoint.inputs import kind_of
 from frodctl.checkpoint.source import Folder, Source
 from frodctl.checkpoint.ties import Ties, find_ties
@@ -36,12 +36,23 @@ WEIGHT_FILES = (
 #: What PEFT calls an adapter's config and weights.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _MOST_NAMED = 8  #: sub-folders in a message
-_URL = re.compile(r"[a-z]+://|(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A matrix of 8 bits an element, and the scales that its blocks of rows and columns are multiplied by."""
+
+    codes: TensorInfo
+    scales: TensorInfo
+    block: tuple[int, int]  #: rows and columns of a block; the last of a row or column may have fewer
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint and where its bytes lie."""
+    """One tensor of a checkpoint and where its bytes lie.
+
+    A weight that is stored with scales has the dtype and size of its values, which are float32 (`stream.read_tensor`).
+    """
 
     name: str
     dtype: str  #: the safetensors format's name of the dtype
@@ -50,14 +61,35 @@ class TensorInfo:
     offset: int  #: of the first byte, in that file
     stride: tuple[int, ...] | None = None  #: in elements, where a pickled tensor is not contiguous
     data: HostArray | None = field(default=None, repr=False, compare=False)  #: of an old-format pickle: it is in memory
+    scaled: Scaled | None = None  #: what it is made from as it is read
 
     @property
     def parameters(self) -> int:
         return prod(self.shape)
 
     @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """The tensors in the files that it is read from: itself, or a matrix and its scales."""
+        return (self,) if self.scaled is None else (self.scaled.codes, self.scaled.scales)
+
+    @property
+    def stored_dtype(self) -> str:
+        """That of its elements in the file, where it may have scales."""
+        return self.parts[0].dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes it takes in the files, with its scales."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes lie in its file as they are read."""
+        return self.data is None and self.stride is None and self.scaled is None
+
+    @property
     def nbytes(self) -> int:
-        """Bytes it takes in the file, from its first element to its last."""
+        """Bytes it takes as it is read, which without scales are those in the file, from the first to the last."""
         elements = prod(self.shape)
         if self.stride is not None and elements:
             elements = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -78,7 +110,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Location:
-    """A model as its user names it, and how to reach it."""
+    """A model as its user names it, and how to reach it; of a URL its parts.
+
+    Raises
+    ------
+    UsageError
+        A URL is not the Hub's, or says something else than ``revision`` or ``subfolder`` beside it.
+    """
 
     model: str
     revision: str | None = None
@@ -86,30 +124,41 @@ class Location:
     token: str | None = field(default=None, repr=False)
     cache_dir: str | None = None
     offline: bool = False
+    file: str = ""  #: the one that a URL names
+    remote: bool = False  #: on the Hub whatever there is of that name here: it was a URL
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", values.model(self.model, "model"))
+        if hub_urls.is_url(self.model) and kind_of(self.model) is None:
+            url = hub_urls.parse(self.model)
+            parts = {"revision": url.revision, "subfolder": url.folder}
+            for name, part in parts.items():
+                given = getattr(self, name)
+                if given and part and given.strip("/") != part:
+                    raise UsageError(f"`{name}` {given}: {self.model} says {part}; one of them is enough")
+                object.__setattr__(self, name, given or part)
+            object.__setattr__(self, "model", url.repo)
+            object.__setattr__(self, "file", url.file)
+            object.__setattr__(self, "remote", True)
 
     def local_path(self) -> Path | None:
-        """The file or folder on disk; None for a Hub id.
+        """The file or folder on disk; None for what is on the Hub.
 
         Raises
         ------
         FrodctlError
             There is nothing at the path.
-        UsageError
-            It is a URL.
         InvalidInput
             It is neither a file nor a folder.
         """
+        if self.remote:
+            return None
         path = Path(os.path.expanduser(self.model))
         kind = kind_of(path)
         if kind in ("file", "folder"):
             return path
         if kind is not None:
             raise InvalidInput(f"{self.model}: is a {kind}, neither a file nor a folder")
-        if _URL.match(self.model):
-            raise UsageError(f"{self.model}: URLs are not taken; give the Hub id in it, org/name or org/name@revision")
         repo = self.model.partition("@")[0]  # a revision may hold slashes: refs/pr/1
         if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or "\\" in repo:
             raise FrodctlError(f"{self.model}: no such file or folder")
@@ -136,7 +185,7 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """The files that hold its tensors, as far as they are here."""
-        names = sorted({info.file for info in self.tensors.values()})
+        names = sorted({part.file for info in self.tensors.values() for part in info.parts})
         if self.repository is not None:
             return [path for name in names if (path := self.repository.cached(name)) is not None]
         return [self.root / name for name in names] if self.root is not None else []

@@ -20,7 +20,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # they are in
 
 from frodctl.checkpoint import codec
 from frodctl.checkpoint.hub_errors import clear_errors, is_connection_error
-from frodctl.checkpoint.inputs import MAX_JSON_BYTES, decode_json
+from frodctl.checkpoint.inputs import MAX_JSON_BYTES, Json, decode_json
 from frodctl.checkpoint.records import Location, TensorInfo
 from frodctl.checkpoint.source import Folder
 from frodctl.errors import FrodctlError, InvalidInput
@@ -65,9 +65,24 @@ class Repository:
 
     def header(self, file: str) -> list[TensorInfo]:
         """The tensors of a safetensors file, which is not downloaded for it."""
-        path, where = self.cached(file), self.name(file)
+        path = self.cached(file)
         if path is not None:
             return _infos(file, codec.read_header(path).tensors, 0)
+        entries, end = self._entries(file)
+        entries.pop("__metadata__", None)
+        return _infos(file, codec.check_remote(entries, self.name(file)), end)
+
+    def metadata(self, file: str) -> Mapping[str, str]:
+        """The metadata of a safetensors file, which is not downloaded for it."""
+        path = self.cached(file)
+        if path is not None:
+            return codec.read_header(path).metadata
+        found = self._entries(file)[0].get("__metadata__")
+        return found if isinstance(found, dict) else {}
+
+    def _entries(self, file: str) -> tuple[dict[str, Json], int]:
+        """The JSON object that a safetensors file begins with, and where it ends."""
+        where = self.name(file)
         raw = self._beginning(file, _HEADER_BYTES)
         end = 8 + int.from_bytes(raw[:8], "little")
         if len(raw) < end <= MAX_JSON_BYTES:
@@ -78,8 +93,7 @@ class Repository:
             raise InvalidInput(f"{where}: not a safetensors header ({type(error).__name__})") from None
         if not isinstance(entries, dict):
             raise InvalidInput(f"{where}: not a safetensors header (it is no JSON object)")
-        entries.pop("__metadata__", None)
-        return _infos(file, codec.check_remote(entries, where), end)
+        return entries, end
 
     def wait(self, info: TensorInfo) -> None:
         """Nothing: a range can be had at any time."""

@@ -17,7 +17,7 @@ from frodctl.errors import InvalidInput, OutOfResources
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
-    from frodctl.checkpoint.records import TensorInfo  # which compares tensors' bytes to find ties
+    from frodctl.checkpoint.records import Scaled, TensorInfo  # which compares tensors' bytes to find ties
 
 _PIECE = 1 << 18  # elements
 
@@ -27,7 +27,8 @@ def read_tensor(source: Source | Path, info: TensorInfo, buffer: HostArray | Non
 
     ``source`` may be the folder of its file. The bytes go to the beginning of ``buffer`` (uint8) if one is given, else
     to fresh memory. The result is contiguous (except where a pickled tensor was stored with other strides) and aligned
-    regardless of its place in the file, so that equal bytes give equal arithmetic.
+    regardless of its place in the file, so that equal bytes give equal arithmetic. A weight that is stored with scales
+    becomes its values: the products in float32, each rounded once.
 
     Raises
     ------
@@ -42,6 +43,8 @@ def read_tensor(source: Source | Path, info: TensorInfo, buffer: HostArray | Non
         source = Folder(source)
     nbytes = info.nbytes
     buffer = _empty(nbytes, info.name) if buffer is None else buffer[:nbytes]
+    if info.scaled is not None:
+        return _dequantized(source, info.scaled, buffer)
     source.read(info, tensor_bytes(buffer))
     flat: HostArray = buffer.view(DTYPES[info.dtype])
     if info.stride is None:
@@ -49,6 +52,23 @@ def read_tensor(source: Source | Path, info: TensorInfo, buffer: HostArray | Non
         return flat
     found: HostArray = np.lib.stride_tricks.as_strided(flat, info.shape, [s * flat.itemsize for s in info.stride])
     return found
+
+
+def _dequantized(source: Source, scaled: Scaled, buffer: HostArray) -> HostArray:
+    """The values of a matrix with scales, in float32 in the buffer, which has their size."""
+    (m, n), (height, width) = scaled.codes.shape, scaled.block
+    values: HostArray = buffer.view(np.float32).reshape(m, n)
+    codes = buffer[len(buffer) - m * n :]  # its last quarter, where values come after what was there has been used
+    source.read(scaled.codes, tensor_bytes(codes))
+    codes = codes.view(DTYPES[scaled.codes.dtype]).reshape(m, n)
+    scales = read_tensor(source, scaled.scales).astype(np.float32).reshape(-(-m // height), -(-n // width))
+    step = max(1, _PIECE // n)
+    for start in range(0, m, step):
+        rows = slice(start, min(start + step, m))
+        factors = scales[np.arange(m)[rows] // height]
+        factors = factors if width >= n else np.repeat(factors, width, axis=1)[:, :n]
+        np.multiply(codes[rows].astype(np.float32), factors, out=values[rows])
+    return values
 
 
 def _empty(nbytes: int, name: str) -> HostArray:

@@ -82,7 +82,7 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes in its file."""
+        """Bytes it takes as it is read."""
         return self.stored.nbytes
 
     @property

@@ -9,7 +9,14 @@ import click
 from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
 from frodctl.cli import profiling
-from frodctl.cli.options import device_option, output_options, profile_option, run_options, source_options
+from frodctl.cli.options import (
+    device_option,
+    output_options,
+    profile_option,
+    push_options,
+    run_options,
+    source_options,
+)
 from frodctl.cli.output import Output, about_time, devices, human_bytes, human_count
 from frodctl.cli.progress import Reporter
 from frodctl.cli.started import started
@@ -73,6 +80,7 @@ from frodctl.jobs import decompose as job
 )
 @source_options
 @run_options
+@push_options
 @profile_option
 @output_options
 def command(
@@ -94,7 +102,8 @@ def command(
       frodctl decompose org/name@main --layers 0-11 --dry-run
       frodctl decompose ./my-model -o basis.safetensors --json | jq .trainable_share
 
-    MODEL is a local folder or file, or a Hub id (name, org/name, org/name@revision).
+    MODEL is a local folder or file, a Hub id (name, org/name, org/name@revision) or one of the Hub's URLs
+    (hf://org/name@revision/folder).
     """
     measured = profiling.begin(profile, dry_run=dry_run)
     launch = started().launch

@@ -10,6 +10,7 @@ from frodctl.cli.options import (
     lora_options,
     output_options,
     profile_option,
+    push_options,
     run_options,
     source_options,
     verify_option,
@@ -56,6 +57,7 @@ from frodctl.jobs import extract as job
 @device_option
 @source_options
 @run_options
+@push_options
 @verify_option
 @profile_option
 @output_options
@@ -78,8 +80,8 @@ def command(
       frodctl extract ./base ./tuned ./my-lora --energy 90% --max-rank 128
       frodctl extract ./base ./tuned ./my-adapter --as frod --basis base.frod.safetensors --budget 1.72%
 
-    BASE and TUNED are local folders or files, or Hub ids (name, org/name, org/name@revision). --revision and
-    --subfolder are BASE's.
+    BASE and TUNED are local folders or files, Hub ids (name, org/name, org/name@revision) or the Hub's URLs
+    (hf://org/name@revision/folder). --revision and --subfolder are BASE's.
     """
     measured = profiling.begin(profile, dry_run=dry_run)
     with Reporter(quiet) as report:

@@ -13,12 +13,15 @@ from frodctl.cli.options import (
     lora_options,
     output_options,
     profile_option,
+    push_options,
     run_options,
     source_options,
     verify_option,
 )
-from frodctl.cli.output import Output, about_time, human_bytes, human_count
+from frodctl.cli.output import Output, about_time, devices, human_bytes, human_count
 from frodctl.cli.progress import Reporter
+from frodctl.cli.started import started
+from frodctl.errors import UsageError
 from frodctl.jobs import merge as job
 
 
@@ -66,6 +69,7 @@ from frodctl.jobs import merge as job
 @device_option
 @source_options
 @run_options
+@push_options
 @verify_option
 @profile_option
 @output_options
@@ -90,20 +94,23 @@ def command(
       frodctl merge ./base ./math ./both --scale 0.6 --also ./code:0.4
       frodctl merge ./base ./my-adapter ./my-lora --as lora --rank 64
 
-    BASE and ADAPTER are local folders or files, or Hub ids (name, org/name, org/name@revision). BASE - is the model
-    that the adapter names. --revision and --subfolder are BASE's.
+    BASE and ADAPTER are local folders or files, Hub ids (name, org/name, org/name@revision) or the Hub's URLs
+    (hf://org/name@revision/folder). BASE - is the model that the adapter names. --revision and --subfolder are BASE's.
     """
     measured = profiling.begin(profile, dry_run=dry_run)
-    with Reporter(quiet) as report:
+    launch = started().launch
+    with Reporter(quiet or launch.number > 0) as report:
         out = Output(format_, json_, report.note)
         chosen = job.MergeOptions.of(**options)
+        if chosen.as_ == "lora" and launch.count > 1:
+            raise UsageError("`as_` lora runs in one process, and this is one of torchrun's; start it without")
         if chosen.as_ == "lora":
             with measured.step("planning"):
                 lora = job.plan_lora(base, adapter, output, chosen, dry_run=dry_run, progress=report)
             adapters.emit(lora, lambda: job.run_lora(lora, report, measured), out, report, measured, dry_run=dry_run)
             return
         with measured.step("planning"):
-            plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report)
+            plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report, ranks=launch.count)
         for warning in plan.warnings:
             report.note(f"Warning: {warning}.")
         if dry_run:
@@ -111,12 +118,12 @@ def command(
             document = plan.as_dict() | {"dry_run": True}
             out.emit(document, document["categories"], plan.columns)
             return
-        result = job.run_merge(plan, report, measured).with_profile(measured)
+        result = job.run_merge(plan, report, measured, launch).with_profile(measured)
     document = result.as_dict()
     files = len(document["shards"])
     report.note(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)} in {files} {'file' if files == 1 else 'files'}): "
-        f"{_summary(document)}, in {result.seconds:.1f} s on {result.device}"
+        f"{_summary(document)}, in {result.seconds:.1f} s on {devices(result.device, plan.ranks)}"
     )
     out.emit(document, document["categories"], plan.columns)
     profiling.show(result.profile, report)

@@ -52,6 +52,14 @@ run_options = _together(
 )
 """How a job that writes an output is run."""
 
+push_options = _together(
+    click.option(
+        "--push-to-hub", metavar="ORG/NAME", help="Send the result to this repository too, when it has been checked."
+    ),
+    click.option("--private", is_flag=True, help="Of a repository that --push-to-hub makes."),
+)
+"""Where the result goes beside its place here."""
+
 lora_options = _together(
     click.option("--rank", metavar="R", help="Of a LoRA adapter; its alpha is the same."),
     click.option("--energy", metavar="SHARE", help="The rank with which each layer keeps so much of its change: 95%."),

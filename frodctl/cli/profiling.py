@@ -12,6 +12,9 @@ from frodctl.cli.progress import Reporter
 from frodctl.cli.started import started
 from frodctl.jobs import profile as job
 
+#: What takes less is left out of the table, which would show 0.
+_LEAST_SECONDS = 5e-4
+
 
 def begin(wanted: bool, *, dry_run: bool = False) -> job.Unprofiled:
     """The profile of this command, from the start of its process where it has one to itself."""
@@ -24,7 +27,8 @@ def show(steps: Sequence[job.Step] | None, report: Reporter) -> None:
     if steps is None:
         return
     total = sum(step.seconds for step in steps if not step.workers)
-    report.table([*job.rows(steps), {"step": "total", "threads": "command", "seconds": total}], job.COLUMNS)
+    seen = [step for step in steps if step.seconds >= _LEAST_SECONDS]
+    report.table([*job.rows(seen), {"step": "total", "threads": "command", "seconds": total}], job.COLUMNS)
     if any(step.workers for step in steps):
         report.note("Times of workers are sums over threads beside the command's; their GEMM peak is one core's.")
 

@@ -293,8 +293,8 @@ def open_adapter(location: Location, name: str | None = None, *, headers_only: b
 def is_adapter(location: Location) -> bool:
     """Whether an adapter is there, rather than a model or anything else; errors are those of `open_adapter`."""
     path = location.local_path()
-    if path is not None and path.is_file():
-        return path.name in ADAPTER_FILES[1:]
+    if location.file or (path is not None and path.is_file()):
+        return (location.file or Path(location.model).name) in ADAPTER_FILES[1:]
     if path is None:
         from frodctl.checkpoint import hub
 

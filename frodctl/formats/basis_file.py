@@ -155,6 +155,10 @@ class BasisFile:
         """n of the category."""
         return self._place(f"V.{category}")[0].shape[0]
 
+    def dtype(self, category: str) -> str:
+        """The dtype of the category's V, by the format's name."""
+        return self._place(f"V.{category}")[0].dtype
+
     def tensor(self, name: str) -> HostArray:
         """The tensor of that name, in its stored dtype; `InvalidInput` where it is not the recorded one."""
         from frodctl.checkpoint.stream import read_tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from frodctl.checkpoint.inputs import Json
@@ -13,15 +14,26 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def front_matter(
-    fields: dict[str, Json], base: str | None, *, library: str = "transformers", relation: str = "finetune"
+    fields: dict[str, Json],
+    base: str | None,
+    *,
+    library: str = "transformers",
+    relation: str = "finetune",
+    origin: Mapping[str, Json] | None = None,
 ) -> list[str]:
-    """The lines that the Hub reads: ``fields`` as they are, and what the result is."""
+    """The lines that the Hub reads: ``fields`` as they are, and what the result is.
+
+    ``base`` and ``relation`` put it into the Hub's tree of models; ``origin`` is what else is known of it.
+    """
     from huggingface_hub import ModelCardData
 
     tags = ["frod", "lora"] if library == "peft" else ["frod"]
     data = ModelCardData(library_name=library, tags=tags, base_model=base, **fields)
     if base:
         data["base_model_relation"] = relation
+    known = {key: value for key, value in (origin or {}).items() if value}
+    if known:
+        data["frod"] = known
     return ["---", data.to_yaml(), "---"]
 
 

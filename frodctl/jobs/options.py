@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from frodctl import values
+from frodctl.checkpoint import hub_urls
 from frodctl.checkpoint.records import Location
+from frodctl.errors import UsageError
 from frodctl.values import option, optional
 
 
@@ -26,3 +29,14 @@ class HubOptions(values.Options):
     def location_of_other(self, model: str) -> Location:
         """What else is read with it: a revision can only be in its name."""
         return Location(model, token=self.token, cache_dir=self.cache_dir, offline=self.offline)
+
+    def file_of(self, name: str) -> Path:
+        """The file of this name; one that a URL names is fetched into the cache first."""
+        if not hub_urls.is_url(name):
+            return Path(name)
+        location = self.location_of_other(name)
+        if not location.file:
+            raise UsageError(f"{name}: names no file, as hf://org/name/basis.frod.safetensors does")
+        from frodctl.checkpoint import hub
+
+        return hub.fetch_file(location)

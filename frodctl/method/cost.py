@@ -7,6 +7,11 @@ from typing import NamedTuple
 
 #: Short weights are stacked to about so many rows before they are multiplied.
 STACK_ROWS = 2048
+#: Rows of an updated weight that are computed at a time.
+UPDATE_ROWS = 1024
+
+#: Bytes of a number; numpy is not imported for it.
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 #: Floating-point operations of BLAS's and LAPACK's routines as the literature counts them, by dimensions as in
 #: `kernels.Kernels`: what is to be computed, not what a device without triangular routines does for it.
@@ -91,7 +96,7 @@ def working_dtype(shapes: Sequence[tuple[int, int]], precision: str) -> str:
 
 def kept_grams(shapes: Sequence[tuple[int, int]], cache_bytes: int, work: str) -> list[int]:
     """Bytes of each Gram matrix that is kept: the first ones of tall weights, as many as there is room for."""
-    sizes = [n * n * _size("float64" if nearly_square(m, n) else work) for m, n in shapes if m >= n]
+    sizes = [n * n * ITEMSIZE["float64" if nearly_square(m, n) else work] for m, n in shapes if m >= n]
     kept, room = [], cache_bytes
     for size in sizes:
         room -= size
@@ -121,7 +126,7 @@ def memory_bytes(
         How many processes divide the layers among them; the memory is one's.
     """
     n = shapes[0][1]
-    w = _size(work)
+    w = ITEMSIZE[work]
     tall = [(m, 8 if nearly_square(m, n) else w) for m, _ in shapes if m >= n]
     wide = [m for m, _ in shapes if m < n]
     kept = kept_grams(shapes[: -(-len(shapes) // ranks)], cache_bytes, work)
@@ -160,10 +165,56 @@ def update_flops(m: int, n: int) -> float:
     return 4.0 * m * n * n
 
 
-def update_memory_bytes(m: int, n: int) -> int:
-    """Memory in bytes that updating an (m, n) weight takes, about, with its category's matrices."""
-    rows = m if m <= n else min(m, 1024)  # that are multiplied at a time
-    return max(28 * n * n, 20 * n * n + 8 * m * n + 16 * rows * n)
+class UpdateCase(NamedTuple):
+    """How `CategoryUpdate` computes, as far as it is known before V is read; dtypes by numpy's names."""
+
+    weights: str  #: dtype of the weights as stored
+    stored: str  #: V's dtype
+    inverse: str  #: the dtype in which V is inverted
+    held_in: str | None = None  #: as `CategoryUpdate` takes it
+    from_scales: bool = False  #: whether λ is given, so that W' − W is computed, where it can be in float32
+    nnz: int = 0
+
+    @property
+    def work(self) -> str:
+        return "float64" if self.stored == "float64" else "float32"
+
+    @property
+    def precision(self) -> str:
+        """Of the products W V⁻ᵀ."""
+        return self.work if self.from_scales else self.inverse
+
+    def as_square(self, m: int, n: int) -> bool:
+        """Whether W' − W is W (V⁻ᵀ M Vᵀ)."""
+        return self.from_scales and self.work == "float32" and m > n
+
+
+def update_memory_bytes(m: int, n: int, case: UpdateCase) -> int:
+    """Peak memory of `CategoryUpdate` with weights (m, n), in bytes, without these and what is yielded."""
+    return max(_inverting_bytes(n, case), _updating_bytes(m, n, case)) + 48 * (case.nnz + n)
+
+
+def _inverting_bytes(n: int, case: UpdateCase) -> int:
+    """V as stored beside V⁻¹: as it is computed, as cond(V) is, and as copies are made."""
+    s, i, w = (ITEMSIZE[dtype] for dtype in (case.stored, case.inverse, case.work))
+    copies = (ITEMSIZE[case.held_in], 4) if case.held_in else (0, 0)
+    held = copies[0] + (copies[1] if case.held_in != "float32" else 0)
+    return max(s + 2 * i + 1, s + i + (4 if s < 4 else 0), s + i + w + held) * n * n
+
+
+def _updating_bytes(m: int, n: int, case: UpdateCase) -> int:
+    """Vᵀ, V⁻¹ and what `CategoryUpdate` allocates for a weight."""
+    s, i, w, p = (ITEMSIZE[dtype] for dtype in (case.stored, case.inverse, case.work, case.precision))
+    kept = w + (4 if case.held_in else i + (p if p < i else 0))
+    rounded = s if not case.from_scales and case.weights != case.stored else 0
+    to_units = 0 if case.from_scales else (4 if p > 4 else 0) + (s if s < 4 else 0)
+    in_work = w if p != w else 0
+    if case.as_square(m, n):
+        return (kept + 2 * w) * n * n + 2 * w * min(m, UPDATE_ROWS) * n
+    if m > n:
+        blocks = rounded + p + to_units + in_work + w
+        return (kept + w) * n * n + p * m * n + blocks * min(m, UPDATE_ROWS) * n
+    return kept * n * n + (2 * p + rounded + in_work + 2 * w) * m * n + to_units * m * min(n, UPDATE_ROWS)
 
 
 class Call(NamedTuple):
@@ -237,7 +288,7 @@ def joint_basis_calls(
         yield Call("potrf", work, (m,))
         yield Call("trsm", work, (m, rank))
         yield Call("syrk", work, (m, rank))
-        yield Call("move", work, (m * n * (_READING + _size(work)),))
+        yield Call("move", work, (m * n * (_READING + ITEMSIZE[work]),))
     if regular and tall:
         yield Call("sygst", "float64", (n,))
     yield Call("syevd", "float64" if tall else work, (rank,))
@@ -247,16 +298,18 @@ def joint_basis_calls(
     yield Call("trmm", work, (rank, n), kept + bool(kept))
     for m in [*wide, *tall[kept:]]:
         yield Call("gemm", work, (rank, m, n))
-        yield Call("move", work, (m * n * (_READING + _size(work)),))
+        yield Call("move", work, (m * n * (_READING + ITEMSIZE[work]),))
     yield Call("move", "", (n * n,), _STORING)
 
 
-def update_calls(shapes: Sequence[tuple[int, int]], inverted: str) -> Iterator[Call]:
-    """What updating the weights of one category takes, (m_i, n) each, in float32; ``inverted`` is V⁻ᵀ's dtype."""
+def update_calls(shapes: Sequence[tuple[int, int]], case: UpdateCase) -> Iterator[Call]:
+    """What updating the weights of one category takes, (m_i, n) each."""
     n = shapes[0][1]
-    yield Call("inverse", inverted, (n,))
+    yield Call("inverse", case.inverse, (n,))
     for m, _ in shapes:
-        yield Call("gemm", "float32", (m, n, n), 2)
+        yield Call("gemm", case.precision, (n if case.as_square(m, n) else m, n, n))
+        yield Call("csrmm", case.work, (case.nnz + n, min(m, n)))
+        yield Call("gemm", case.work, (m, n, n))
         yield Call("move", "float32", (_UPDATING * m * n,))
 
 
@@ -264,9 +317,9 @@ def _gram_calls(shapes: Sequence[tuple[int, int]], work: str) -> Iterator[Call]:
     for m, n in shapes:
         dtype = "float64" if nearly_square(m, n) else work
         yield Call("syrk", dtype, (m, n))
-        yield Call("move", dtype, (m * n * (4 * _READING + _size(dtype)),))  # read, digested, its norm taken
+        yield Call("move", dtype, (m * n * (4 * _READING + ITEMSIZE[dtype]),))  # read, digested, its norm taken
         if m >= n:
-            yield Call("move", dtype, (n * n * (_size(dtype) + 16) // 2,))
+            yield Call("move", dtype, (n * n * (ITEMSIZE[dtype] + 16) // 2,))
 
 
 def _root_calls(n: int, rank: int, work: str, *, regular: bool) -> Iterator[Call]:
@@ -284,7 +337,7 @@ def _tall_calls(tall: Sequence[int], n: int, work: str, *, again: bool = False) 
         dtype = "float64" if nearly_square(m, n) else work
         if again:
             yield Call("syrk", dtype, (m, n))
-            yield Call("move", dtype, (m * n * (_READING + _size(dtype)),))
+            yield Call("move", dtype, (m * n * (_READING + ITEMSIZE[dtype]),))
         yield Call("potrf", "float64", (n,))
         yield Call("potri", "float64", (n,))
         yield Call("move", "float64", (56 * n * n,))
@@ -296,7 +349,7 @@ def _whitened_calls(tall: Sequence[int], n: int, rank: int, work: str) -> Iterat
         yield Call("syrk", work, (m, rank))
         yield Call("potrf", work, (rank,))
         yield Call("potri", work, (rank,))
-        yield Call("move", work, (m * n * (_READING + _size(work)) + 12 * rank * rank,))
+        yield Call("move", work, (m * n * (_READING + ITEMSIZE[work]) + 12 * rank * rank,))
 
 
 def _applied(m: int, n: int, rank: int, work: str, *, regular: bool) -> Call:
@@ -323,7 +376,3 @@ def _tied(shapes: Sequence[tuple[int, int]], rank: int) -> int:
     """Directions that belong to one layer alone, if the weights are in general position: their τ are equal."""
     height = sum(m for m, _ in shapes)
     return min(rank, sum(max(0, rank - (height - m)) for m, _ in shapes))
-
-
-def _size(dtype: str) -> int:
-    return 8 if dtype == "float64" else 4

@@ -39,11 +39,10 @@ TO_A_MILLIONTH = Accuracy(condition=64)
 
 @dataclass(frozen=True, eq=False)
 class Dual:
-    """V and V⁻¹ (n, n) on a device, in float64 unless less was asked for; where V is singular the pseudo-inverse."""
+    """V, as it was given, and V⁻¹ (n, n) on a device; where V is singular the pseudo-inverse."""
 
     V: Array
-    inverse: Array
-    stored: str  #: V's dtype as it was given
+    inverse: Array  #: in float64 unless less was asked for
     regular: bool
     kernels: Kernels
 
@@ -57,15 +56,15 @@ class Dual:
         found = cls._inverted(V, kernels, "float64")
         if found is not None:
             return found
-        exact = kernels.put(V, "float64")
-        return cls(exact, kernels.put(np.linalg.pinv(kernels.get(exact), 1e-6)), dtype_name(V), False, kernels)
+        exact = kernels.get(kernels.put(V, "float64"))
+        return cls(kernels.put(V), kernels.put(np.linalg.pinv(exact, 1e-6)), False, kernels)
 
     @classmethod
     def _inverted(cls, V: Array, kernels: Kernels, dtype: str) -> Dual | None:
         """V and its inverse in the dtype; None where it has none."""
-        exact = kernels.put(V, dtype)
-        inverse = kernels.inverse(kernels.copy(exact, kernels.empty(tuple(V.shape), dtype)))
-        return None if inverse is None else cls(exact, inverse, dtype_name(V), True, kernels)
+        given = kernels.put(V)
+        inverse = kernels.inverse(kernels.copy(given, kernels.empty(tuple(V.shape), dtype)))
+        return None if inverse is None else cls(given, inverse, True, kernels)
 
     @property
     def D(self) -> Array:
@@ -79,11 +78,13 @@ class Dual:
 
     def work(self, accuracy: Accuracy) -> str:
         """The dtype in which products W V⁻ᵀ are taken."""
-        cheap = accuracy.may_hold(self.stored, len(self.V)) and self.condition <= accuracy.condition
+        cheap = accuracy.may_hold(dtype_name(self.V), len(self.V)) and self.condition <= accuracy.condition
         return "float32" if cheap else "float64"
 
     def _norm(self, A: Array) -> float:
-        kernels, n, dtype = self.kernels, len(A), dtype_name(A)
+        kernels, n = self.kernels, len(A)
+        dtype = "float64" if dtype_name(A) == "float64" else "float32"
+        A = kernels.put(A, dtype)
 
         def times(X: Array, *, transpose: bool) -> Array:
             return kernels.gemm(X, A, kernels.empty(tuple(X.shape), dtype), transpose_b=transpose)

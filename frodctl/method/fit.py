@@ -53,7 +53,7 @@ class CategoryFit:
         self.n = len(V)
         self.kernels = kernels
         dual = Dual.of(V, kernels)
-        self.V, self.inverse = dual.V, dual.inverse
+        self.V, self.inverse = kernels.put(dual.V, "float64"), dual.inverse
         self.gram = kernels.mirror(kernels.syrk(self.V, kernels.empty((self.n, self.n), "float64")))  # VᵀV
         self.squares = kernels.norms(self.V, axis=0) ** 2  #: ‖v_c‖², (n,)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 
 from frodctl.arrays import NAMED, dtype_name, epsilon
+from frodctl.method.cost import UPDATE_ROWS
 from frodctl.method.dual import ROUNDED_AFTERWARDS, TO_A_MILLIONTH, Dual
 from frodctl.method.linalg import Scratch, row_blocks
 
@@ -31,8 +32,6 @@ _FACTORS_SHARE = 1e-2
 
 #: W' − W is computed in float32 where its error, cond(V) ‖diag(λ)⁻¹M‖₂ ε ‖W‖ at most, is rounding of W itself.
 _AMPLIFICATION = 4
-#: Rows that are computed at a time.
-_BLOCK_ROWS = 1024
 
 #: Consecutive rows of a weight, and their values. Valid until the next.
 Blocks: TypeAlias = "Iterator[tuple[slice, Array]]"
@@ -80,10 +79,10 @@ class CategoryUpdate:
         # copies that were trained with are those of the exact inverse
         dual = Dual.of(V, kernels, None if held_in else ROUNDED_AFTERWARDS)
         self.precision = dual.work(ROUNDED_AFTERWARDS)  #: of the products W V⁻ᵀ
-        self.Vt = kernels.copy(kernels.put(dual.V, held_in).T, kernels.empty((self.n, self.n), self.work))
-        self.inverse = kernels.put(kernels.put(dual.inverse, held_in), self.precision)
         self._condition = dual.condition
-        self._inverse32: Array | None = None
+        self.Vt = kernels.copy(kernels.put(dual.V, held_in).T, kernels.empty((self.n, self.n), self.work))
+        copies = kernels.put(kernels.put(dual.inverse, held_in), "float32") if held_in else dual.inverse
+        self._inverses = {dtype_name(copies): copies}
         self.indices = indices
         self.patterns: dict[bool, CsrPattern] = {}  #: of M, and of Mᵀ
 
@@ -135,7 +134,7 @@ class CategoryUpdate:
         M = self._core(scales.astype(np.float64) - start.astype(np.float64), values, inverses, tall)
         if base_scales is not None:
             in_float32 = self.work == "float32" and self._amplifies_little(M)
-            inverse = self._inverse_in_float32() if in_float32 else self.inverse
+            inverse = self.inverse("float32" if in_float32 else self.precision)
             if tall and in_float32:
                 return self._times_square(W, M, inverse)
             B = self._product(W, dtype, inverse)
@@ -147,7 +146,7 @@ class CategoryUpdate:
 
     def _project(self, W: HostArray, dtype: str) -> tuple[Array, Vector]:
         """B of `_product`, and the norms (n,) of W V⁻ᵀ's columns."""
-        B = self._product(W, dtype, self.inverse)
+        B = self._product(W, dtype, self.inverse(self.precision))
         return B, self.kernels.norms(B, axis=0 if _is_tall(W) else 1)
 
     def _product(self, W: HostArray, dtype: str, inverse: Array) -> Array:
@@ -160,7 +159,7 @@ class CategoryUpdate:
             B = self.scratch.empty("B", (n, m), work)
             return kernels.gemm(inverse, self._cast(W, dtype, work), B, transpose_b=True)
         B = self.scratch.empty("B", (m, n), work)
-        for rows in row_blocks(m, _BLOCK_ROWS):
+        for rows in row_blocks(m, UPDATE_ROWS):
             kernels.gemm(self._cast(W[rows], dtype, work), inverse, B[rows], transpose_b=True)
         return B
 
@@ -177,15 +176,16 @@ class CategoryUpdate:
         columns = np.bincount(M.columns, sizes).max()
         return bool(self._condition * np.sqrt(rows * columns) <= _AMPLIFICATION)  # ‖M‖₂² ≤ ‖M‖₁ ‖M‖_∞
 
-    def _inverse_in_float32(self) -> Array:
-        if self._inverse32 is None:
-            self._inverse32 = self.kernels.put(self.inverse, "float32")
-        return self._inverse32
+    def inverse(self, dtype: str) -> Array:
+        """V⁻¹, kept in each dtype in which it is needed."""
+        if dtype not in self._inverses:
+            self._inverses[dtype] = self.kernels.put(next(iter(self._inverses.values())), dtype)
+        return self._inverses[dtype]
 
     def _round_to_units(self, B: Array, inverses: Vector, tall: bool) -> None:
         """Turn B into U, rounded to V's dtype."""
         factors = self.kernels.put(inverses if tall else inverses[:, None], self.precision)
-        for rows in row_blocks(len(B), _BLOCK_ROWS):
+        for rows in row_blocks(len(B), UPDATE_ROWS):
             unit = B[rows]
             unit *= factors if tall else factors[rows]
             for dtype in ("float32", self.dtype, self.precision):  # float32 first and then V's dtype, as PEFT does
@@ -195,7 +195,8 @@ class CategoryUpdate:
 
     def _rounding(self, W: HostArray) -> Vector:
         """What the column norms (n,) of W V⁻ᵀ are at most where they should be 0."""
-        return self.kernels.norms(self.inverse, axis=1) * (epsilon(self.precision) * self.kernels.norm(W))
+        rounding = epsilon(self.precision) * self.kernels.norm(W)
+        return self.kernels.norms(self.inverse(self.precision), axis=1) * rounding
 
     def _core(self, diagonal: HostArray, values: HostArray, row_scales: Vector | None, tall: bool) -> Core:
         """diag(row_scales) (diag(diagonal) + S); its transpose where W is not tall."""
@@ -212,7 +213,7 @@ class CategoryUpdate:
         kernels = self.kernels
         K = kernels.csrmm(*M, self.Vt)
         E = kernels.gemm(inverse, K, self.scratch.empty("E", (self.n, self.n), self.work), transpose_a=True)
-        for rows in row_blocks(len(W), _BLOCK_ROWS):
+        for rows in row_blocks(len(W), UPDATE_ROWS):
             X = self._cast(W[rows], dtype_name(W), self.work)
             yield rows, kernels.gemm(X, E, self.scratch.empty("product", tuple(X.shape), self.work))
 
@@ -225,7 +226,7 @@ class CategoryUpdate:
             yield slice(0, len(product)), kernels.gemm(Y, self.Vt, product, transpose_a=True)
             return
         K = kernels.csrmm(*M, self.Vt)
-        for block in row_blocks(len(B), _BLOCK_ROWS):
+        for block in row_blocks(len(B), UPDATE_ROWS):
             X = self._in_work(B[block])
             yield block, kernels.gemm(X, K, self.scratch.empty("product", tuple(X.shape), self.work))
 

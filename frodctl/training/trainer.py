@@ -14,12 +14,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from frodctl.training.attached import added_prefixes
 from frodctl.training.kept import check_nothing_waits
 from frodctl.training.layer import Basis, Pattern, Update
+from frodctl.training.rates import RHO, unit_rates
 from frodctl.training.saving import save_adapter, save_trained_state, trained_state, writes
 
 #: The name under which transformers' Trainer looks for weights as it resumes.
 TRAINER_FILE = "model.safetensors"
 _QUANTIZED_WITH_ADAPTER = "_hf_peft_config_loaded"
 _LOADING = "_frod_loading"
+_FAR = 10 * RHO
 
 
 def prepare(model: nn.Module) -> None:
@@ -88,14 +90,21 @@ def _check_rates(optimizer: torch.optim.Optimizer, updates: dict[str, Update]) -
         taken = {id(parameter) for parameter in group["params"]}
         if taken & scales and taken & sparse:
             rate = float(group.get("initial_lr", group["lr"]))  # before a schedule's warm-up
+            step = max(_relative_step(update, rate) for update in updates.values() if id(update.values) in taken)
+            far = f"; its first step, by {step:.2g} of a weight's norm, is far too long" if step > _FAR else ""
             warnings.warn(
-                f"one learning rate ({rate:g}) for λ' and S, whose sizes differ: train with "
-                "torch.optim.AdamW(frodctl.parameter_groups(model)), which transformers' Trainer takes as "
+                f"one learning rate ({rate:g}) for λ' and S, whose sizes differ{far}: train with "
+                "torch.optim.AdamW(frodctl.parameter_groups(model, steps=STEPS)), which transformers' Trainer takes as "
                 "optimizers=(optimizer, None)",
                 UserWarning,
                 stacklevel=2,
             )
             return
+
+
+def _relative_step(update: Update, rate: float) -> float:
+    """How far one rate of Adam's takes the layer at first, by λ' or by S, beside its weight's norm."""
+    return max((rate / unit for unit in unit_rates(update) if unit), default=0.0)
 
 
 def _check_gradients(optimizer: torch.optim.Optimizer, updates: dict[str, Update]) -> None:

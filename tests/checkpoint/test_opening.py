@@ -227,14 +227,6 @@ def test_an_adapters_file_is_no_checkpoint(file: str, tmp_path: Path) -> None:
         open_checkpoint(Location(str(tmp_path / file)))
 
 
-@pytest.mark.parametrize(
-    "model", ["https://huggingface.co/org/name", "hf://org/name", "HTTP://hf.co/org/name", "huggingface.co/org/name"]
-)
-def test_a_url_is_not_taken(model: str) -> None:
-    with pytest.raises(UsageError, match="give the Hub id in it, org/name"):
-        open_checkpoint(Location(model))
-
-
 @pytest.mark.parametrize("model", ["", b"", 5, None])
 def test_a_model_that_is_no_name(model: Any) -> None:
     with pytest.raises(UsageError):

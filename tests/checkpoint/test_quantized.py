@@ -30,7 +30,7 @@ TENSORS: dict[str, dict[str, torch.Tensor]] = {
         f"{LAYER}.weight.quant_state.bitsandbytes__nf4": UINT8,
     },
     "bitsandbytes 8 bit": {f"{LAYER}.weight": torch.ones(4, 8, dtype=torch.int8), f"{LAYER}.SCB": SCALE},
-    "fp8": {f"{LAYER}.weight": torch.ones(4, 8).to(FP8), f"{LAYER}.weight_scale_inv": SCALE},
+    "fp8 with other scales": {f"{LAYER}.weight": torch.ones(4, 8).to(FP8), f"{LAYER}.weight_scale": torch.ones(2, 8)},
     "fp8 without scales": {f"{LAYER}.weight": torch.ones(4, 8).to(FP8)},
     "compressed-tensors": {f"{LAYER}.weight_packed": INT32, f"{LAYER}.weight_scale": SCALE},
     "mxfp4": {f"{EXPERTS}.gate_up_proj_blocks": UINT8, f"{EXPERTS}.gate_up_proj_scales": UINT8},

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from frodctl.arrays import HostArray
+from frodctl.arrays import NAMED, HostArray
 from frodctl.method import cost
 from frodctl.method.joint_basis import JointBasis, in_memory
 from frodctl.method.joint_basis import joint_basis as decompose
 from frodctl.method.kernels import kernels_of
 from frodctl.method.profile import Profile
+from frodctl.method.update import CategoryUpdate
 from tests.method.reference import Arrays
 
 N = 384
@@ -124,3 +125,41 @@ def test_operations_are_those_of_the_joint_basis(
     assert known == {key for key, flops in found.items() if flops}
     for key in known:
         assert found[key] == pytest.approx(counted[key], rel=0.01, abs=60 * n**2), key
+
+
+UPDATES = {
+    "PEFT's": cost.UpdateCase("bfloat16", "bfloat16", "float32"),
+    "PEFT's, float32": cost.UpdateCase("float32", "float32", "float64"),
+    "PEFT's, in float32 over bfloat16": cost.UpdateCase("bfloat16", "float32", "float64"),
+    "ours": cost.UpdateCase("bfloat16", "float32", "float64", "float32", from_scales=True),
+    "ours, trained in bfloat16": cost.UpdateCase("bfloat16", "float32", "float64", "bfloat16", from_scales=True),
+    "ours, a float64 basis": cost.UpdateCase("bfloat16", "float64", "float64", from_scales=True),
+}
+
+
+@pytest.mark.parametrize("case", UPDATES.values(), ids=UPDATES)
+@pytest.mark.parametrize("m", [200, 700, 2500])
+def test_memory_of_an_update_is_what_the_plan_says(case: cost.UpdateCase, m: int) -> None:
+    n, rng = 600, np.random.default_rng(0)
+    V = (np.linalg.qr(rng.standard_normal((n, n)))[0] * np.linspace(1, 2, n)).astype(NAMED[case.stored])
+    W = rng.standard_normal((m, n)).astype(NAMED[case.weights])
+    indices = np.stack([np.arange(3600) // 6, rng.integers(0, n, 3600)])
+    scales = np.ones(n, np.float32)
+    values = 1e-3 * rng.standard_normal(indices.shape[1]).astype(np.float32)
+
+    def update() -> None:
+        category = CategoryUpdate(V.copy(), indices, kernels_of("cpu"), case.held_in)
+        assert category.precision == case.inverse or case.from_scales
+        given = (W, scales, values)
+        for _, block in category.delta(*given, 1.001 * scales) if case.from_scales else category.reconstruct(*given):
+            block += 1
+
+    update()  # whatever is loaded on first use
+    tracemalloc.start()
+    try:
+        update()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    planned = cost.update_memory_bytes(m, n, case._replace(nnz=indices.shape[1]))
+    assert 0.9 * planned <= peak <= 1.1 * planned

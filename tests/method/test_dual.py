@@ -56,7 +56,7 @@ def test_float32_does_only_where_the_accuracy_says_so(dtype: str, condition: flo
     expected = "float32" if allowed else "float64"
     assert Dual.of(V, CPU).work(asked) == expected
     dual = Dual.of(V, CPU, asked)
-    assert (dual.work(asked), dtype_name(dual.V), dtype_name(dual.inverse)) == (expected, expected, expected)
+    assert (dual.work(asked), dtype_name(dual.V), dtype_name(dual.inverse)) == (expected, dtype, expected)
     residual = np.linalg.norm(dual.D.T.astype(np.float64) @ V.astype(np.float64) - np.eye(n))
     assert residual <= np.finfo(expected).eps * n * condition
 

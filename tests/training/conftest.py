@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import frodctl
 from tests import peft_models
@@ -66,6 +66,19 @@ def mamba(root: Path) -> tuple[Path, Path]:
         torch.manual_seed(0)
         config = MambaConfig(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=3, time_step_rank=8)
         MambaForCausalLM(config).save_pretrained(root / "base")
+        frodctl.decompose(str(root / "base"), root / "b.safetensors", target_modules="all-linear", sparsity=0.05)
+    return root / "base", root / "b.safetensors"
+
+
+def mixture(root: Path) -> tuple[Path, Path]:
+    """A tiny checkpoint of Qwen3's mixture of experts, and its basis."""
+    if not root.exists():
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is read where it is set
+            vocab_size=64, hidden_size=32, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, initializer_range=0.1,
+        )  # fmt: skip
+        Qwen3MoeForCausalLM(config).save_pretrained(root / "base")
         frodctl.decompose(str(root / "base"), root / "b.safetensors", target_modules="all-linear", sparsity=0.05)
     return root / "base", root / "b.safetensors"
 

@@ -1,11 +1,13 @@
-"""Training with every parameter sharded over two processes (`fully_shard`) is training."""
+"""Training with every parameter sharded over two processes (`fully_shard`), or every batch, is training."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,40 +16,79 @@ from safetensors.torch import load_file
 import frodctl
 from frodctl.errors import UsageError
 from frodctl.training.saving import trained_state
-from tests.training.conftest import Cases
-from tests.training.sharded import train
+from tests.training.conftest import Cases, mixture
+from tests.training.sharded import attached, train
+
+KINDS = ("bert", "mixture")
+Files = dict[str, tuple[Path, Path]]
 
 
-def test_two_processes_train_and_save_one_adapter(cases: Cases, tmp_path: Path) -> None:
-    case = cases("bert")
-    alone = case.attached().eval()
-    losses = train(alone)
-    frodctl.save_adapter(alone, tmp_path / "alone")
+@pytest.fixture(scope="module")
+def files(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A checkpoint and its basis of each kind."""
+    bert = cases("bert")
+    return {"bert": (bert.base, bert.basis), "mixture": mixture(tmp_path_factory.mktemp("mixture") / "files")}
+
+
+@pytest.fixture(scope="module")
+def folder(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What two processes saved, in a folder of each kind."""
+    folder = tmp_path_factory.mktemp("ranks")
+    inputs = [str(folder)]
+    for kind in KINDS:
+        (folder / kind).mkdir()
+        inputs += [kind, *map(str, files[kind])]
     command = [sys.executable, "-m", "tests.training.sharded"]
-    root, inputs = Path(__file__).parents[2], [str(tmp_path), str(case.base), str(case.basis)]
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    logs = [folder / f"{rank}.log" for rank in range(2)]
     ranks = [
-        subprocess.Popen([*command, str(rank), *inputs], stderr=log.open("w"), cwd=root)
+        subprocess.Popen([*command, str(rank), *inputs], stderr=log.open("w"), cwd=Path(__file__).parents[2])
         for rank, log in enumerate(logs)
     ]
     try:
         assert [process.wait(timeout=300) for process in ranks] == [0, 0], [log.read_text() for log in logs]
+        yield folder
     finally:
         for process in ranks:
             process.kill()
-    found = json.loads((tmp_path / "losses.json").read_text())
-    assert found == pytest.approx(losses, rel=1e-5)
-    assert found[-1] != pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_and_save_one_adapter(kind: str, files: Files, folder: Path, tmp_path: Path) -> None:
+    found = folder / kind
+    alone = attached(kind, *files[kind])
+    losses = train(alone, kind)
+    frodctl.save_adapter(alone, tmp_path / "alone")
+    assert json.loads((found / "losses.json").read_text()) == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] != pytest.approx(losses[0], rel=1e-3)
     expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
     for way in ("gathered", "given", "pretrained"):
-        saved = load_file(tmp_path / way / "adapter_model.safetensors")
-        assert saved.keys() == expected.keys()
-        for key, tensor in expected.items():
-            assert torch.allclose(saved[key], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max())), (way, key)
-    loaded = frodctl.load_adapter(case.model(), tmp_path / "gathered", case.basis).state_dict()
-    again = load_file(tmp_path / "pretrained" / "model.safetensors")
+        check_alike(load_file(found / way / "adapter_model.safetensors"), expected)
+    loaded = frodctl.load_adapter(untrained(kind, files), found / "gathered", files[kind][1]).state_dict()
+    again = load_file(found / "pretrained" / "model.safetensors")
     assert again.keys() == trained_state(alone).keys()
     assert all(torch.allclose(loaded[name], tensor, atol=1e-6) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_with_half_a_batch_each(kind: str, files: Files, folder: Path, tmp_path: Path) -> None:
+    """Experts may have got tokens in one process alone."""
+    alone = attached(kind, *files[kind])
+    train(alone, kind)
+    frodctl.save_adapter(alone, tmp_path / "alone")
+    expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    check_alike(load_file(folder / kind / "replicated" / "adapter_model.safetensors"), expected)
+
+
+def untrained(kind: str, files: Files) -> Any:
+    model = attached(kind, *files[kind])
+    frodctl.training.detach(model)
+    return model
+
+
+def check_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (found[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
 
 
 def test_a_state_without_the_adapter(cases: Cases, tmp_path: Path) -> None:

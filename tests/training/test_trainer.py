@@ -39,10 +39,18 @@ class TestTheRates:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5)
         (message,) = step(model, optimizer)
         assert "one learning rate (5e-05) for λ' and S" in message
-        assert "frodctl.parameter_groups(model)" in message
+        assert "frodctl.parameter_groups(model, steps=STEPS)" in message
         assert "optimizers=(optimizer, None)" in message
+        assert "far too long" not in message
         assert step(model, optimizer) == []
         assert len(step(model, torch.optim.SGD(model.parameters(), lr=0.1))) == 1
+
+    def test_one_far_beyond_what_trains_is_called_so(self, cases: Cases) -> None:
+        """λ is about 1/√3 for three layers, so 1e-2 is a step of 1.7 % by it, and 2e-3 of less than 1 % by S."""
+        for rate, is_far in ((1e-2, True), (2e-3, False)):
+            model = cases("llama").attached()
+            (message,) = step(model, torch.optim.AdamW(model.parameters(), lr=rate))
+            assert ("far too long" in message) == is_far
 
     def test_groups_are_as_they_should_be(self, cases: Cases) -> None:
         model = cases("bert").attached()

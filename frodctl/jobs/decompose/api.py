@@ -46,6 +46,8 @@ def decompose(
     stream: bool = ...,
     force: bool = ...,
     resume: bool = ...,
+    push_to_hub: str | None = ...,
+    private: bool = ...,
 ) -> DecomposeResult: ...
 @overload
 def decompose(
@@ -77,6 +79,8 @@ def decompose(
     stream: bool = ...,
     force: bool = ...,
     resume: bool = ...,
+    push_to_hub: str | None = ...,
+    private: bool = ...,
 ) -> DecomposePlan: ...
 def decompose(
     model: PathLike,
@@ -107,6 +111,8 @@ def decompose(
     stream: bool = False,
     force: bool = False,
     resume: bool = True,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> DecomposeResult | DecomposePlan:
     """Compute the joint decomposition of a checkpoint and write it to a shared-basis file.
 
@@ -115,7 +121,8 @@ def decompose(
     Parameters
     ----------
     model : str or path
-        A local folder or file, or a Hub id (``name``, ``org/name``, ``org/name@revision``).
+        A local folder or file, a Hub id (``name``, ``org/name``, ``org/name@revision``) or one of the Hub's URLs
+        (``hf://org/name@revision/folder``).
     output : path, optional
         The shared-basis file; by default ``./<model name>.frod.safetensors``.
     dry_run : bool
@@ -163,6 +170,11 @@ def decompose(
         Replace an output that exists.
     resume : bool
         Take up what a killed run of the same job had finished.
+    push_to_hub : str, optional
+        A repository on the Hub, ``org/name``, that the result is sent to as well when it is finished and checked. Where
+        something is there, ``force`` replaces it.
+    private : bool
+        Make that repository private, if it is made.
 
     Returns
     -------
@@ -210,6 +222,8 @@ def decompose(
         stream=stream,
         force=force,
         resume=resume,
+        push_to_hub=push_to_hub,
+        private=private,
     )
     dry_run = values.flag(dry_run, "dry_run")
     measured = profiles.begin(profile, dry_run=dry_run)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from frodctl import values
 from frodctl.checkpoint.records import MODEL_DTYPES
 from frodctl.errors import UsageError
-from frodctl.jobs.options import HubOptions
+from frodctl.jobs.push import PushOptions
 from frodctl.values import option, optional
 
 MEGABYTE = 1_000_000
@@ -17,7 +17,7 @@ _SPARSITY = 0.01
 
 
 @dataclass(frozen=True)
-class DecomposeOptions(HubOptions):
+class DecomposeOptions(PushOptions):
     """The parameters of `frodctl.decompose`, each in its one form; the command line has a flag for each."""
 
     target_modules: str = option("default", values.modules)  #: default, all-linear, names with commas, or a regex
@@ -38,7 +38,6 @@ class DecomposeOptions(HubOptions):
     cache_size: int = option(1000 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
     memory_limit: int | None = option(None, optional(values.size))  #: bytes that the process may take at most
     stream: bool = option(False, values.flag)  #: read what the Hub has by ranges, and keep none of it
-    force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
 
     def __post_init__(self) -> None:

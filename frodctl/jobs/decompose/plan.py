@@ -320,6 +320,8 @@ def plan_decompose(
         sink.check_output_file(path, force=chosen.force)
         choose_device(chosen.device)  # before a download, not after it
     basis_file.check_name(path)
+    if not dry_run:
+        chosen.check_destination(path)
     checkpoint = open_checkpoint(
         location,
         headers_only=dry_run,

@@ -21,9 +21,11 @@ from frodctl.checkpoint.targets import Target
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.columns import Column
+from frodctl.jobs.decompose.card import model_card
 from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan
-from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.push import Written, push_file
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 from frodctl.pipeline import AHEAD, in_order
@@ -62,7 +64,7 @@ class CategoryResult:
 
 
 @dataclass(frozen=True)
-class DecomposeResult(Profiled):
+class DecomposeResult(Written):
     """A finished decomposition."""
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -91,6 +93,7 @@ class DecomposeResult(Profiled):
         """For JSON: the plan's figures and what came of them."""
         return (
             self.profile_dict()
+            | self.pushed_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,
@@ -141,7 +144,8 @@ def run_decompose(
                 _publish(plan, staging, parts, profile)
         world.gather(None)
     size = plan.output.stat().st_size
-    return DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+    result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+    return push_file(result, plan.output, plan.options, model_card(plan), progress) if world.number == 0 else result
 
 
 def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile: Unprofiled) -> None:
@@ -175,7 +179,8 @@ def _source(plan: DecomposePlan, order: Sequence[int], rank: int, progress: Call
     from frodctl.checkpoint.remote import Downloads
 
     mine = [plan.categories[number] for number in order if rank in plan.categories[number].ranks]
-    tensors = [category.targets[i].tensor for category in mine for i in category.own(rank)]
+    targets = [category.targets[i] for category in mine for i in category.own(rank)]
+    tensors = [part for target in targets for part in target.tensor.parts]
     return Downloads(plan.checkpoint.repository, tensors, lambda text: progress(Progress(text)))
 
 
@@ -418,7 +423,8 @@ class _Weights:
     def _reads(self, numbers: Sequence[int]) -> Iterator[Callable[[], HostArray]]:
         """What reads each of them, once there is something to read."""
         for number, buffer in zip(numbers, itertools.cycle(self._buffers()), strict=False):
-            self.source.wait(self.targets[number].tensor)
+            for part in self.targets[number].tensor.parts:
+                self.source.wait(part)
             yield partial(self._read, self.targets[number], buffer)
 
     def _buffers(self) -> list[HostArray]:
@@ -462,6 +468,6 @@ def _weights_key(plan: DecomposePlan) -> list[Json]:
     root, revision = plan.checkpoint.root, plan.checkpoint.revision
     if root is None or revision is not None:
         return [plan.checkpoint.model, plan.options.subfolder, revision]
-    files = sorted({t.tensor.file for c in plan.categories for t in c.targets})
+    files = sorted({part.file for c in plan.categories for t in c.targets for part in t.tensor.parts})
     states = [(root / file).stat() for file in files]
     return [str(root.resolve()), [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)]]

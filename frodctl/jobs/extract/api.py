@@ -103,6 +103,8 @@ def extract(
     force: bool = False,
     resume: bool = True,
     verify: bool = True,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> LoraResult | LoraPlan | FrodResult | FrodPlan:
     """Compress what a fine-tuning changed in a checkpoint to an adapter, LoRA's or FRoD's.
 
@@ -111,7 +113,7 @@ def extract(
     Parameters
     ----------
     base : str or path
-        The checkpoint that was fine-tuned: a local folder or file, or a Hub id.
+        The checkpoint that was fine-tuned: a local folder or file, a Hub id or one of its URLs.
     tuned : str or path
         What came of it, of the same shapes.
     output : path
@@ -156,6 +158,11 @@ def extract(
         Take up what a killed run of the same job had finished.
     verify : bool
         Read the result again before it gets its name.
+    push_to_hub : str, optional
+        A repository on the Hub, ``org/name``, that the result is sent to as well when it is finished and checked. Where
+        something is there, ``force`` replaces it.
+    private : bool
+        Make that repository private, if it is made.
 
     Returns
     -------
@@ -201,6 +208,8 @@ def extract(
         force=force,
         resume=resume,
         verify=verify,
+        push_to_hub=push_to_hub,
+        private=private,
     )
     dry_run = values.flag(dry_run, "dry_run")
     measured = profiles.begin(profile, dry_run=dry_run)

@@ -27,8 +27,9 @@ from frodctl.jobs.columns import Column
 from frodctl.jobs.extract.options import ExtractOptions
 from frodctl.jobs.extract.pairs import Pair, Pairs, paired
 from frodctl.jobs.merge.key import state_of
-from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates, memory_errors, require_memory
 from frodctl.method.budget import allocate, nnz
 from frodctl.method.cost import Call
@@ -155,7 +156,7 @@ class FrodPlan:
 
 
 @dataclass(frozen=True)
-class FrodResult(Profiled):
+class FrodResult(Written):
     """A finished extraction."""
 
     plan: FrodPlan
@@ -180,6 +181,7 @@ class FrodResult(Profiled):
         """For JSON: the plan's figures and what came of them."""
         return (
             self.profile_dict()
+            | self.pushed_dict()
             | self.plan.as_dict()
             | self.overall.as_dict()
             | {
@@ -206,7 +208,7 @@ def plan_frod(
     """
     if chosen.basis is None:
         raise UsageError("a FRoD adapter needs a `basis`: the file that frodctl decompose made of the base")
-    basis = opening.opened(chosen.basis)
+    basis = opening.opened(chosen.file_of(chosen.basis))
     records = {record.name: record for record in basis.metadata.modules}
     pairs = paired(base, tuned, output, chosen, partial(_targets, basis), progress=progress, dry_run=dry_run)
     ordered = sorted(pairs.chosen, key=lambda p: (records[p.target.module].category, names.natural_key(p.module)))
@@ -283,7 +285,8 @@ def run_frod(plan: FrodPlan, progress: Callback = silent, profile: Unprofiled = 
             manifest.write(tree, f"frodctl {frodctl.__version__}")
             nbytes = (tree / ADAPTER_FILES[1]).stat().st_size
             staging.publish_folder(_TREE)
-    return replace(result, output_bytes=nbytes, seconds=time.perf_counter() - started)
+    result = replace(result, output_bytes=nbytes, seconds=time.perf_counter() - started)
+    return push_folder(result, plan.output, plan.options, progress)
 
 
 class _Work:
@@ -403,8 +406,9 @@ def _card(result: FrodResult) -> str:
     base = plan.pairs.base.model if is_hub_id(plan.pairs.base.model) else None
     shown = base or public_name(plan.pairs.base.model)
     kept = f"{overall.kept:.2%}" if overall.kept is not None else "all"
+    origin = {"base_revision": plan.pairs.base.revision}
     lines = [
-        *front_matter({}, base, library="frodctl", relation="adapter"),
+        *front_matter({}, base, library="frodctl", relation="adapter", origin=origin),
         "",
         f"# {plan.output.resolve().name}",
         "",

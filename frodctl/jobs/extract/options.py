@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from frodctl import values
 from frodctl.errors import UsageError
@@ -22,7 +21,7 @@ class ExtractOptions(LoraOptions):
     target_modules: str = option("all-linear", values.modules)  #: default, all-linear, names with commas, or a regex
     exclude_modules: str | None = option(None, optional(values.modules))  #: names or a regex
     layers: str | None = option(None, optional(values.blocks))  #: block numbers, such as "0-11"
-    basis: Path | None = option(None, optional(values.basis))  #: of a FRoD adapter
+    basis: str | None = option(None, optional(values.basis))  #: of a FRoD adapter
     #: share of the n² positions of each of its layers; None for the basis's own, or where a budget is given
     sparsity: float | None = option(None, optional(values.between(values.share, 0, 1)))
     #: instead of sparsity: share of the checkpoint's parameters

@@ -99,6 +99,7 @@ def paired(
         local = [path for location in locations if (path := location.local_path()) is not None]
         sink.check_output_folder(output, local, force=chosen.force)
         choose_device(chosen.device)  # before a download, not after it
+        chosen.check_destination()
     first, second = (
         open_checkpoint(location, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
         for location in locations

@@ -40,7 +40,8 @@ def adapter_report(
     name: str, adapter: Adapter, options: InspectOptions, progress: Callback, profile: Unprofiled
 ) -> Report:
     """Rows with the norms of λ' − λ and S of every module; with a base also the figures of W' − W."""
-    basis = opening.find_basis(adapter, options.basis, trust=options.trust_basis)
+    given = options.file_of(options.basis) if options.basis is not None else None
+    basis = opening.find_basis(adapter, given, trust=options.trust_basis)
     if basis is not None and options.basis is None:
         progress(Progress(opening.found_near(adapter, basis)))
     if note := opening.without_digests(adapter, basis):

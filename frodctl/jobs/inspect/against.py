@@ -79,7 +79,7 @@ def _compare(
     empty = {"relative_difference": None, "cosine": None, "max_difference": None}
     if mine is None or theirs is None:
         return Row(values | {"status": "only here" if theirs is None else "only there"} | empty)
-    values |= {"other_name": theirs.name, "other_dtype": theirs.dtype}
+    values |= {"other_name": theirs.name, "other_dtype": theirs.stored_dtype}
     if mine.shape != theirs.shape:
         return Row(values | {"status": "other shape"} | empty)
     A_source, B_source = first.source, second.source
@@ -87,7 +87,7 @@ def _compare(
     assert B_source is not None
     if same_bytes(A_source, mine, B_source, theirs):
         return Row(values | {"status": "equal", "relative_difference": 0.0, "cosine": 1.0, "max_difference": 0.0})
-    status = "differs" if mine.dtype == theirs.dtype else "other dtype"
+    status = "differs" if values["dtype"] == values["other_dtype"] else "other dtype"
     if mine.dtype not in FLOAT_DTYPES or theirs.dtype not in FLOAT_DTYPES:
         return Row(values | {"status": status} | empty)
     A, B = stream.read_tensor(A_source, mine), stream.read_tensor(B_source, theirs)

@@ -46,7 +46,7 @@ def inspect(
     Parameters
     ----------
     *targets : str or path
-        Checkpoints, shared-basis files or adapters: local folders or files, or Hub ids; or lists of them.
+        Checkpoints, shared-basis files or adapters: local folders or files, Hub ids or URLs; or lists.
     progress : callable, optional
         Called with a `frodctl.jobs.progress.Progress` as the work goes on.
     profile : bool

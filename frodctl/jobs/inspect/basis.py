@@ -114,9 +114,10 @@ class _BasisFigures:
         kernels = self.kernels
         X = kernels.copy(W, kernels.empty(W.shape, "float64"))
         U = kernels.gemm(X, dual.inverse, kernels.empty(W.shape, "float64"), transpose_b=True)
+        V = kernels.put(dual.V, "float64")
         U *= kernels.put(scales / np.maximum(kernels.norms(U, 0), 1e-300))
         whole = np.linalg.norm(kernels.norms(X, 1))
-        error = np.linalg.norm(kernels.norms(kernels.gemm(U, dual.V, X, transpose_b=True, beta=-1), 1))
+        error = np.linalg.norm(kernels.norms(kernels.gemm(U, V, X, transpose_b=True, beta=-1), 1))
         return {
             "reconstruction_error": float(error) / max(float(whole), 1e-300),
             "base_digest": "same" if digest == record.digest else "differs",

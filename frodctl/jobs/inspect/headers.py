@@ -17,12 +17,13 @@ from frodctl.method import budget
 
 def tensor_values(info: TensorInfo) -> dict[str, Json]:
     """The first columns of a checkpoint's row."""
-    return {"name": info.name, "shape": list(info.shape), "dtype": info.dtype, "parameters": info.parameters}
+    return {"name": info.name, "shape": list(info.shape), "dtype": info.stored_dtype, "parameters": info.parameters}
 
 
 def place_values(info: TensorInfo) -> dict[str, Json]:
     """The last columns of a checkpoint's row."""
-    return {"role": _role(info.name), "layer": names.layer_index(info.name), "file": info.file, "bytes": info.nbytes}
+    place = {"role": _role(info.name), "layer": names.layer_index(info.name), "file": info.file}
+    return place | {"bytes": info.stored_bytes}
 
 
 def _role(name: str) -> str:
@@ -36,8 +37,8 @@ def checkpoint_summary(checkpoint: Checkpoint) -> dict[str, Json]:
     architectures = config.get("architectures")
     tensors = list(checkpoint.tensors.values())
     bytes_by_dtype = Counter[str]()
-    for info in tensors:
-        bytes_by_dtype[info.dtype] += info.nbytes
+    for part in (part for info in tensors for part in info.parts):
+        bytes_by_dtype[part.dtype] += part.nbytes
     return {
         "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
         "model_type": config.get("model_type"),
@@ -46,7 +47,7 @@ def checkpoint_summary(checkpoint: Checkpoint) -> dict[str, Json]:
         "parameters": checkpoint.parameters(),
         "bytes": sum(bytes_by_dtype.values()),
         "bytes_by_dtype": dict(bytes_by_dtype.most_common()),
-        "shards": len({info.file for info in tensors}),
+        "shards": len({part.file for info in tensors for part in info.parts}),
         "roles": _roles(tensors),
         "decompose": _decomposable(checkpoint),
     }
@@ -61,9 +62,9 @@ def _roles(tensors: Sequence[TensorInfo]) -> list[dict[str, Json]]:
             "role": role,
             "tensors": len(group),
             "shapes": [list(shape) for shape in dict.fromkeys(info.shape for info in group)],
-            "dtypes": list(dict.fromkeys(info.dtype for info in group)),
+            "dtypes": list(dict.fromkeys(info.stored_dtype for info in group)),
             "parameters": sum(info.parameters for info in group),
-            "bytes": sum(info.nbytes for info in group),
+            "bytes": sum(info.stored_bytes for info in group),
         }
         for role, group in groups.items()
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from frodctl import values
 from frodctl.errors import UsageError
@@ -21,7 +20,7 @@ class InspectOptions(HubOptions):
     against: str | None = option(None, optional(values.model))  #: a checkpoint, to compare with tensor by tensor
     base: str | None = option(None, optional(values.model))  #: the checkpoint that a basis or an adapter belongs to
     merged: str | None = option(None, optional(values.model))  #: how much of the adapter is in this checkpoint
-    basis: Path | None = option(None, optional(values.basis))  #: shared-basis file of an adapter without V
+    basis: str | None = option(None, optional(values.basis))  #: shared-basis file of an adapter without V
     trust_basis: bool = option(False, values.flag)
     adapter_name: str | None = option(None, optional(values.text))  #: which of several adapters in a folder
     include: tuple[str, ...] = option((), values.globs)  #: globs; a tensor's name must match one

@@ -31,6 +31,11 @@ def open_target(name: str, options: InspectOptions, progress: Callback) -> Targe
     """
     location = options.location(name)
     path = location.local_path()
+    if path is None and location.file.endswith(".safetensors"):
+        from frodctl.checkpoint import hub
+
+        if "frodctl" in hub.file_metadata(location):
+            path = hub.fetch_file(location)
     if path is not None and path.is_file() and _is_basis(path):
         return Target(name, basis=open_basis(path))
     if is_adapter(location):

@@ -20,7 +20,7 @@ def model_card(plan: LoraPlan, rows: Sequence[Mapping[str, Json]], overall: Fide
     rank = max(row["rank"] for row in rows)
     refusals = [f"{text[0].upper()}{text[1:]}." for text in plan.refusals(rank)]
     lines = [
-        *front_matter({}, base, library="peft", relation="adapter"),
+        *front_matter({}, base, library="peft", relation="adapter", origin={"base_revision": plan.revision}),
         "",
         f"# {plan.output.resolve().name}",
         "",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypedDict
 from frodctl import values
 from frodctl.checkpoint.records import MODEL_DTYPES
 from frodctl.errors import UsageError
-from frodctl.jobs.options import HubOptions
 from frodctl.jobs.progress import Callback
+from frodctl.jobs.push import PushOptions
 from frodctl.values import Number, PathLike, option, optional
 
 if TYPE_CHECKING:
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class OutputOptions(HubOptions):
+class OutputOptions(PushOptions):
     """Of every job that writes a folder."""
 
     dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES))  #: of what is written
     device: str = option("auto", values.device)
-    force: bool = option(False, values.flag)  #: replace an existing output
     resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
     verify: bool = option(True, values.flag)  #: read the result again before it gets its name
 
@@ -70,3 +69,5 @@ class LoraKeywords(TypedDict, total=False):
     force: bool
     resume: bool
     verify: bool
+    push_to_hub: str | None
+    private: bool

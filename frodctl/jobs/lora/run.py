@@ -22,8 +22,9 @@ from frodctl.errors import InvalidInput
 from frodctl.formats import lora
 from frodctl.jobs.lora.card import model_card
 from frodctl.jobs.lora.plan import LoraPlan
-from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import memory_errors, require_memory
 from frodctl.method.fidelity import Fidelity, together
 from frodctl.method.lowrank import energies, energy_rank, fidelity, truncated
@@ -49,7 +50,7 @@ class Changes(Protocol):
 
 
 @dataclass(frozen=True)
-class LoraResult(Profiled):
+class LoraResult(Written):
     """A finished LoRA adapter."""
 
     plan: LoraPlan
@@ -80,6 +81,7 @@ class LoraResult(Profiled):
         """For JSON: the plan's figures and what came of them."""
         return (
             self.profile_dict()
+            | self.pushed_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,
@@ -145,7 +147,8 @@ def run_lora(
                 shards.verify(tree, [shard], digests)
         with profile.step("writing"):
             staging.publish_folder(_TREE)
-    return replace(result, seconds=time.perf_counter() - started)
+    result = replace(result, seconds=time.perf_counter() - started)
+    return push_folder(result, plan.output, plan.options, progress)
 
 
 class _Work:

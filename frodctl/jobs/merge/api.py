@@ -109,6 +109,8 @@ def merge(
     force: bool = False,
     resume: bool = True,
     verify: bool = True,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> MergeResult | MergePlan | LoraResult | LoraPlan:
     """Fold a trained adapter into its base and write an ordinary dense checkpoint, or a LoRA adapter.
 
@@ -117,9 +119,10 @@ def merge(
     Parameters
     ----------
     base : str or path
-        The checkpoint that was fine-tuned: a local folder or file, or a Hub id; ``-`` for the one the adapter names.
+        The checkpoint that was fine-tuned: a local folder or file, a Hub id or one of the Hub's URLs; ``-`` for the one
+        that the adapter names.
     adapter : str or path
-        The adapter: a local folder or weights file, or a Hub id.
+        The adapter: a local folder or weights file, a Hub id or URL.
     output : path
         The folder to make.
     as_ : {"model", "lora"}
@@ -171,6 +174,11 @@ def merge(
         Take up what a killed run of the same job had finished.
     verify : bool
         Read the result again before it gets its name.
+    push_to_hub : str, optional
+        A repository on the Hub, ``org/name``, that the result is sent to as well when it is finished and checked. Where
+        something is there, ``force`` replaces it.
+    private : bool
+        Make that repository private, if it is made.
 
     Returns
     -------
@@ -218,6 +226,8 @@ def merge(
         force=force,
         resume=resume,
         verify=verify,
+        push_to_hub=push_to_hub,
+        private=private,
     )
     dry_run = values.flag(dry_run, "dry_run")
     measured = profiles.begin(profile, dry_run=dry_run)

@@ -17,8 +17,12 @@ def model_card(plan: MergePlan) -> str:
     adapter = model_config.headed(plan.sources[0].adapter, plan.added, plan.replaced)
     tag = model_config.pipeline_tag(adapter, plan.added, kept.get("pipeline_tag"))
     revision = f" at revision `{plan.checkpoint.revision}`" if plan.checkpoint.revision else ""
+    origin = {
+        "base_revision": plan.checkpoint.revision,
+        "adapters": [public_name(source.adapter.name) for source in plan.sources],
+    }
     lines = [
-        *front_matter(kept | {"pipeline_tag": tag}, base),
+        *front_matter(kept | {"pipeline_tag": tag}, base, origin=origin),
         "",
         f"# {plan.output.resolve().name}",
         "",

@@ -67,6 +67,7 @@ def edited(
         return None
     adapter = headed(adapter, added, replaced)
     result = copy.deepcopy(dict(config))
+    _drop_quantization(result)
     if dtype != "auto":
         _set_dtype(result, dtype)
         if not any(key in result for key in _DTYPE_KEYS):
@@ -103,6 +104,13 @@ def _set_dtype(config: dict[str, Json], dtype: str) -> None:
     for part in config.values():
         if isinstance(part, dict):
             _set_dtype(part, dtype)
+
+
+def _drop_quantization(config: dict[str, Json]) -> None:
+    """Weights that had scales are dense now."""
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and part.get("quantization_config"):
+            del part["quantization_config"]
 
 
 def class_of(adapter: Adapter) -> str | None:

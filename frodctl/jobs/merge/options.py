@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from frodctl import values
 from frodctl.checkpoint.records import MODEL_DTYPES
@@ -19,7 +18,7 @@ class MergeOptions(LoraOptions):
     """The parameters of `frodctl.merge`, each in its one form; the command line has a flag for each."""
 
     as_: str = option("model", values.choice(*RESULTS))  #: a dense model, or a LoRA adapter
-    basis: Path | None = option(None, optional(values.basis))  #: for an adapter without V; None: found near it
+    basis: str | None = option(None, optional(values.basis))  #: for an adapter without V; None: found near it
     #: take V from it although the adapter does not say that it is the one
     trust_basis: bool = option(False, values.flag)
     #: run PEFT's routine for the V of an adapter without one

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from frodctl import values
 from frodctl.adapted import opening
-from frodctl.adapted.matching import Match, Part, Weight, match
+from frodctl.adapted.matching import Match, Weight, match
 from frodctl.adapted.opening import Source
-from frodctl.checkpoint import codec, shards, sink
+from frodctl.checkpoint import codec, hub_urls, shards, sink
 from frodctl.checkpoint.companions import copied_files
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import MODEL_DTYPES, Checkpoint, Location, TensorInfo, weights_name
@@ -25,8 +25,10 @@ from frodctl.jobs.columns import Column
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.ranks import RANK_BYTES
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates
 from frodctl.method import cost
+from frodctl.pipeline import AHEAD
 from frodctl.values import PathLike
 
 
@@ -60,6 +62,7 @@ class MergePlan:
     config: Mapping[str, Json] | None = field(repr=False)  #: of the result; None where the base's is copied
     files: tuple[str, ...] = field(repr=False)  #: copied from the base's folder
     warnings: tuple[str, ...]
+    ranks: int = 1  #: processes that share the work
     seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
     @cached_property
@@ -109,8 +112,10 @@ class MergePlan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Peak resident memory of the whole process, about."""
-        return PROCESS_BYTES + update_memory_bytes(self.weights)
+        """Peak resident memory of a whole process, about."""
+        process = PROCESS_BYTES + (RANK_BYTES if self.ranks > 1 else 0)
+        widest = max((codec.DTYPE_BITS[self.dtypes[self.name(weight)]] // 8 for weight in self.weights), default=0)
+        return process + update_memory_bytes(self.weights, widest)
 
     @property
     def flops(self) -> float:
@@ -154,6 +159,7 @@ class MergePlan:
             "output_bytes": self.output_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "flops": self.flops,
+            "ranks": self.ranks,
             "seconds_estimate": self.seconds_estimate,
             "dtype": self.options.dtype,
             "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in self.shards],
@@ -180,10 +186,11 @@ def plan_merge(
     *,
     progress: Callback = silent,
     dry_run: bool = False,
+    ranks: int = 1,
 ) -> MergePlan:
     """Settle what `merge` would do. Parameters and errors are those of `merge`.
 
-    With ``dry_run`` no weights are downloaded, and the output may exist.
+    With ``dry_run`` no weights are downloaded, and the output may exist. ``ranks`` processes share the work.
     """
     output, found = opened(base, adapter, output, chosen, progress=progress, dry_run=dry_run)
     checkpoint, sources = found.checkpoint, found.sources
@@ -208,6 +215,7 @@ def plan_merge(
         config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
         files=copied_files(checkpoint, as_sentences=not added),
         warnings=(*found.warnings, *warnings(sources, replaced)),
+        ranks=ranks,
     )
     if dry_run:
         return replace(plan, seconds_estimate=_seconds_estimate(plan))
@@ -231,6 +239,7 @@ def opened(
     if not dry_run:
         _check_output(output, base, adapter, chosen)
         choose_device(chosen.device)  # before a download, not after it
+        chosen.check_destination()
     location = chosen.location(base)
     try:
         sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
@@ -259,20 +268,33 @@ def adapters_as_json(sources: Sequence[Source]) -> list[dict[str, Json]]:
 
 def update_calls(weights: Sequence[Weight]) -> list[cost.Call]:
     """What computing the updates takes: each category's basis is made ready once."""
+    from frodctl.adapted.updates import case_of
+
     groups: dict[object, list[tuple[int, int]]] = {}
-    inverted: dict[object, str] = {}
+    cases: dict[object, cost.UpdateCase] = {}
     for weight in weights:
         for part in weight.parts:
             key = id(part.source), weight.group
             groups.setdefault(key, []).append((weight.target.m, weight.target.n))
-            inverted[key] = _inverted(part)
-    return list(itertools.chain(*(cost.update_calls(shapes, inverted[key]) for key, shapes in groups.items())))
+            cases.setdefault(key, case_of(part, weight.target))
+    return list(itertools.chain(*(cost.update_calls(shapes, cases[key]) for key, shapes in groups.items())))
 
 
-def update_memory_bytes(weights: Sequence[Weight]) -> int:
-    """What computing them takes at most, with the weights that are read ahead."""
-    work = max((cost.update_memory_bytes(w.target.m, w.target.n) * len(w.parts) for w in weights), default=0)
-    return work + 4 * max((w.target.nbytes for w in weights), default=0)
+def update_memory_bytes(weights: Sequence[Weight], output_itemsize: int = 0) -> int:
+    """What computing them takes at most, with the weights that are read ahead and the one that is written."""
+    work = max(map(_work_bytes, weights), default=0)
+    read = max((weight.target.nbytes for weight in weights), default=0)
+    written = max((weight.target.m * weight.target.n for weight in weights), default=0) * output_itemsize
+    return work + (AHEAD + 1) * read + written
+
+
+def _work_bytes(weight: Weight) -> int:
+    from frodctl.adapted.updates import case_of
+
+    m, n = weight.target.m, weight.target.n
+    cases = [case_of(part, weight.target) for part in weight.parts]
+    total = max(cost.ITEMSIZE[case.work] for case in cases) * (m if m <= n else min(m, cost.UPDATE_ROWS)) * n
+    return sum(cost.update_memory_bytes(m, n, case) for case in cases) + total
 
 
 def _seconds_estimate(plan: MergePlan) -> float | None:
@@ -284,20 +306,8 @@ def _seconds_estimate(plan: MergePlan) -> float | None:
     return rates.seconds([copied, *update_calls(plan.weights)])
 
 
-def _inverted(part: Part) -> str:
-    """The dtype in which V of an adapter is inverted, unless it is badly conditioned."""
-    from frodctl.arrays import DTYPES
-    from frodctl.method.dual import ROUNDED_AFTERWARDS
-
-    adapter, category = part.source.adapter, part.trained.category
-    if adapter.provenance is not None or category not in adapter.V:
-        return "float64"
-    stored = adapter.V[category].dtype
-    return "float32" if ROUNDED_AFTERWARDS.may_hold(DTYPES[stored].name, part.trained.n) else "float64"
-
-
 def _open_sources(adapter: str, options: MergeOptions, *, headers_only: bool, progress: Callback) -> tuple[Source, ...]:
-    given = opening.opened(options.basis) if options.basis is not None else None
+    given = opening.opened(options.file_of(options.basis)) if options.basis is not None else None
     asked: list[tuple[str, float, str | None]] = [(adapter, options.scale, options.adapter_name)]
     asked += [(name, scale, None) for name, scale in options.also]
     sources = tuple(
@@ -331,7 +341,7 @@ def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) 
         options.location_of_other(name).local_path() for name in (base, adapter, *(name for name, _ in options.also))
     ]
     inputs = [path for path in given if path is not None]
-    inputs += [Path(options.basis)] if options.basis is not None else []
+    inputs += [Path(options.basis)] if options.basis is not None and not hub_urls.is_url(options.basis) else []
     sink.check_output_folder(output, inputs, force=options.force)
 
 
@@ -341,15 +351,22 @@ def _specs(
     replaced: Mapping[str, tuple[Source, TensorInfo]],
     options: MergeOptions,
 ) -> list[codec.TensorSpec]:
-    """The output's tensors, in the base's order, then what is new."""
+    """The output's tensors, in the base's order, then what is new.
 
-    def dtype(stored: str) -> str:
-        return MODEL_DTYPES[options.dtype] if options.dtype != "auto" and stored in codec.FLOAT_DTYPES else stored
+    Weights that had scales get the dtype that most of the others have.
+    """
+    others = [codec.TensorSpec(i.name, i.dtype, i.shape) for i in checkpoint.tensors.values() if i.scaled is None]
+    of_values = model_config.usual_dtype(others)
+
+    def dtype(info: TensorInfo) -> str:
+        if options.dtype != "auto" and info.dtype in codec.FLOAT_DTYPES:
+            return MODEL_DTYPES[options.dtype]
+        return of_values if info.scaled else info.dtype
 
     # a pickle of the old kind has no places in its file
     order = sorted(checkpoint.tensors.values(), key=lambda i: (i.file, 0 if i.data is not None else i.offset, i.name))
     shapes = {name: info.shape for name, (_, info) in replaced.items()}
-    specs = [codec.TensorSpec(new_names[i.name], dtype(i.dtype), shapes.get(new_names[i.name], i.shape)) for i in order]
+    specs = [codec.TensorSpec(new_names[i.name], dtype(i), shapes.get(new_names[i.name], i.shape)) for i in order]
     usual = model_config.usual_dtype(specs)
     known = set(new_names.values())
     specs += [codec.TensorSpec(n, usual, info.shape) for n, (_, info) in replaced.items() if n not in known]

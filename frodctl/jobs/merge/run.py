@@ -17,10 +17,13 @@ from frodctl.checkpoint import manifest, shards, sink
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.merge.card import model_card
+from frodctl.jobs.merge.division import names_of_ranks
 from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
-from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
+from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.push import Written, push_folder
+from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ _JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
-class MergeResult(Profiled):
+class MergeResult(Written):
     """A finished merge."""
 
     plan: MergePlan
@@ -47,6 +50,7 @@ class MergeResult(Profiled):
         """For JSON: the plan's figures and what came of them."""
         return (
             self.profile_dict()
+            | self.pushed_dict()
             | self.plan.as_dict()
             | {
                 "output_bytes": self.output_bytes,
@@ -59,56 +63,89 @@ class MergeResult(Profiled):
         )
 
 
-def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled = UNPROFILED) -> MergeResult:
-    """Carry out a plan of `plan_merge`. Errors are those of `merge`."""
+def run_merge(
+    plan: MergePlan,
+    progress: Callback = silent,
+    profile: Unprofiled = UNPROFILED,
+    launch: Launch = BY_ITSELF,
+) -> MergeResult:
+    """Carry out a plan of `plan_merge`, as one of its ranks. Errors are those of `merge`."""
     started = time.perf_counter()
     with profile.step("start and imports"):
-        from frodctl.jobs.merge.tensors import TensorMerger, origin
+        from frodctl.jobs.merge.tensors import TensorMerger
 
     if plan.checkpoint.root is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
-        kernels = profile.kernels(choose_device(plan.options.device))
-    require_memory(plan.peak_memory_bytes, kernels.name)
-    with profile.step("digests"):
-        key = _job_key(plan, kernels)
-    with sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume) as staging:
-        card = model_card(plan)
-        sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
+        kernels = profile.kernels(choose_device(plan.options.device, launch.local_number))
+    require_memory(plan.peak_memory_bytes, kernels.name, launch.local_count)
+    with profile.step("start and imports"):
+        world = launch.world
+    with staged(world, plan.output, lambda: _staging(plan, kernels, profile)) as staging:
         tree = staging.path(_TREE)
-        tree.mkdir(exist_ok=True)
-        _remove_all_but(tree, [shard.file for shard in plan.shards])
+        names = names_of_ranks(plan, world.count)[world.number]
+        if isinstance(staging, sink.Staging):
+            _begin(plan, staging, tree)
         try:
-            with (
-                profile.step("writing"),
-                shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL), partial(origin, plan)) as writer,
-            ):
+            with profile.step("writing"), _writer(plan, staging, tree, world) as writer:
                 resumed = len(writer.digests)
                 with memory_errors(kernels.name), profile.step("other arithmetic"):
-                    merger = TensorMerger(plan, writer, kernels, progress, profile)
+                    merger = TensorMerger(plan, names, writer, kernels, progress, profile)
                     merger.run()
-                digests = dict(writer.digests)
+                digests = {name: digest for name, digest in writer.digests.items() if name in names}
         except InvalidInput:  # a rerun would come to the same
-            shutil.rmtree(staging.folder)
+            if isinstance(staging, sink.Staging):
+                shutil.rmtree(staging.folder)
             raise
-        with profile.step("writing"):
-            _write_the_rest(plan, tree, card)
         if plan.options.verify:
             progress(Progress("reading the result again"))
             with profile.step("checking the files"):
                 shards.verify(tree, plan.shards, digests)
-        with profile.step("writing"):
-            staging.publish_folder(_TREE)
-    return MergeResult(
+        unchanged = [name for each in world.gather(merger.unchanged) for name in each]
+        if isinstance(staging, sink.Staging):
+            with profile.step("writing"):
+                _write_the_rest(plan, tree)
+                staging.publish_folder(_TREE)
+        world.gather(None)
+    result = MergeResult(
         plan=plan,
         output=plan.output,
         output_bytes=plan.output_bytes,
-        unchanged=tuple(merger.unchanged),
+        unchanged=tuple(unchanged),
         resumed_tensors=resumed,
         verified=plan.options.verify,
         device=kernels.name,
         seconds=time.perf_counter() - started,
     )
+    return push_folder(result, plan.output, plan.options, progress) if world.number == 0 else result
+
+
+def _staging(plan: MergePlan, kernels: Kernels, profile: Unprofiled) -> sink.Staging:
+    with profile.step("digests"):
+        key = _job_key(plan, kernels)
+    return sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume)
+
+
+def _begin(plan: MergePlan, staging: sink.Staging, tree: Path) -> None:
+    """Refuse what would fail at the end, and keep of an earlier run's files the weights."""
+    model_card(plan)
+    sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
+    tree.mkdir(exist_ok=True)
+    _remove_all_but(tree, [shard.file for shard in plan.shards])
+
+
+def _writer(plan: MergePlan, staging: sink.Pieces, tree: Path, world: World) -> shards.ShardWriter:
+    """What writes to the files, which the first rank makes; every rank has a journal."""
+    from frodctl.jobs.merge.tensors import origin
+
+    if world.number == 0:
+        others = sorted(staging.folder.glob("journal-*.jsonl"))
+        journal = staging.path(_JOURNAL)
+        writer = shards.ShardWriter(tree, plan.shards, journal, partial(origin, plan), others=others)
+        world.share([writer.digests])
+        return writer
+    [finished] = world.share(None)
+    return shards.ShardWriter(tree, plan.shards, staging.path(f"journal-{world.number}.jsonl"), finished=finished)
 
 
 def _remove_all_but(folder: Path, files: list[str]) -> None:
@@ -120,7 +157,7 @@ def _remove_all_but(folder: Path, files: list[str]) -> None:
             path.unlink()
 
 
-def _write_the_rest(plan: MergePlan, tree: Path, card: str) -> None:
+def _write_the_rest(plan: MergePlan, tree: Path) -> None:
     """The index, the configs and whatever else belongs to the model."""
     root = plan.checkpoint.root
     assert root is not None
@@ -133,7 +170,7 @@ def _write_the_rest(plan: MergePlan, tree: Path, card: str) -> None:
         _write_json(tree / "config.json", plan.config)
     elif plan.checkpoint.config:
         shutil.copyfile(root / "config.json", tree / "config.json")
-    (tree / "README.md").write_text(card, encoding="utf-8", errors="replace")
+    (tree / "README.md").write_text(model_card(plan), encoding="utf-8", errors="replace")
     manifest.write(tree, f"frodctl {frodctl.__version__}")
 
 
@@ -150,7 +187,8 @@ def _job_key(plan: MergePlan, kernels: Kernels) -> str:
         "frodctl": frodctl.__version__,
         "arithmetic": kernels.identity(),
         "base": [
-            state_of(plan.checkpoint.root / file) for file in sorted({i.file for i in plan.checkpoint.tensors.values()})
+            state_of(plan.checkpoint.root / file)
+            for file in sorted({part.file for info in plan.checkpoint.tensors.values() for part in info.parts})
         ],
         "sources": [source_key(source) for source in plan.sources],
         "shards": [[shard.file, [(s.name, s.dtype, s.shape) for s in shard.specs]] for shard in plan.shards],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,13 +30,21 @@ if TYPE_CHECKING:
 
 
 class TensorMerger:
-    """Makes every tensor of the output and gives it to the writer."""
+    """Makes the tensors of the output with these names and gives them to the writer."""
 
     def __init__(
-        self, plan: MergePlan, writer: ShardWriter, kernels: Kernels, progress: Callback, profile: Unprofiled
+        self,
+        plan: MergePlan,
+        names: Collection[str],
+        writer: ShardWriter,
+        kernels: Kernels,
+        progress: Callback,
+        profile: Unprofiled,
     ) -> None:
         assert plan.checkpoint.root is not None, "the plan of a dry run cannot be run"
         self.plan = plan
+        self.names = names
+        self.weights = [weight for weight in plan.weights if plan.name(weight) in names]
         self.root = plan.checkpoint.root
         self.writer = writer
         self.progress = progress
@@ -45,27 +53,27 @@ class TensorMerger:
         self.updates = WeightUpdates(plan.checkpoint, plan.weights, kernels)
         self.unchanged: list[str] = []
         self.done = 0.0
-        self.total = plan.flops
-        largest = max((weight.target.nbytes for weight in plan.weights), default=0)
+        self.total = sum(flops(weight) for weight in self.weights)
+        largest = max((weight.target.nbytes for weight in self.weights), default=0)
         self._read_buffers = _ring(AHEAD + 1, largest)
-        widest = max((self._output_bytes(weight) for weight in plan.weights), default=0)
+        widest = max((self._output_bytes(weight) for weight in self.weights), default=0)
         self._write_buffer = np.empty(widest, np.uint8)
 
     def run(self) -> None:
         """Write all tensors that are not finished."""
         waiting = []
-        for weight in self.plan.weights:
-            if self.plan.name(weight) not in self.writer.digests:
+        for weight in self.weights:
+            if self._is_waiting(self.plan.name(weight)):
                 waiting.append(weight)
             elif self.updates.untouched(weight):
                 self.unchanged.append(self.plan.name(weight))
         self._advance(self.total - sum(flops(w) for w in waiting))
         with Workers[None]() as writes, Workers[None]() as copies:
             for name, info in self.plan.copied.items():
-                if name not in self.writer.digests:
+                if self._is_waiting(name):
                     copies.add(partial(self._copy, name, info))
             for name, (source, info) in self.plan.replaced.items():
-                if name not in self.writer.digests:
+                if self._is_waiting(name):
                     self._replace(name, source, info)
             tasks = [partial(self._read, weight, next(self._read_buffers)) for weight in waiting]
             for task, digest in self.profile.waiting("waiting for weights", in_order(tasks)):
@@ -74,6 +82,9 @@ class TensorMerger:
             with self.profile.step("waiting for writes"):
                 writes.finish()
                 copies.finish()
+
+    def _is_waiting(self, name: str) -> bool:
+        return name in self.names and name not in self.writer.digests
 
     def _advance(self, amount: float) -> None:
         self.done += amount
@@ -156,8 +167,8 @@ def origin(plan: MergePlan, name: str) -> str:
 
 
 def _pieces(root: Path, info: TensorInfo) -> Iterator[memoryview]:
-    """A tensor's bytes, by rows where a pickle has them otherwise."""
-    if info.data is None and info.stride is None:
+    """A tensor's bytes, by rows where a pickle has them otherwise, and of its values where it has scales."""
+    if info.is_plain:
         yield from codec.read_chunks(root / info.file, info.offset, info.nbytes)
     else:
         yield stream.tensor_bytes(np.ascontiguousarray(stream.read_tensor(root, info)))

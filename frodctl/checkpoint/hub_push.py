@@ -1,0 +1,161 @@
+"""What was made here to the Hub: looked at before the work, sent after it, in one commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # they are in its __all__ alone
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+
+from frodctl.checkpoint.hub_errors import is_connection_error, is_offline
+from frodctl.checkpoint.manifest import WEIGHTS
+from frodctl.checkpoint.records import Location
+from frodctl.errors import FrodctlError, UsageError
+
+_CARD = "README.md"
+_MADE_BY_THE_HUB = {".gitattributes"}  # in a repository that is new
+_REFUSALS = {
+    401: "the token is not valid",
+    402: "its account has no room for it",
+    403: "the token may not write there",
+    409: "it changed in the meantime",
+    412: "it changed in the meantime",
+}
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A repository on the Hub that is to be written to."""
+
+    location: Location  #: whose model is the repository's id
+    private: bool
+    force: bool  #: replace what is there
+
+    @property
+    def repo(self) -> str:
+        return self.location.model
+
+    def check(self, files: Collection[str] = ()) -> None:
+        """Refuse, before any work, what could not be pushed in the end; nothing is written.
+
+        Parameters
+        ----------
+        files : collection of str
+            The paths that will be written, where others may be beside them; none where the repository has to be new or
+            empty.
+
+        Raises
+        ------
+        UsageError
+            Something is there and ``force`` is not given; a public repository is there, and ``private`` is asked for;
+            the Hub is off limits.
+        FrodctlError
+            The token is not valid, or the Hub is out of reach.
+        """
+        if is_offline(self.location):
+            raise UsageError(f"{self.repo}: the Hub is off limits (`offline` or HF_HUB_OFFLINE), so nothing is pushed")
+        with _clear_errors(self.repo):
+            self._api.whoami()
+            self._look(files)
+
+    def push(
+        self, files: Mapping[str, Path | bytes], progress: Callable[[str, int, int], None], *, beside: bool
+    ) -> str:
+        """Send the files in one commit; its id.
+
+        Weights that were there under other names are taken away. Whatever was sent before a cut is not sent again.
+
+        Parameters
+        ----------
+        files : mapping
+            What is sent, by its path in the repository.
+        progress : callable
+            Called with a file's path, and how many bytes of all have been sent, before each.
+        beside : bool
+            Leave all other files as they are, and a card that is there too.
+
+        Raises
+        ------
+        UsageError, FrodctlError
+            As by `check`; or the connection was cut for good.
+        """
+        with _clear_errors(self.repo), _no_bars():
+            self._api.create_repo(self.repo, private=self.private or None, exist_ok=True)
+            there, head = self._look(files.keys() - {_CARD} if beside else ())
+            kept = {_CARD} & set(there) if beside else set()
+            stale = [path for path in there if WEIGHTS.fullmatch(path) and path not in files and not beside]
+            additions = [CommitOperationAdd(path, files[path]) for path in sorted(files.keys() - kept)]
+            total, sent = sum(addition.upload_info.size for addition in additions), 0
+            for addition in additions:
+                progress(addition.path_in_repo, sent, total)
+                self._api.preupload_lfs_files(self.repo, [addition], free_memory=False)
+                sent += addition.upload_info.size
+            done = self._api.create_commit(
+                self.repo,
+                [*additions, *map(CommitOperationDelete, stale)],
+                commit_message="Upload by frodctl",
+                parent_commit=head,
+            )
+        return str(done.oid)
+
+    @property
+    def _api(self) -> HfApi:
+        return HfApi(token=self.location.token)
+
+    def _look(self, files: Collection[str]) -> tuple[list[str], str | None]:
+        """The paths that are there, and the commit; errors are those of `check`."""
+        try:
+            info = self._api.model_info(self.repo)
+        except RepositoryNotFoundError:
+            return [], None
+        there = [item.rfilename for item in info.siblings or () if item.rfilename not in _MADE_BY_THE_HUB]
+        lost = [path for path in there if path in files] if files else there
+        if lost and not self.force:
+            raise UsageError(
+                f"{self.repo}: has {lost[0]} on the Hub already; `force=True` replaces it, or name another"
+            )
+        if self.private and info.private is False:
+            raise UsageError(f"{self.repo}: is there already, and public; make it private on the Hub, or name another")
+        return there, info.sha
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the client's own bars: progress is told to the caller."""
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+@contextmanager
+def _clear_errors(repo: str) -> Iterator[None]:
+    """Turn the client's exceptions into one line that says what to do; none shows the client's own text."""
+    try:
+        yield
+    except FrodctlError:
+        raise
+    except LocalTokenNotFoundError:
+        raise FrodctlError(f"{repo}: writing to the Hub needs a token (`token`, HF_TOKEN or hf auth login)") from None
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # of one upload among several
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            raise FrodctlError(f"{repo}: the Hub refused it ({status}: {_REFUSALS.get(status, 'try later')})") from None
+        if isinstance(error, OSError) and error.errno is not None and not is_connection_error(error):
+            raise
+        found = cause if isinstance(cause, Exception) else error
+        reason = "the connection was lost" if is_connection_error(found) else "the Hub's answer is unexpected"
+        raise FrodctlError(f"{repo}: {reason} ({type(found).__name__})") from error
