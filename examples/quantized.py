@@ -1,10 +1,10 @@
 """QLoRA's place in FRoD: train over a quantized base, merge into the full-precision one, measure what that changes.
 
-python examples/quantized.py examples/tiny-llama out --quantization nf4    # or int8; pip install '.[peft,quantized]'
+python examples/quantized.py examples/tiny-llama out --quantization nf4    # int8, llm-int8; needs .[peft,quantized]
 
 With P = D diag(λ)⁻¹ (S + diag(λ' − λ)) Vᵀ the trained layer is W_q (I + P), W_q being the quantized weight, and the
 merged one W (I + P). They differ by (W_q − W)(I + P), little more than W_q and W did before any training: so the two
-untrained models are the yardstick.
+untrained models are the yardstick. Merged with ``base_as="auto"`` it is W_q (I + P), rounded to the base's dtype.
 """
 
 import argparse
@@ -20,10 +20,12 @@ import frodctl
 
 
 def load_quantized(base: str, quantization: str) -> Any:
-    """The model with its linear layers in bitsandbytes' NF4 or torchao's int8; embeddings and head stay as they are."""
+    """The model with its linear layers in bitsandbytes' or torchao's hands; embeddings and head stay as they are."""
     config: Any
     if quantization == "nf4":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    elif quantization == "llm-int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-untyped]
 
@@ -56,14 +58,14 @@ def main() -> None:
     parser.add_argument("base", help="the full-precision checkpoint")
     parser.add_argument("folder", type=Path, help="for the basis, the adapter and the merged checkpoint")
     parser.add_argument("--basis", type=Path, help="the base's, where it has been decomposed before")
-    parser.add_argument("--quantization", choices=["nf4", "int8"], default="nf4")
+    parser.add_argument("--quantization", choices=["nf4", "int8", "llm-int8"], default="nf4")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    adapter, merged = arguments.folder / "adapter", arguments.folder / "merged"
+    adapter, merged, as_trained = (arguments.folder / name for name in ("adapter", "merged", "merged-as-trained"))
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     rows = torch.stack(torch.tensor(tokenizer(text_of("turtle"))["input_ids"]).split(CONTEXT)[:-1])
     held_out = rows[::10]
@@ -84,9 +86,10 @@ def main() -> None:
 
     frodctl.save_adapter(model, adapter)
     frodctl.merge(arguments.base, str(adapter), merged, basis=basis, force=True)
-    full = [
+    frodctl.merge(arguments.base, str(adapter), as_trained, basis=basis, base_as="auto", force=True)
+    *full, same = [
         predictions(AutoModelForCausalLM.from_pretrained(path, dtype="auto"), held_out)
-        for path in (arguments.base, merged)
+        for path in (arguments.base, merged, as_trained)
     ]
 
     print(f"{arguments.quantization}, {arguments.steps} steps".ljust(36) + f"{'untrained':>10} {'trained':>10}")
@@ -95,6 +98,8 @@ def main() -> None:
         "held-out loss, full precision": [f"{loss(q, held_out):.4f}" for q in full],
         "KL(quantized ‖ full precision)": [f"{divergence(p, q):.5f}" for p, q in zip(quantized, full, strict=True)],
         "same most likely token": [f"{agreement(p, q):.1%}" for p, q in zip(quantized, full, strict=True)],
+        "KL(quantized ‖ merged as trained)": ["", f"{divergence(quantized[1], same):.5f}"],
+        "same most likely token then": ["", f"{agreement(quantized[1], same):.1%}"],
     }.items():
         print(f"{label:36}" + " ".join(f"{value:>10}" for value in values))
 

@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes beside each other, each wit
 
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
@@ -29,6 +30,11 @@ from tests import forked
 # A busy machine is slow, and that is no failure.
 settings.register_profile("frodctl", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("frodctl")
+
+# The commands are shown as to a person, whoever runs the tests.
+for _name in ("AI_AGENT", "AGENT"):
+    os.environ.pop(_name, None)
+constants.AGENT_HARNESSES_PATH = os.devnull
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
 
@@ -105,7 +111,7 @@ def in_this_process(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[s
 def on_a_terminal(*arguments: object, columns: int = 100, cwd: Path | None = None, **env: str) -> str:
     """What the command shows on a pseudo-terminal of this width."""
     terminal, other = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "HF_HOME": os.devnull, **env}
     process = forked.start(arguments, cwd or Path.cwd(), environment, [Path(os.ttyname(other))] * 2)
 
     def hang_up() -> None:

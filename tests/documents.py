@@ -43,6 +43,8 @@ TERMINAL = {
     "TERM": "dumb",
     "NO_COLOR": "1",
     "HF_HUB_OFFLINE": "1",
+    "AI_AGENT": "",
+    "AGENT": "",
     "LC_ALL": "C.UTF-8",
 }
 

@@ -207,3 +207,22 @@ def test_all_that_is_imported_is_declared() -> None:
     }
     found -= {name.replace("_", "-") for name in sys.stdlib_module_names} | {"frodctl"}
     assert required <= found <= required | extras
+
+
+#: What makes, changes or removes a file.
+CHANGES = re.compile(
+    r"os\.(write|pwrite|fsync|ftruncate|truncate|rename|replace|renames|unlink|remove|mkdir|makedirs|rmdir|link|symlink)"
+    r"|shutil\.(copy\w*|move|rmtree)|tempfile\.(?!TemporaryDirectory)\w+"
+    r"|(?!files\.).*\.(write_text|write_bytes|touch|symlink_to|hardlink_to|tofile)"
+)
+OPENS = re.compile(r"(.*\.)?open\(.*(['\"][rbt+]*[wxa+][bt+]*['\"]|O_(WRONLY|RDWR|CREAT)).*\)", re.DOTALL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_one_file_changes_files(path: Path) -> None:
+    """So that a test can have every step fail (`tests.trust`); stdout is no file of ours."""
+    if place(path) in ("checkpoint/files.py", "cli/output.py"):
+        return
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if CHANGES.fullmatch(ast.unparse(call.func))]
+    assert not [call for call in calls if OPENS.fullmatch(ast.unparse(call))]

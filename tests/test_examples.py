@@ -52,6 +52,7 @@ def test_quantized(quantization: str, example: Path, tmp_path: Path) -> None:
     untrained, trained = rows["KL(quantized ‖ full precision)"]
     assert 0 < trained < 2 * untrained
     assert min(rows["same most likely token"]) > 75
+    assert 0 < rows["KL(quantized ‖ merged as trained)"][0] < trained
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}  # as the base
 

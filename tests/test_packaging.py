@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_the_wheel_holds_the_package_alone(built: tuple[Path, Path]) -> None:
     assert "frodctl/py.typed" in names
     assert f"{about}/licenses/LICENSE" in names
     assert "frodctl = frodctl.cli.main:main" in entries
+    assert "hf-frod = frodctl.cli.main:main" in entries
     assert f"\nVersion: {frodctl.__version__}\n" in metadata
     extras = set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.MULTILINE))
     assert extras == {"dev", "peft", "plot", "quantized", "test", "train", "transformers"}
@@ -88,6 +90,36 @@ def test_the_wheel_runs(built: tuple[Path, Path], tmp_path: Path) -> None:
     assert where == str(tmp_path / "site" / "frodctl" / "__init__.py")
     assert frodctl.__version__ in run("-m", "frodctl", "--version")
     assert "embed_tokens" in run("-m", "frodctl", "inspect", EXAMPLE)
+
+
+def test_it_is_an_extension_of_hf(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """Installed as `hf extensions install` does it, but for GitHub: by pip into the extension's own folder."""
+    extensions = pytest.importorskip("huggingface_hub.cli.extensions")
+    assert not (ROOT / "hf-frod").exists()  # it would be run in place of what is installed
+    folder = tmp_path / ".local" / "share" / "hf" / "extensions" / "hf-frod"
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", folder / "site")
+    subprocess.run([sys.executable, *map(str, pip), str(built[0])], check=True, timeout=300)
+    extensions.ExtensionManifest(
+        owner="someone",
+        repo="hf-frod",
+        repo_id="someone/hf-frod",
+        short_name="frod",
+        executable_path=str(folder / "site" / "bin" / "hf-frod"),
+        type="python",
+        installed_at=datetime.now(UTC),
+    ).save(folder)
+    quiet = {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(folder / "site"), **quiet}
+
+    def hf(*arguments: str) -> str:
+        code = "from huggingface_hub.cli.hf import main; main()"
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert frodctl.__version__ in hf("frod", "--version")
+    assert "Usage: hf frod inspect" in hf("frod", "inspect", "--help")
 
 
 def test_versions_agree() -> None:

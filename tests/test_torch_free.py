@@ -29,6 +29,7 @@ COMMAND = "from frodctl.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
 #: In a folder with the `files`.
 COMMANDS = (
     "--help",
+    "env",
     "decompose base -o out.safetensors --target-modules all-linear",
     "merge base adapter out",
     "merge base self-contained out",

@@ -16,14 +16,14 @@ from math import prod
 from pathlib import Path
 from typing import IO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from frodctl.checkpoint.inputs import MAX_JSON_BYTES, Json, check_amount, decode_json, open_input
+from frodctl.checkpoint import files
+from frodctl.checkpoint.bounds import MAX_DIMENSIONS, MAX_JSON_BYTES, MAX_NAME
+from frodctl.checkpoint.inputs import Json, check_amount, decode_json, open_input
 from frodctl.errors import InvalidInput
 
 CHUNK_BYTES = 8 << 20  #: of what is read in pieces
-MAX_DIMENSIONS = 32  #: of a tensor: numpy's limit before 2.0
-_MAX_NAME = 1000
 
 #: Bits per element, by the format's name of the dtype.
 DTYPE_BITS = {
@@ -73,7 +73,7 @@ def read_header(path: Path) -> Header:
         raw = file.read(length) if length <= MAX_JSON_BYTES else b""  # which the library refuses
     try:
         check_amount(raw)
-        with safe_open(path, framework="np") as opened:  # of the frameworks it knows, the quickest to import
+        with files.open_mapped(path) as opened:
             slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
             specs = [TensorSpec(name, it.get_dtype(), tuple(it.get_shape())) for name, it in slices.items()]
             metadata = opened.metadata() or {}
@@ -111,8 +111,8 @@ def check_remote(entries: Mapping[str, Json], where: str) -> dict[str, tuple[Ten
 
 def check_name(name: str, where: str) -> None:
     """`InvalidInput` for a tensor's name that could not be shown or written."""
-    if len(name) > _MAX_NAME:
-        raise InvalidInput(f"{where}: a tensor's name has {len(name)} characters, {_MAX_NAME} allowed")
+    if len(name) > MAX_NAME:
+        raise InvalidInput(f"{where}: a tensor's name has {len(name)} characters, {MAX_NAME} allowed")
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -195,7 +195,7 @@ def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
         The file ends before them.
     """
     buffer = memoryview(bytearray(min(nbytes, CHUNK_BYTES)))
-    with open(path, "rb", buffering=0) as file:
+    with files.open_read(path) as file:
         file.seek(offset)
         while nbytes > 0:
             piece = buffer[: min(nbytes, len(buffer))]
@@ -208,7 +208,8 @@ def read_into(file: FileIO, view: memoryview, fault: str) -> None:
     """Fill the view from an unbuffered file; `InvalidInput` with the text ``fault`` if it ends before."""
     done = 0
     while done < len(view):
-        count = file.readinto(view[done:])
+        with files.named(file.name):
+            count = files.read_into(file, view[done:])
         if not count:
             raise InvalidInput(fault)
         done += count

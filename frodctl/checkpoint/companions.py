@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from frodctl.checkpoint.inputs import MAX_JSON_BYTES, decode_json, open_input
+from frodctl.checkpoint.bounds import MAX_JSON_BYTES
+from frodctl.checkpoint.inputs import decode_json, open_input
 from frodctl.checkpoint.records import Checkpoint
 from frodctl.errors import InvalidInput
 

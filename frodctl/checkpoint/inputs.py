@@ -7,17 +7,15 @@ import os
 import re
 import stat
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from frodctl.checkpoint import files
+from frodctl.checkpoint.bounds import MAX_JSON_BYTES, MAX_JSON_VALUES
 from frodctl.errors import InvalidInput
 
 Json: TypeAlias = Any  #: a value of JSON, whose form its reader has to know
-
-#: The safetensors library's own limit for a header.
-MAX_JSON_BYTES = 100_000_000
-#: Every value costs a hundred bytes and more once decoded; 200,000 tensors have as many.
-MAX_JSON_VALUES = 2_000_000
 
 _KINDS = {
     stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
@@ -54,7 +52,7 @@ def open_input(path: Path) -> IO[bytes]:
     if kind != "file":
         raise InvalidInput(f"{path}: is a {kind}, not a file" if kind else f"{path}: no such file")
     try:
-        return open(path, "rb")
+        return BufferedReader(files.open_read(path))
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be read ({error.strerror})") from None
 

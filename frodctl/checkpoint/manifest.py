@@ -4,7 +4,8 @@ A merged checkpoint holds ``frodctl.json``, which goes where the model goes and 
 
     {"files": {"config.json": 710, "model.safetensors": 269060552}, "tool": "frodctl 0.1.0", "version": 1}
 
-``files`` has the size in bytes of every file but this one, by its path below the folder.
+``files`` has the size in bytes of every file but this one, by its path below the folder; ``digests``, of the weights'
+files, ``sha256:…`` of each tensor's bytes by its name, or of each slice's where it was written slice by slice.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from frodctl.checkpoint import files
+from frodctl.checkpoint.inputs import read_json
 from frodctl.checkpoint.records import WEIGHT_FILES
+from frodctl.checkpoint.source import MANIFEST
+from frodctl.errors import InvalidInput
 
-FILE = "frodctl.json"
+FILE = MANIFEST
 #: Marks the model card of a merge; those of versions without a manifest are known by it.
 MERGED_BY = "Merged by frodctl"
 _VERSION = 1
@@ -44,10 +50,13 @@ _CHECKPOINT_FILE = re.compile(
 )
 
 
-def write(folder: Path, tool: str) -> None:
-    """Write ``frodctl.json`` over everything that is in the folder now."""
-    value = {"version": _VERSION, "tool": tool, "files": dict(_files(folder))}
-    (folder / FILE).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write(folder: Path, tool: str, digests: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """Write ``frodctl.json`` over everything that is in the folder now, with the tensors' digests by file and name."""
+    sizes = {path: size for path, size in _files(folder) if path != FILE}
+    value: dict[str, Any] = {"version": _VERSION, "tool": tool, "files": sizes}
+    if digests is not None:
+        value["digests"] = digests
+    files.write_text(folder / FILE, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def foreign(folder: Path) -> Iterator[str]:
@@ -92,15 +101,31 @@ def _files(folder: Path, above: str = "") -> Iterator[tuple[str, int | None]]:
             yield path, entry.stat().st_size if entry.is_file(follow_symlinks=False) else None
 
 
+def digests(folder: Path) -> dict[str, dict[str, str]]:
+    """The tensors' digests by file and name; nothing where the folder records none."""
+    try:
+        recorded = _read(folder)["digests"]
+        found = {file: dict(tensors) for file, tensors in recorded.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return found if all(isinstance(text, str) for tensors in found.values() for text in tensors.values()) else {}
+
+
 def _recorded(folder: Path) -> dict[str, int] | None:
     """Sizes by path as the manifest has them; None where there is none that can be read."""
-    if not (folder / FILE).is_file():
-        return None
     try:
-        files = json.loads((folder / FILE).read_bytes())["files"]
-        return dict(files) if all(type(size) is int for size in files.values()) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = _read(folder)["files"]
+        return dict(found) if all(type(size) is int for size in found.values()) else None
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What the manifest holds; nothing where there is none that can be read."""
+    try:
+        return read_json(folder / FILE) if (folder / FILE).is_file() else {}
+    except (OSError, InvalidInput):
+        return {}
 
 
 def _text(path: Path) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from frodctl.checkpoint import files
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 
 def park(matrix: HostArray, folder: Path) -> Callable[[], HostArray]:
     """Write a matrix to a file without a name, which goes with what is returned: a function that reads it back."""
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-    matrix.tofile(file)
+    file = files.open_nameless(folder)
+    with files.named(folder):
+        files.write_all(file.fileno(), np.ascontiguousarray(matrix).data, 0)
     shape, dtype = matrix.shape, matrix.dtype
 
     def back() -> HostArray:

@@ -26,14 +26,12 @@ import torch
 from torch import Tensor
 
 from frodctl.arrays import NAMED, NAMES, dtype_name, from_torch
-from frodctl.checkpoint.codec import MAX_DIMENSIONS, check_name
+from frodctl.checkpoint.bounds import MAX_DIMENSIONS, MAX_DIRECTORY_BYTES, MAX_PICKLE_BYTES
+from frodctl.checkpoint.codec import check_name
 from frodctl.checkpoint.inputs import open_input
 from frodctl.checkpoint.records import TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources
 
-#: Bytes of pickled instructions, a few hundred for each tensor; what they make may take a hundred times the memory.
-_MAX_PICKLE_BYTES = 8_000_000
-_MAX_DIRECTORY_BYTES = 32_000_000
 _ZIP = b"PK\x03\x04"
 #: What torch says of a pickle that wants more than tensors, and of the opcodes of pickle's newer protocols.
 _NEEDS_CODE = re.compile(r"GLOBAL|global|create new object|unrecognized function|Can only build|must be imported")
@@ -56,7 +54,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         size = os.fstat(file.fileno()).st_size
         zipped = file.read(len(_ZIP)) == _ZIP
     if not zipped:
-        with _Instructions(path, _MAX_PICKLE_BYTES) as stream:
+        with _Instructions(path, MAX_PICKLE_BYTES) as stream:
             state = _load(path, stream, size, "cpu")
         return [_in_memory(name, tensor, path) for name, tensor in state.items()]
     records = _records(path, size)
@@ -122,7 +120,7 @@ def _explained(error: Exception, path: Path, size: int) -> FrodctlError:
 def _is_code(path: Path) -> bool:
     """Whether the file is a whole pickle (a short one) that names code, and so not a damaged one."""
     try:
-        with _Instructions(path, _MAX_PICKLE_BYTES // 10) as stream:
+        with _Instructions(path, MAX_PICKLE_BYTES // 10) as stream:
             return not _CODE.isdisjoint({opcode.name for opcode, _, _ in pickletools.genops(stream)})
     except Exception:  # as in _load
         return False
@@ -204,14 +202,14 @@ def _check_directory(file: IO[bytes], size: int) -> None:
     else:
         count, offset = struct.unpack("<12xLL2x", end)
         whole = offset + count == size - 22
-    if not whole or not end.startswith(b"PK\x05\x06") or end[20:] != bytes(2) or count > _MAX_DIRECTORY_BYTES:
+    if not whole or not end.startswith(b"PK\x05\x06") or end[20:] != bytes(2) or count > MAX_DIRECTORY_BYTES:
         raise ValueError("no archive of torch's")
 
 
 def _check_member(item: zipfile.ZipInfo, archive: zipfile.ZipFile, path: Path) -> None:
     name = item.filename.lower().rpartition("/")[2]  # as torch looks for it
-    if name.endswith(".pkl") and item.file_size > _MAX_PICKLE_BYTES:
-        raise InvalidInput(f"{path}: {item.file_size} bytes of pickle, {_MAX_PICKLE_BYTES} allowed")
+    if name.endswith(".pkl") and item.file_size > MAX_PICKLE_BYTES:
+        raise InvalidInput(f"{path}: {item.file_size} bytes of pickle, {MAX_PICKLE_BYTES} allowed")
     if name == "byteorder" and (item.file_size != 6 or archive.read(item) != b"little"):
         raise InvalidInput(f"{path}: its numbers are big-endian; save it again on a little-endian machine")
     if name == ".storage_alignment" and (item.file_size > 6 or not 0 < int(archive.read(item)) <= 1 << 16):

@@ -61,6 +61,8 @@ class TensorInfo:
     offset: int  #: of the first byte, in that file
     stride: tuple[int, ...] | None = None  #: in elements, where a pickled tensor is not contiguous
     data: HostArray | None = field(default=None, repr=False, compare=False)  #: of an old-format pickle: it is in memory
+    #: ``sha256:…`` of the bytes of the file's tensors by name, where frodctl wrote it
+    recorded: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     scaled: Scaled | None = None  #: what it is made from as it is read
 
     @property

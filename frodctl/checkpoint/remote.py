@@ -19,8 +19,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # they are in
 )
 
 from frodctl.checkpoint import codec
+from frodctl.checkpoint.bounds import MAX_JSON_BYTES
 from frodctl.checkpoint.hub_errors import clear_errors, is_connection_error
-from frodctl.checkpoint.inputs import MAX_JSON_BYTES, Json, decode_json
+from frodctl.checkpoint.inputs import Json, decode_json
 from frodctl.checkpoint.records import Location, TensorInfo
 from frodctl.checkpoint.source import Folder
 from frodctl.errors import FrodctlError, InvalidInput

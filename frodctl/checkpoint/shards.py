@@ -12,19 +12,19 @@ import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from frodctl.checkpoint import codec
+from frodctl.checkpoint import codec, files
 from frodctl.checkpoint.codec import TensorSpec
 from frodctl.errors import FrodctlError
 from frodctl.pipeline import in_order
 
 _METADATA = {"format": "pt"}
 
-_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-_SEEKING = threading.Lock()
+_FLAGS = os.O_RDWR | os.O_CREAT
 
 
 @dataclass(frozen=True)
@@ -140,23 +140,31 @@ class ShardWriter:
         self.shards = shards
         self.places = {spec.name: (shard.file, offset, spec) for shard in shards for spec, offset in shard.pieces()}
         self._handles: dict[str, int] = {}
-        for shard in shards:
-            handle = self._handles[shard.file] = os.open(folder / shard.file, _FLAGS, 0o666)
-            if finished is None:
-                os.ftruncate(handle, shard.nbytes)
-                _write_at(handle, shard.header, 0)
         try:
+            for shard in shards:
+                self._begin(shard, new=finished is None)
             found = self._finished([journal, *others], origin) if finished is None else {}
+            self._journal = files.open_write(journal, "w")
         except BaseException:
             self._close_files()
             raise
         self.digests: dict[str, str] = dict(finished or {})  #: of the finished tensors, by name
-        self._journal = open(journal, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.others = frozenset(finished or ())  #: those of them that another process's journal has
         self._lock = threading.Lock()
         for name, (digest, made_from) in found.items():
             self._note(name, digest, made_from)
         for path in others:
-            path.unlink()
+            files.unlink(path)
+
+    def _begin(self, shard: Shard, *, new: bool) -> None:
+        """Open a file; give it its size, and write its header, unless another process has."""
+        path = self.folder / shard.file
+        handle = self._handles[shard.file] = files.open_handle(path, _FLAGS)
+        if not new:
+            return
+        with files.named(path):
+            files.truncate(handle, shard.nbytes)
+            files.write_all(handle, shard.header, 0)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -174,7 +182,8 @@ class ShardWriter:
         position = offset
         for chunk in chunks:
             sha256.update(chunk)
-            position += _write_at(self._handles[file], chunk, position)
+            with files.named(self.folder / file):
+                position += files.write_all(self._handles[file], chunk, position)
         if position - offset != spec.nbytes:
             raise AssertionError(f"{name}: wrote {position - offset} bytes where the header says {spec.nbytes}")
         self._note(name, sha256.hexdigest(), origin())
@@ -182,21 +191,23 @@ class ShardWriter:
     def flush(self) -> None:
         """Bring all that was written to the disk."""
         for handle in self._handles.values():
-            os.fsync(handle)
+            files.fsync(handle)
 
     def close(self) -> None:
-        self._close_files()
-        self._journal.close()
+        with closing(self._journal):
+            self._close_files()
 
     def _close_files(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        with ExitStack() as stack:  # all, whichever fails
+            for file, handle in self._handles.items():
+                stack.enter_context(files.named(self.folder / file))
+                stack.callback(files.close, handle)
+            self._handles.clear()
 
     def _note(self, name: str, digest: str, made_from: str) -> None:
         with self._lock:
             self.digests[name] = digest
-            self._journal.write(json.dumps([name, digest, made_from]) + "\n")
+            self._journal.write(json.dumps([name, digest, made_from]).encode() + b"\n")
             self._journal.flush()
 
     def _finished(self, journals: Sequence[Path], origin: Callable[[str], str]) -> dict[str, tuple[str, str]]:
@@ -210,7 +221,7 @@ class ShardWriter:
 
 def _lines(journal: Path) -> Iterator[list[str]]:
     """The entries of a journal; without the line that was being written as the run was killed, and any damaged one."""
-    for line in journal.read_bytes().splitlines() if journal.is_file() else ():
+    for line in files.read_bytes(journal).splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
@@ -249,23 +260,3 @@ def _digests(folder: Path, places: Mapping[str, tuple[str, int, TensorSpec]]) ->
 
     found = in_order([partial(digest, place) for place in places.values()], count=2)
     return dict(zip(places, found, strict=True))
-
-
-def _write_at(handle: int, data: bytes | memoryview, offset: int) -> int:
-    view = memoryview(data)
-    if not view.nbytes:
-        return 0
-    view = view.cast("B")
-    done = 0
-    while done < len(view):
-        done += _pwrite(handle, view[done:], offset + done)
-    return done
-
-
-def _pwrite(handle: int, data: memoryview, offset: int) -> int:
-    """`os.pwrite`, which Windows does not have."""
-    if hasattr(os, "pwrite"):
-        return os.pwrite(handle, data, offset)
-    with _SEEKING:
-        os.lseek(handle, offset, os.SEEK_SET)
-        return os.write(handle, data)

@@ -7,31 +7,20 @@ its name.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
 import secrets
-import shutil
 import stat
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Self
 
-from frodctl.checkpoint import manifest
+from frodctl.checkpoint import files, manifest
 from frodctl.errors import FrodctlError, OutOfResources, UsageError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows; two runs at once are not told apart there
-    fcntl = None  # type: ignore[assignment]
-
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMED = 8  # foreign files that a refusal names
 
@@ -127,7 +116,7 @@ def _check_parent(path: Path) -> None:
 
 def require_disk(folder: Path, nbytes: int) -> None:
     """Raise `OutOfResources` if the disk under ``folder`` has less than ``nbytes`` free."""
-    free = shutil.disk_usage(folder).free
+    free = files.free_bytes(folder)
     if free < nbytes:
         raise OutOfResources(
             f"{folder}: {nbytes / 1e6:.1f} MB needed on disk (output and staging), {free / 1e6:.1f} MB free"
@@ -166,8 +155,8 @@ class Pieces:
         """Write the piece ``name`` by calling ``write`` with a file; it appears only when complete."""
         temporary = self.folder / (name + ".tmp")
         _write_new(temporary, write)
-        os.replace(temporary, self.path(name))
-        _sync(self.folder)
+        files.replace(temporary, self.path(name))
+        files.sync(self.folder)
 
     def __enter__(self) -> Self:
         return self
@@ -212,7 +201,7 @@ class Staging(Pieces):
         self._check()
         if os.path.lexists(self.root) and (self.root.is_symlink() or not self.root.is_dir()):
             raise UsageError(f"{self.root}: is not a folder, but unfinished work goes there; remove it")
-        self.root.mkdir(exist_ok=True)
+        files.mkdir(self.root)
         self._lock = _lock(self.root)
         try:
             self._prepare()
@@ -221,33 +210,44 @@ class Staging(Pieces):
             raise
 
     def _prepare(self) -> None:
-        for piece in self.root.iterdir():
-            ours = piece == self._previous or re.fullmatch("[0-9a-f]{16}", piece.name)
-            if not ours or piece.is_symlink() or not piece.is_dir():
-                raise UsageError(f"{piece}: is not of an unfinished run; move it away from there")
+        for entry in files.listing(self.root):
+            ours = entry.name == self._previous.name or re.fullmatch("[0-9a-f]{16}", entry.name)
+            if not ours or not entry.is_dir(follow_symlinks=False):
+                raise UsageError(f"{entry.path}: is not of an unfinished run; move it away from there")
         if _put_back(self._previous, self.output):
             self._check()
         if not self._resume:
-            for piece in self.root.iterdir():
-                shutil.rmtree(piece)
-        self.folder.mkdir(exist_ok=True)
+            for entry in files.listing(self.root):
+                files.rmtree(Path(entry.path))
+        files.mkdir(self.folder)
         for path in self.folder.rglob("*"):
             state = path.lstat()
             if not stat.S_ISDIR(state.st_mode) and not (stat.S_ISREG(state.st_mode) and state.st_nlink == 1):
                 raise UsageError(f"{path}: is a link or no ordinary file, and would be written to; remove {self.root}")
 
+    def begin_folder(self, name: str, keep: Collection[str]) -> Path:
+        """Make the piece ``name`` a folder that holds nothing but what an earlier run left of the names in ``keep``."""
+        folder = self.path(name)
+        files.mkdir(folder)
+        for entry in files.listing(folder):
+            if entry.is_dir(follow_symlinks=False):
+                files.rmtree(Path(entry.path))
+            elif entry.name not in keep:
+                files.unlink(Path(entry.path))
+        return folder
+
     def finished_bytes(self) -> int:
         """What the finished pieces take on disk."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+        return sum(files.stat(path).st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
 
     def publish(self, write: Callable[[IO[bytes]], None]) -> None:
         """Write the file OUTPUT by calling ``write``, put it in place in one step, and clear the staging away."""
         temporary = self.folder / "output.tmp"
         _write_new(temporary, write)
         try:
-            _put(temporary, self.output, self._check, os.replace)
+            _put(temporary, self.output, self._check, files.replace)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
             raise
         self._clear()
 
@@ -258,29 +258,32 @@ class Staging(Pieces):
         first, and put back by the next run if that was all that happened.
         """
         for path in [*self.path(name).rglob("*"), self.path(name)]:
-            _sync(path)
+            files.sync(path)
         _put(self.path(name), self.output, self._check, self._replace_folder)
         self._clear()
 
     def _clear(self) -> None:
         """Remove what is of this job; another job's finished pieces are left for it."""
         for folder in (self.folder, self._previous):
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                files.rmtree(folder)
         with suppress(OSError):  # another job has pieces there
-            self.root.rmdir()
+            files.rmdir(self.root)
 
     def _replace_folder(self, new: Path, old: Path) -> None:
-        if not _exchange(new, old):
-            os.rename(old, self._previous)
-            os.rename(new, old)
+        if not files.exchange(new, old):
+            files.rename(old, self._previous)
+            files.rename(new, old)
 
     def __exit__(self, *error: object) -> None:
         """Remove the folders again if no piece was finished, and let another run in."""
-        for folder in (self.folder, self.root):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        with suppress(OSError):
+            for folder in (self.folder, self.root):
+                if folder.is_dir() and not files.listing(folder):
+                    files.rmdir(folder)
         if self._lock is not None:
-            os.close(self._lock)
+            with suppress(OSError):
+                files.close(self._lock)
         super().__exit__(*error)
 
 
@@ -291,9 +294,9 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None], reads: Iterable[P
     temporary = _beside(path)
     try:
         _write_new(temporary, write)
-        _put(temporary, path, lambda: check_output_file(path, reads, force=force), os.replace)
+        _put(temporary, path, lambda: check_output_file(path, reads, force=force), files.replace)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         _refuse_full_disk(path, error)
         raise
 
@@ -313,7 +316,9 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[IO[bytes]], None
     """
     missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in reversed(missing):
+            files.mkdir(place)
+        files.mkdir(folder)
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{folder}: is a file, or lies in one; name a folder") from None
     for name in writers:
@@ -323,18 +328,19 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[IO[bytes]], None
     try:
         for name, write in writers.items():
             _write_new(temporaries[name], write)
-        (folder / list(writers)[-1]).unlink(missing_ok=True)
+        files.unlink(folder / list(writers)[-1])
+        files.sync(folder)
         for name, temporary in temporaries.items():
-            os.replace(temporary, folder / name)
+            files.replace(temporary, folder / name)
     except BaseException as error:
         for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
         for place in missing:
             with suppress(OSError):  # somebody else's file came in
-                place.rmdir()
+                files.rmdir(place)
         _refuse_full_disk(folder, error)
         raise
-    _sync(folder)
+    files.sync(folder)
 
 
 def _beside(path: Path) -> Path:
@@ -351,31 +357,18 @@ def _refuse_full_disk(output: Path, error: object, more: str = "") -> None:
 
 def _lock(folder: Path) -> int | None:
     """A lock on the folder, which ends with the process; its handle."""
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return files.locked(folder)
     except BlockingIOError:
-        os.close(handle)
         raise FrodctlError(f"{folder}: another run is writing this output; wait for it, or name another") from None
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return None
-    return handle
 
 
 def _put_back(previous: Path, output: Path) -> bool:
     """Mend what a run that was cut between the two steps of `Staging.publish_folder` left."""
     if not previous.exists() or os.path.lexists(output):
         return False
-    os.rename(previous, output)
+    files.rename(previous, output)
     return True
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders in one step; False where the system cannot."""
-    return _renameat2(first, second, _RENAME_EXCHANGE)
 
 
 def _put(new: Path, output: Path, check: Callable[[], None], replace: Callable[[Path, Path], None]) -> None:
@@ -384,43 +377,26 @@ def _put(new: Path, output: Path, check: Callable[[], None], replace: Callable[[
     check()
     if exists:
         replace(new, output)
-    elif not _renameat2(new, output, _RENAME_NOREPLACE):
+    elif not files.rename_new(new, output):
         check()
-        os.rename(new, output)
-    _sync(output.parent)
-
-
-def _renameat2(source: Path, target: Path, flag: int) -> bool:
-    """Linux's rename with a flag; False where it is not there or did not work."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    if rename is None:
-        return False
-    return bool(rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0)
+        files.rename(new, output)
+    files.sync(output.parent)
 
 
 def _write_new(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Write a file that was not there, or that a killed run left; nothing is written through a link."""
-    path.unlink(missing_ok=True)
+    files.unlink(path)
     try:
-        with open(path, "xb") as file:
+        with files.named(path), files.open_write(path, "x") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            files.fsync(file.fileno())
     except BaseException:
-        path.unlink(missing_ok=True)
+        _discard(path)
         raise
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or the renames in a folder; not every system lets a folder be opened.
-
-    Windows flushes only what is open for writing.
-    """
-    try:
-        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _discard(path: Path) -> None:
+    """Remove a file that is of no use, if that works: the error that made it so is the one to be told."""
+    with suppress(OSError):
+        files.unlink(path)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from frodctl.checkpoint import files
 from frodctl.checkpoint.codec import read_chunks, read_into
+from frodctl.errors import InvalidInput
 
 if TYPE_CHECKING:
     from frodctl.checkpoint.records import TensorInfo  # which compares tensors' bytes to find ties
+
+
+#: What a merged checkpoint says of itself (see `frodctl.checkpoint.manifest`).
+MANIFEST = "frodctl.json"
 
 
 class Source(Protocol):
@@ -40,12 +47,32 @@ class Folder:
 
     def read(self, info: TensorInfo, view: memoryview) -> None:
         path = self.root / info.file
-        with open(path, "rb", buffering=0) as file:
+        with files.open_read(path) as file:
             file.seek(info.offset)
             read_into(file, view, f"{path}: tensor {info.name}: the file ends before it; download it again")
+        self._check(info, view)
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
-        return read_chunks(self.root / info.file, info.offset, info.nbytes)
+        chunks = read_chunks(self.root / info.file, info.offset, info.nbytes)
+        return self._checked(info, chunks) if info.name in info.recorded else chunks
+
+    def _checked(self, info: TensorInfo, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+        sha256 = hashlib.sha256()
+        for chunk in chunks:
+            sha256.update(chunk)
+            yield chunk
+        self._compare(info, sha256.hexdigest())
+
+    def _check(self, info: TensorInfo, view: memoryview) -> None:
+        if info.name in info.recorded:
+            self._compare(info, hashlib.sha256(view).hexdigest())
+
+    def _compare(self, info: TensorInfo, digest: str) -> None:
+        if info.recorded[info.name] != f"sha256:{digest}":
+            raise InvalidInput(
+                f"{self.root / info.file}: tensor {info.name} is damaged: its digest is not the one in {MANIFEST}; "
+                f"remove that file if another program wrote the weights anew"
+            )
 
     def where(self, info: TensorInfo) -> str:
         return str(self.root / info.file)

@@ -177,6 +177,12 @@ def linear_layer(info: TensorInfo, index: int | None, checkpoint: Checkpoint) ->
     return _targets(info, checkpoint)[index or 0]
 
 
+def is_table(name: str) -> bool:
+    """Whether a tensor of this name is an embedding's or a norm's, though it may be a matrix."""
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    return _EMBEDDING.search(last) is not None or _NORM.search(last) is not None
+
+
 def is_fused_experts(info: TensorInfo) -> bool:
     """Whether a tensor of three dimensions stacks the weights of experts."""
     *parents, last = info.name.removesuffix(".weight").split(".")
@@ -214,7 +220,7 @@ def _expert_orientation(info: TensorInfo, checkpoint: Checkpoint) -> bool | None
     The layers around the experts have the model's hidden size, so a projection *into* the experts has it as
     in_features, and one out of them (``down_proj``, ``w2``, ``output_linear``) as out_features.
     """
-    config = _config_of(info.name, checkpoint.config)
+    config = config_of(info.name, checkpoint.config)
     if config.get("model_type") in TRANSPOSED_EXPERT_MODELS:
         return True
     hidden = config.get("hidden_size", checkpoint.config.get("hidden_size"))
@@ -236,12 +242,12 @@ def _targets(info: TensorInfo, checkpoint: Checkpoint) -> list[Target]:
         transposed = bool(_expert_orientation(info, checkpoint))
         shape = (info.shape[1], info.shape[2])
         return [Target(f"{module}[{i}]", info, i, shape, transposed) for i in range(info.shape[0])]
-    config = _config_of(module, checkpoint.config)
+    config = config_of(module, checkpoint.config)
     conv1d = config.get("model_type") in CONV1D_MODELS and module.rsplit(".", 1)[-1] in CONV1D_NAMES
     return [Target(module, info, None, (info.shape[0], info.shape[1]), conv1d)]
 
 
-def _config_of(name: str, config: Mapping[str, object]) -> Mapping[str, object]:
+def config_of(name: str, config: Mapping[str, object]) -> Mapping[str, object]:
     """The part of a composite model's config that describes the tower this module is in."""
     parts = name.split(".")
     for key, part in config.items():

@@ -8,7 +8,7 @@ import click
 
 from frodctl.checkpoint import names
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli import profiling
+from frodctl.cli import completion, profiling
 from frodctl.cli.options import (
     device_option,
     output_options,
@@ -24,13 +24,20 @@ from frodctl.jobs import decompose as job
 
 
 @click.command("decompose")
-@click.argument("model")
-@click.option("-o", "--output", metavar="FILE", help="Default: ./<model name>.frod.safetensors")
+@click.argument("model", shell_complete=completion.models)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Default: ./<model name>.frod.safetensors",
+)
 @click.option(
     "--target-modules",
     default="default",
     show_default=True,
     metavar="default|all-linear|NAMES|REGEX",
+    shell_complete=completion.modules,
     help="PEFT's default for the model, every linear layer of the blocks, names separated by commas, or a "
     "regular expression for the whole path.",
 )
@@ -107,7 +114,7 @@ def command(
     """
     measured = profiling.begin(profile, dry_run=dry_run)
     launch = started().launch
-    with Reporter(quiet or launch.number > 0) as report:
+    with Reporter(quiet or launch.number > 0, format_) as report:
         out = Output(format_, json_, report.note)
         chosen = job.DecomposeOptions.of(**options)
         with measured.step("planning"):
@@ -150,12 +157,22 @@ def _describe(plan: job.DecomposePlan, report: Reporter) -> None:
         f"Peak memory about {human_bytes(plan.peak_memory_bytes)}{each}, about {human_count(plan.flops)} "
         f"floating-point operations{about_time(plan.seconds_estimate)}"
     )
+    if any(category.share_per_token != 1 for category in plan.categories):
+        report.note(_per_token(plan))
     report.refusal(plan.check_output)
     left_out = Counter((names.role(item.name), item.reason) for item in plan.left_out)
     if left_out:
         report.note("Left out:")
     for (role, reason), count in left_out.items():
         report.note(f"  {role} ×{count}: {reason}")
+
+
+def _per_token(plan: job.DecomposePlan) -> str:
+    """How many of the trained numbers take part in a token, where there are experts."""
+    if plan.trainable_per_token is None:
+        return "Experts: config.json does not say how many a token has, or the spectra decide how much they are trained"
+    trained, active = human_count(plan.trainable_parameters), human_count(plan.trainable_per_token)
+    return f"Experts: {active} of the {trained} trainable parameters take part in a token"
 
 
 def _summary(document: dict[str, Json]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from frodctl.cli import adapters, profiling
+from frodctl.cli import adapters, completion, profiling
 from frodctl.cli.options import (
     device_option,
     lora_options,
@@ -21,9 +21,9 @@ from frodctl.jobs import extract as job
 
 
 @click.command("extract")
-@click.argument("base")
-@click.argument("tuned")
-@click.argument("output", metavar="OUT")
+@click.argument("base", shell_complete=completion.models)
+@click.argument("tuned", shell_complete=completion.models)
+@click.argument("output", metavar="OUT", shell_complete=completion.files)
 @click.option(
     "--as", "as_", type=click.Choice(job.RESULTS), default="lora", show_default=True, help="What adapter is written."
 )
@@ -33,11 +33,17 @@ from frodctl.jobs import extract as job
     default="all-linear",
     show_default=True,
     metavar="default|all-linear|NAMES|REGEX",
+    shell_complete=completion.modules,
     help="Which layers of a LoRA adapter, as for decompose.",
 )
 @click.option("--exclude-modules", metavar="NAMES|REGEX", help="Modules to leave out.")
 @click.option("--layers", metavar="0-11", help="Blocks to take, such as 0-11 or 0,2,8-11.")
-@click.option("--basis", metavar="FILE", help="Shared-basis file of BASE, for a FRoD adapter, which has its layers.")
+@click.option(
+    "--basis",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Shared-basis file of BASE, for a FRoD adapter, which has its layers.",
+)
 @click.option("--sparsity", metavar="S", help="Share of n² positions of each of its layers.  [default: the basis's]")
 @click.option("--budget", metavar="SHARE", help="Its share of the checkpoint's parameters, such as 1.72%; sets S.")
 @click.option(
@@ -84,7 +90,7 @@ def command(
     (hf://org/name@revision/folder). --revision and --subfolder are BASE's.
     """
     measured = profiling.begin(profile, dry_run=dry_run)
-    with Reporter(quiet) as report:
+    with Reporter(quiet, format_) as report:
         out = Output(format_, json_, report.note)
         chosen = job.ExtractOptions.of(**options)
         if chosen.as_ == "frod":

@@ -8,7 +8,7 @@ import click
 
 from frodctl import values
 from frodctl.checkpoint.inputs import Json
-from frodctl.cli import profiling
+from frodctl.cli import completion, profiling
 from frodctl.cli.options import device_option, output_options, profile_option, source_options
 from frodctl.cli.output import Output, human_bytes, human_count
 from frodctl.cli.progress import Reporter
@@ -21,21 +21,37 @@ EXIT_DIFFERENT = 5
 
 
 @click.command("inspect")
-@click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+@click.argument("targets", nargs=-1, required=True, metavar="TARGET...", shell_complete=completion.models)
 @click.option("--spectrum", is_flag=True, help="Exact norms, ranks and spectra of every matrix.")
 @click.option("--estimate", is_flag=True, help="The same by randomised methods, with error bars, for huge matrices.")
-@click.option("--against", metavar="OTHER", help="Compare with another checkpoint, tensor by tensor.")
+@click.option(
+    "--against",
+    metavar="OTHER",
+    shell_complete=completion.models,
+    help="Compare with another checkpoint, tensor by tensor.",
+)
 @click.option("--check", is_flag=True, help="With --against: exit with 5 if anything differs.")
 @click.option(
-    "--base", metavar="BASE", help="The checkpoint of a basis or an adapter: figures of what they make of it."
+    "--base",
+    metavar="BASE",
+    shell_complete=completion.models,
+    help="The checkpoint of a basis or an adapter: figures of what they make of it.",
 )
 @click.option(
-    "--merged", metavar="OUT", help="With an adapter's --base: how much of the update is in this checkpoint, by layer."
+    "--merged",
+    metavar="OUT",
+    shell_complete=completion.models,
+    help="With an adapter's --base: how much of the update is in this checkpoint, by layer.",
 )
 @click.option(
     "--min-survival", metavar="SHARE", help="With --merged: exit with 5 if less of any layer's update is there: 90%."
 )
-@click.option("--basis", metavar="FILE", help="Shared-basis file, for an adapter that does not hold V.")
+@click.option(
+    "--basis",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Shared-basis file, for an adapter that does not hold V.",
+)
 @click.option("--trust-basis", is_flag=True, help="Take it although the adapter does not say that it is the one.")
 @click.option("--adapter-name", metavar="NAME", help="Which of several adapters in a folder.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only tensors with such names; may be repeated.")
@@ -45,6 +61,7 @@ EXIT_DIFFERENT = 5
 @click.option(
     "--plot",
     metavar="FILE",
+    shell_complete=completion.files,
     help="Draw the spectra (--spectrum): .png, .svg, or .html, one page that needs nothing else.",
 )
 @click.option("--force", is_flag=True, help="Replace a picture that exists.")
@@ -91,7 +108,7 @@ def command(
         options["spectrum"] = True
     chosen = job.InspectOptions.of(**options)
     measured = profiling.begin(profile)
-    with Reporter(quiet) as report:
+    with Reporter(quiet, format_) as report:
         out = Output(format_, json_, report.note, goes_on=check or bar is not None or plot is not None)
         found = list(job.reports(targets, chosen, report, measured))
         shown: list[list[job.Row]] = [[] for _ in found]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ import click
 from click.shell_completion import shell_complete
 
 import frodctl
+from frodctl.cli.agents import format_in, is_agent
 from frodctl.cli.options import as_flags
 from frodctl.cli.output import OutputClosed, printable, silence_stdout
 from frodctl.cli.started import Started
@@ -30,6 +32,7 @@ _COMMANDS = {
     "merge": "Trained perturbations folded back into dense weights.",
     "extract": "What a fine-tuning changed in a checkpoint, compressed to an adapter.",
     "inspect": "Rank and spectrum statistics of checkpoints, bases and adapters.",
+    "env": "What a bug report needs: versions, threads, devices, cache folders.",
 }
 
 
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str] | None = None, launch: Launch = BY_ITSELF) -> 
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
     if launch.number:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first rank's is all there is to see)
+        silence_stdout()  # the first rank's is all there is to see
     try:
         code = _run(arguments, started)
         launch.leave()
@@ -108,10 +111,19 @@ def _failed(error: BaseException, arguments: list[str], launch: Launch) -> int:
     if launch.first_to_fail():
         with suppress(BrokenPipeError):
             if isinstance(error, click.ClickException):
-                click.UsageError(printable(error.format_message()), getattr(error, "ctx", None)).show()
+                _show_misuse(error, arguments)
             else:
                 click.echo(f"Error: {printable(message)}", err=True)
     return code
+
+
+def _show_misuse(error: click.ClickException, arguments: Sequence[str]) -> None:
+    """What was wrong with the command line, with its usage; in one line to an agent."""
+    message = printable(error.format_message())
+    if is_agent(format_in(arguments)):
+        click.echo(f"Error: {message}", err=True)
+    else:
+        click.UsageError(message, getattr(error, "ctx", None)).show()
 
 
 def _run(arguments: list[str], started: Started) -> int:
@@ -119,7 +131,8 @@ def _run(arguments: list[str], started: Started) -> int:
     completion = os.environ.get("_FRODCTL_COMPLETE")
     if completion:
         return shell_complete(cli, {}, "frodctl", "_FRODCTL_COMPLETE", completion)
-    with cli.make_context("frodctl", arguments, obj=started) as context:
+    extension = started.own_process and Path(sys.argv[0]).stem == "hf-frod"
+    with cli.make_context("hf frod" if extension else "frodctl", arguments, obj=started) as context:
         if not {"-h", "--help"} & set(arguments):
             require_address_space()
         if started.launch.count > 1 and arguments[0] in _COMMANDS and arguments[0] not in _SHARED:

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 import click
 
+from frodctl.cli import completion
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-FORMATS = ("human", "tsv", "csv", "json", "jsonl")
+FORMATS = ("human", "tsv", "csv", "json", "jsonl", "agent")
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -26,13 +28,23 @@ source_options = _together(
     click.option("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
     click.option("--subfolder", default="", metavar="DIR", help="Folder inside the repository or folder."),
     click.option("--token", metavar="TOKEN", help="Hub token; HF_TOKEN is honoured."),
-    click.option("--cache-dir", metavar="DIR", help="Where downloads are cached; HF_HOME is honoured."),
+    click.option(
+        "--cache-dir",
+        metavar="DIR",
+        shell_complete=completion.files,
+        help="Where downloads are cached; HF_HOME is honoured.",
+    ),
     click.option("--offline", is_flag=True, help="Use what is cached; do not ask the Hub."),
 )
 """Where a checkpoint comes from."""
 
 device_option = click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N]",
+    shell_complete=completion.devices,
+    help="Where to compute.",
 )
 
 profile_option = click.option(
@@ -73,7 +85,7 @@ output_options = _together(
         "--format",
         "format_",
         type=click.Choice(FORMATS),
-        help="Of stdout. Default: human on a terminal, tsv in a pipe.",
+        help="Of stdout. Default: human on a terminal, tsv in a pipe. agent: tsv, and nothing for the eye.",
     ),
     click.option("--json", "json_", is_flag=True, help="Short for --format json."),
     click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from frodctl.checkpoint.inputs import Json
+from frodctl.cli.agents import is_agent
 from frodctl.errors import FrodctlError, OutOfResources
 from frodctl.jobs.columns import Column
 
@@ -67,12 +68,15 @@ class Output:
         self.note = note
         self.goes_on = goes_on
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
-        self.format = "json" if as_json else format_ or ("human" if self.terminal else "tsv")
+        self.format = "json" if as_json else format_ or ""
+        self.indent = None if self.format == "json" and is_agent(format_) else 2
+        if self.format in ("", "agent"):
+            self.format = "human" if self.terminal and not is_agent(format_) else "tsv"
 
     def emit(self, document: Mapping[str, Json], rows: Sequence[Mapping[str, Json]], columns: Sequence[Column]) -> None:
         """Print the result: ``document`` as JSON, or ``rows`` in the format that was asked for."""
         if self.format == "json":
-            self._write(_json(document, indent=2) + "\n")
+            self._write(_json(document, self.indent) + "\n")
         elif self.format == "human":
             self.table(rows, columns)
         else:

@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import IO, TYPE_CHECKING, Any
 
 from frodctl.checkpoint import names, sink
+from frodctl.cli.heat import heat_maps
 from frodctl.cli.output import printable
 from frodctl.errors import FrodctlError, UsageError
 from frodctl.jobs.inspect import Row, TargetResult
@@ -105,7 +106,8 @@ def draw(file: str, targets: Sequence[TargetResult], *, force: bool = False) -> 
 
 
 def figure(targets: Sequence[TargetResult]) -> Figure | None:
-    """The singular values of the targets' rows, role by role, their ranks by depth, and the sharing of bases.
+    """The singular values of the targets' rows, role by role, their ranks by depth, the sharing of bases, and how far
+    an adapter's experts moved.
 
     None where there is nothing to draw.
     """
@@ -115,7 +117,8 @@ def figure(targets: Sequence[TargetResult]) -> Figure | None:
     sharing = _sharing(targets)
     wanted = dict(list(panels.items())[:_MOST_ROLES])
     by_depth = {role: curves for role, curves in wanted.items() if len({curve.depth for curve in curves} - {None}) > 1}
-    count = len(wanted) + bool(by_depth) + bool(sharing)
+    maps = heat_maps(targets)
+    count = len(wanted) + bool(by_depth) + bool(sharing) + len(maps)
     if not count:
         return None
     shown = shown_names(targets)
@@ -130,6 +133,10 @@ def figure(targets: Sequence[TargetResult]) -> Figure | None:
         _draw_ranks(next(free), by_depth, styles)
     if sharing:
         _draw_sharing(next(free), sharing, styles)
+    for map_ in maps:
+        axis = next(free)
+        map_.draw(axis)
+        axis.set_title(_label(f"change of {_short(map_.role)}"))
     for axis in free:
         axis.set_visible(False)
     captions = [_title(shown, targets)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from frodctl.checkpoint.inputs import Json
+from frodctl.cli.agents import is_agent
 from frodctl.cli.options import as_flags
 from frodctl.cli.output import drawn, printable
 from frodctl.errors import FrodctlError
@@ -26,9 +27,9 @@ _WIDE = 120  #: columns of a table where no terminal sets its width
 class Reporter:
     """Shows the reports of a job; a context manager, whose call is the job's callback."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, format_: str | None) -> None:
         self.quiet = quiet
-        self.bars = not quiet and _bars_wanted()
+        self.bars = not quiet and _bars_wanted() and not is_agent(format_)
         self.bar: Bar | None = None
         self.last = ""
         if not self.bars:

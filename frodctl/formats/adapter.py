@@ -17,7 +17,6 @@ with a U, and mostly with a V, of its own.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from frodctl.checkpoint.inputs import Json, read_json
 from frodctl.checkpoint.opening import read_file_header
 from frodctl.checkpoint.records import ADAPTER_FILES, WEIGHT_FILES, Location, TensorInfo
 from frodctl.errors import FrodctlError, InvalidInput, UsageError
-from frodctl.formats.basis_file import check_digest, check_version
+from frodctl.formats.basis_file import check_digest, check_version, digest_of
 from frodctl.formats.fields import is_alpha, is_rate, is_seed, is_text_map
 from frodctl.method.budget import nnz
 
@@ -64,6 +63,8 @@ class Provenance:
     live_prefix: str | None = None
     shapes: Mapping[str, Json] = field(default_factory=dict)  #: then, of the weights as the checkpoint stores them
     digests: Mapping[str, str] = field(default_factory=dict)  #: by name, ``sha256:…`` of every tensor's but V's bytes
+    #: of the live base: ``kind``, ``dtype`` (the format's name) and the ``modules`` that were so; empty where none was
+    quantization: Mapping[str, Json] = field(default_factory=dict)
     version: int = VERSION
 
     @classmethod
@@ -79,14 +80,14 @@ class Provenance:
         for key, holds in found._fields_hold():
             if not holds:
                 raise InvalidInput(f"{where}: damaged frodctl object: {key}")
-        if "digest" in value and value["digest"] != _own_digest(value):
+        if "digest" in value and value["digest"] != digest_of(value):
             raise InvalidInput(f"{where}: its config's frodctl object was changed since it was saved (digests differ)")
         return found
 
     def as_json(self) -> dict[str, object]:
         """For the config, with a digest of all the rest."""
         value = {_key(name): item for name, item in asdict(self).items()}
-        return value | {"digest": _own_digest(value)}
+        return value | {"digest": digest_of(value)}
 
     def _fields_hold(self) -> Iterator[tuple[str, bool]]:
         yield "form", self.form in ("delta", "reconstruct")
@@ -99,6 +100,7 @@ class Provenance:
         yield "sparsity", all(is_rate(rate) for rate in self.sparsity.values())
         yield "head", _is_head(self.head)
         yield "shapes", all(map(_is_shape, self.shapes.values()))
+        yield "quantization", not self.quantization or _is_quantization(self.quantization)
 
 
 def _key(field: str) -> str:
@@ -106,21 +108,29 @@ def _key(field: str) -> str:
     return {"V_digests": "basis", "base_digests": "base"}.get(field, field)
 
 
-def _own_digest(value: Mapping[str, object]) -> str:
-    rest = {key: item for key, item in value.items() if key != "digest"}
-    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 #: PEFT's task types whose heads have labels.
 LABELLING_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 #: What a config.json, and so `Provenance.head`, says of a head's labels.
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 #: Those fields of `Provenance` that are JSON objects.
-_MAPPINGS = ("V_digests", "base_digests", "sparsity", "categories", "pattern", "dtype", "head", "digests", "shapes")
+_MAPPINGS = (
+    "V_digests", "base_digests", "sparsity", "categories", "pattern", "dtype", "head", "digests", "shapes",
+    "quantization",
+)  # fmt: skip
 
 
 def _is_shape(shape: Json) -> bool:
     return isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+
+
+def _is_quantization(found: Mapping[str, Json]) -> bool:
+    modules = found.get("modules")
+    return (
+        isinstance(found.get("kind"), str)
+        and (found.get("dtype") is None or found["dtype"] in FLOAT_DTYPES)
+        and isinstance(modules, list)
+        and all(isinstance(module, str) for module in modules)
+    )
 
 
 def _is_head(head: Mapping[str, Json]) -> bool:

@@ -12,6 +12,7 @@ and in its ``__metadata__`` the key ``frodctl``: a JSON object, see `BasisMetada
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from frodctl import values
-from frodctl.checkpoint import codec, manifest, sink
+from frodctl.checkpoint import codec, files, manifest, sink
 from frodctl.checkpoint.inputs import Json, decode_json, kind_of
 from frodctl.checkpoint.records import MODEL_DTYPES, TensorInfo
 from frodctl.errors import InvalidInput, UsageError
@@ -78,7 +79,8 @@ class BasisMetadata:
             del value["memory_limit"]
         if not self.share_input:
             del value["share_input"]
-        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+        read = decode_json(json.dumps(value).encode())  # as a reader will have it
+        return json.dumps(value | {"digest": digest_of(read)}, sort_keys=True, separators=(",", ":"))
 
     def _check_types(self) -> None:
         _require(is_seed(self.seed), "seed")
@@ -104,6 +106,7 @@ class BasisMetadata:
         try:
             value = decode_json(text.encode())
             check_version(value["version"], VERSION, f"{where}: shared-basis")
+            _require(value.get("digest") in (None, digest_of(value)), "changed since it was written: digests differ")
             known = {f.name for f in fields(cls)}
             value["V_digests"] = value.pop("basis")
             kept = {key: item for key, item in value.items() if key in known}
@@ -113,6 +116,12 @@ class BasisMetadata:
             return metadata
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidInput(f"{where}: damaged shared-basis metadata ({error!r})") from None
+
+
+def digest_of(value: Mapping[str, object]) -> str:
+    """``sha256:…`` of a JSON object, but for its own ``digest``."""
+    rest = {key: item for key, item in value.items() if key != "digest"}
+    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def check_version(found: object, known: int, what: str) -> None:
@@ -314,7 +323,7 @@ def write_patterns(
     specs = codec.layout(codec.TensorSpec(name, "I64", tensor.shape) for name, tensor in names.items())
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "indices.safetensors")
-        with part.open("wb") as file:
+        with files.open_write(part, "x") as file:
             codec.write_file(file, specs, {}, (tensor_bytes(names[spec.name]) for spec in specs))
         sink.write_file(
             path, lambda file: write_basis(file, [basis.path, part], metadata), reads=[basis.path], force=force

@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from frodctl.checkpoint.inputs import Json
+from frodctl.checkpoint.bounds import MAX_CARD_BYTES
+from frodctl.checkpoint.inputs import Json, open_input
 
 #: What is taken over from a base's card.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_FRONT_MATTER = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r\n|\n|$)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -52,10 +54,20 @@ def kept_fields(readme: Path) -> dict[str, Json]:
     from huggingface_hub import metadata_load
 
     try:
-        found = metadata_load(readme) if readme.is_file() else None
+        found = metadata_load(readme) if _is_plain(readme) else None
     except Exception:  # of whatever kind: the card is a stranger's, and an extra
         return {}
     return {key: value for key, value in (found or {}).items() if key in _KEPT and _is_text(value)}
+
+
+def _is_plain(readme: Path) -> bool:
+    """Whether a card has front matter of no more content than its length: YAML's merge keys can double each other."""
+    if not readme.is_file():
+        return False
+    with open_input(readme) as file:
+        text = file.read(MAX_CARD_BYTES).decode("utf-8-sig", "replace")
+    found = _FRONT_MATTER.match(text)
+    return found is not None and re.search(r"<<|!!|!<|%TAG", found[1]) is None
 
 
 def _is_text(value: object) -> bool:

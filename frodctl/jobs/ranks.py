@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from frodctl.checkpoint import sink
+from frodctl.checkpoint import files, sink
 from frodctl.errors import FrodctlError, UsageError
 from frodctl.method.ranks import ALONE, Ranks, shares
 
@@ -193,16 +193,16 @@ def staged(world: World, output: Path, staging: Callable[[], sink.Staging]) -> I
             yield single
         return
     opened = staging() if world.number == 0 else None
-    token = os.urandom(8)
+    token = os.urandom(8).hex()
     if opened is not None:
-        opened.path(_TOKEN).write_bytes(token)
+        files.write_text(opened.path(_TOKEN), token)
     key, token = world.share(None if opened is None else [opened.folder.name, token])
     with opened or sink.Pieces(output, key) as pieces:
-        if not pieces.path(_TOKEN).is_file() or pieces.path(_TOKEN).read_bytes() != token:
+        if files.read_bytes(pieces.path(_TOKEN)) != token.encode():
             raise UsageError(f"{output}: not the same folder for all ranks; name an output on a disk that all share")
         world.gather(None)
         if opened is not None:
-            opened.path(_TOKEN).unlink()
+            files.unlink(opened.path(_TOKEN))
         yield pieces
 
 

@@ -52,4 +52,5 @@ class Fidelity:
 
 def together(parts: list[Fidelity]) -> Fidelity:
     """Of several matrices as one."""
-    return Fidelity.from_terms(*(sum(terms) for terms in zip(*(part.terms for part in parts), strict=True)))
+    XX, XY, DD = (sum(part.terms[number] for part in parts) for number in range(3))
+    return Fidelity.from_terms(XX, XY, DD)

@@ -13,6 +13,10 @@ class Shape(NamedTuple):
     positions: int  #: of Q
     dense: bool = False  #: whether products with Q are taken as those of a full matrix: on a GPU
     readers: int = 1  #: layers that take one product Vᵀx, this one among them
+    experts: int = 1  #: that have such a W each
+    chosen: int = 1  #: of them that a token goes through
+    own_input: bool = False  #: whether x is another one for each of these, as behind an expert's activation
+    in_rows: bool = False  #: whether W is some rows of what the model multiplies x by, so that its change comes after
 
     @property
     def entries(self) -> int:
@@ -22,20 +26,28 @@ class Shape(NamedTuple):
 
 def full_flops(shape: Shape, tokens: float, *, backward: bool = True) -> float:
     """Floating-point operations of a layer that is trained as a whole: y = W x, and both gradients."""
-    return (6.0 if backward else 2.0) * shape.m * shape.n * tokens
+    return (6.0 if backward else 2.0) * shape.m * shape.n * shape.chosen * tokens
 
 
 def lora_flops(shape: Shape, tokens: float, rank: int) -> float:
     """Of y = W x + B A x, and the gradients of all but W."""
     m, n = shape.m, shape.n
-    return (4.0 * m * n + 6.0 * rank * (m + n)) * tokens
+    return (4.0 * m * n + 6.0 * rank * (m + n)) * shape.chosen * tokens
 
 
 def input_flops(shape: Shape, tokens: float, *, backward: bool = True) -> float:
     """Of y = W (x + D Q Vᵀ x), and the gradients of x and of Q at its positions."""
+    m, n, pairs = shape.m, shape.n, shape.chosen * tokens
+    rotated = 2.0 * n * n / shape.readers * (pairs if shape.own_input else tokens)
+    forward = (2.0 * m * n + 2.0 * shape.entries) * pairs + rotated + _returning(shape, pairs)
+    return 2 * forward + 2.0 * shape.entries * pairs if backward else forward
+
+
+def _returning(shape: Shape, pairs: float) -> float:
+    """Of D (…), or, where W x is there already, of W D (…): by W (D (…)) or by (W D) (…)."""
     m, n = shape.m, shape.n
-    forward = 2.0 * m * n + 2.0 * (1 + 1 / shape.readers) * n * n + 2.0 * shape.entries
-    return (2 * forward + 2.0 * shape.entries if backward else forward) * tokens
+    once = 2.0 * n * n * pairs
+    return min(once, 2.0 * m * n * n * shape.experts) + 2.0 * m * n * pairs if shape.in_rows else once
 
 
 def weight_flops(

@@ -14,25 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from frodctl.adapted.conversion import Place
+from frodctl.errors import UsageError
+from frodctl.training.experts_products import experts_product
 from frodctl.training.layer import Basis, FrodLinear, Pattern, Update, changes, correction_dtype
-from frodctl.training.products import Factors, Positions, projected, sampled_product, sparse_product
+from frodctl.training.products import Factors, projected
 
 #: The flags of transformers' experts by which it dispatches them.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-_OUTPUT = "down_proj"
+#: The parameter by which what they computed goes back into the model.
+OUTPUT = "down_proj"
 
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether it is stacked experts of one of the classes that transformers dispatches."""
-    return all(hasattr(module, flag) for flag in _FLAGS) and isinstance(getattr(module, _OUTPUT, None), nn.Parameter)
+    return all(hasattr(module, flag) for flag in _FLAGS) and isinstance(getattr(module, OUTPUT, None), nn.Parameter)
 
 
 class ExpertsUpdate(Update):
@@ -48,16 +49,11 @@ class ExpertsUpdate(Update):
         V, _ = self.basis.matrices(x.device, correction_dtype(x))
         return projected(self.dropout(x), V)
 
-    def correction(self, Z: Tensor, entries: Tensor, pairs: Pairs) -> Tensor:
-        """D Q_e z for every pair's z = Vᵀx (pairs, n), with the entries of every Q_e."""
+    def correction(self, Z: Tensor, entries: Tensor, pairs: Pairs, W: Tensor | None = None) -> Tensor:
+        """D Q_e z, or W_e D Q_e z, for every pair's z = Vᵀx (pairs, n), with the entries of every Q_e."""
         _, D = self.basis.matrices(Z.device, Z.dtype)
-        positions = self.pattern.positions
-
-        def grouped(Z: Tensor) -> Tensor:
-            found: Tensor = _Corrections.apply(Z, entries, D, positions, pairs.segments)  # type: ignore[no-untyped-call]
-            return found
-
-        return pairs.in_groups(grouped, Z)
+        positions, counts = self.pattern.positions, pairs.counts
+        return pairs.in_groups(lambda Z: experts_product(Z, entries, D, positions, counts, W), Z)
 
 
 @dataclass(frozen=True)
@@ -150,15 +146,17 @@ class FrodExperts(FrodLinear):
         base: Any = self.base_layer
         if not updates:
             return base(hidden_states, top_k_index, top_k_weights)
-        inputs = [found for found in updates if found[0].parameter != _OUTPUT]
-        outputs = [found for found in updates if found[0].parameter == _OUTPUT]
+        inputs = [found for found in updates if found[0].parameter != OUTPUT]
+        outputs = [found for found in updates if found[0].parameter == OUTPUT]
         parameter = "gate_up_proj" if base.has_gate else "up_proj"
         rotated = Rotated(hidden_states, inputs)
 
         def multiplied(pairs: Pairs) -> Tensor:
-            y = _product(pairs, parameter, inputs, hidden_states[pairs.tokens], rotated.of(pairs.tokens))
+            y = _product(
+                pairs, parameter, inputs, hidden_states.index_select(0, pairs.tokens), rotated.of(pairs.tokens)
+            )
             y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-            y = _product(pairs, _OUTPUT, outputs, y, Rotated(y, outputs).all)
+            y = _product(pairs, OUTPUT, outputs, y, Rotated(y, outputs).all)
             return base.post_expert_norm(y) if base.has_post_expert_norm else y
 
         routed = _ROUTED.get(base.config._experts_implementation, Grouped)(base, top_k_index, top_k_weights)
@@ -201,21 +199,21 @@ class Rotated:
 
     def of(self, rows: Tensor) -> dict[object, Tensor]:
         """For these of them."""
-        return {key: Z[rows] for key, Z in self.all.items()}
+        return {key: Z.index_select(0, rows) for key, Z in self.all.items()}
 
 
 def _product(
     pairs: Pairs, parameter: str, updates: Sequence[Applied], x: Tensor, rotated: Mapping[object, Tensor]
 ) -> Tensor:
     """W'_e x + b_e of every pair's x (pairs, n), with Vᵀx given."""
-    changed = [(part, u.correction(rotated[u.rotation], entries, pairs).to(x.dtype)) for part, u, entries in updates]
-    for part, change in changed:
+    for part, update, entries in updates:
         if part.rows is None:
-            x = x + change
+            x = x + update.correction(rotated[update.rotation], entries, pairs).to(x.dtype)
     y = pairs.multiply(x, parameter)
-    for part, change in changed:
+    for part, update, entries in updates:
         if part.rows is not None:
-            y[:, slice(*part.rows)] += pairs.multiply_rows(change, parameter, slice(*part.rows))
+            W = pairs.rows(parameter, slice(*part.rows))
+            y[:, slice(*part.rows)] += update.correction(rotated[update.rotation], entries, pairs, W).to(y.dtype)
     return y
 
 
@@ -234,38 +232,25 @@ class Pairs:
 
     def __init__(self, base: Any, tokens: Tensor, experts: Tensor, *, grouped: bool) -> None:
         self.base, self.tokens, self.experts = base, tokens, experts
+        self.counts = experts.new_zeros(base.num_experts).index_add_(0, experts, torch.ones_like(experts))
         self._order = None if grouped else torch.sort(experts, stable=True).indices
-
-    @cached_property
-    def counts(self) -> Tensor:
-        """How many pairs each expert has."""
-        return torch.bincount(self.experts, minlength=self.base.num_experts)
-
-    @cached_property
-    def segments(self) -> list[tuple[int, int, int]]:
-        """Expert, first pair and the pair after its last, for each that has any, where those of each stand together."""
-        found, start = [], 0
-        for expert, count in enumerate(self.counts.tolist()):
-            if count:
-                found.append((expert, start, start + count))
-            start += count
-        return found
 
     def in_groups(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """What a function of rows by pairs gives, which are in groups as it is called."""
         if self._order is None:
             return function(x)
-        return function(x[self._order])[torch.argsort(self._order)]
+        return function(x.index_select(0, self._order)).index_select(0, torch.argsort(self._order))
 
     def multiply(self, x: Tensor, parameter: str) -> Tensor:
         """W_e x + b_e for each pair's x (pairs, n), bit by bit as the base layer's own way computes it."""
         raise NotImplementedError
 
-    def multiply_rows(self, x: Tensor, parameter: str, rows: slice) -> Tensor:
-        """Those rows of W_e x."""
+    def rows(self, parameter: str, rows: slice) -> Tensor:
+        """Those rows of every W_e, (experts, m, n)."""
         W = self.weight(parameter)
-        W = W[:, :, rows] if self.base.is_transposed else W[:, rows].mT
-        return self.in_groups(lambda x: torch.cat([x[a:b] @ W[expert] for expert, a, b in self.segments]), x)
+        if W.requires_grad:
+            raise UsageError(f"{parameter} of the experts: is trained itself, beside what is trained of it; freeze it")
+        return (W.mT if self.base.is_transposed else W)[:, rows]
 
     def weight(self, parameter: str) -> Tensor:
         """Of all experts, as it is stored."""
@@ -316,7 +301,8 @@ class Grouped(Routed):
     def combined(self, function: Callable[[Pairs], Tensor], like: Tensor) -> Tensor:
         experts, order = torch.sort(self.experts)
         y = function(self.Pairs(self.base, order // self.top_k, experts, grouped=True))
-        return self._sums((y * self.weights[order][:, None])[torch.argsort(order)], like)
+        y = y * self.weights.index_select(0, order)[:, None]
+        return self._sums(y.index_select(0, torch.argsort(order)), like)
 
     class Pairs(Pairs):
         def multiply(self, x: Tensor, parameter: str) -> Tensor:
@@ -334,8 +320,8 @@ class Eager(Routed):
         by_choice = torch.arange(len(self.experts), device=self.experts.device).view(-1, self.top_k).T.reshape(-1)
         order = by_choice[torch.sort(self.experts[by_choice], stable=True).indices]
         sums = torch.zeros_like(like)
-        for _, start, stop in Pairs(self.base, order, self.experts[order], grouped=True).segments:
-            chosen = order[start:stop]
+        counts = torch.bincount(self.experts, minlength=self.base.num_experts).tolist()
+        for chosen in filter(len, order.split(counts)):
             pairs = self.Pairs(self.base, chosen // self.top_k, self.experts[chosen], grouped=True)
             y = function(pairs) * self.weights[chosen][:, None]
             sums = sums.index_add(0, pairs.tokens, y.to(sums.dtype))
@@ -343,42 +329,9 @@ class Eager(Routed):
 
     class Pairs(Pairs):
         def multiply(self, x: Tensor, parameter: str) -> Tensor:
-            (expert, _, _) = self.segments[0]
-            W, bias = self.weight(parameter)[expert], self.bias(parameter)
+            W, bias = self.weight(parameter)[self.experts[0]], self.bias(parameter)
             y = x @ (W if self.base.is_transposed else W.T)
             return y if bias is None else y + bias
 
 
 _ROUTED: dict[str, type[Routed]] = {"batched_mm": Batched, "eager": Eager}
-
-
-class _Corrections(torch.autograd.Function):
-    """D Q_e z for the z of every pair; differentiable in them and in the entries of every Q_e."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        Z: Tensor,
-        entries: Tensor,
-        D: Tensor,
-        positions: Positions,
-        segments: list[tuple[int, int, int]],
-    ) -> Tensor:
-        ctx.positions, ctx.segments = positions, segments
-        ctx.save_for_backward(Z, entries, D)
-        with torch.autocast(Z.device.type, enabled=False):
-            products = [sparse_product(positions, entries[e], Z[start:stop]) for e, start, stop in segments]
-            return torch.cat(products) @ D.T if products else torch.zeros_like(Z)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        Z, entries, D = ctx.saved_tensors
-        of_Z, of_entries = torch.zeros_like(Z), torch.zeros_like(entries)
-        with torch.autocast(Z.device.type, enabled=False):
-            G = gradients[0] @ D
-            for expert, start, stop in ctx.segments:
-                rows = slice(start, stop)
-                of_Z[rows] = sparse_product(ctx.positions, entries[expert], G[rows], transposed=True)
-                of_entries[expert] = sampled_product(ctx.positions, G[rows].T, Z[rows])
-        return of_Z, of_entries, None, None, None

@@ -9,8 +9,11 @@ from typing import Any
 from torch import nn
 
 from frodctl import values
+from frodctl.checkpoint.experts import experts_per_token
+from frodctl.errors import InvalidInput
 from frodctl.method.step_cost import Shape, full_flops, input_flops, lora_flops, weight_flops
 from frodctl.training.attached import frod_layers, require_attachment
+from frodctl.training.experts import OUTPUT, ExpertsUpdate, FrodExperts, Part, as_linear
 from frodctl.training.layer import Basis, Update, in_features, is_dense, out_features
 
 LORA_RANK = 16
@@ -62,13 +65,15 @@ def step_costs(model: nn.Module, tokens: int | str, *, micro_batches: int | str 
     Returns
     -------
     list of StepCost
-        ``input``, ``weight``, ``weight+U``, ``LoRA, r = 16``, ``full``. Layers that are not dense are counted by their
-        input in every form.
+        ``input``, ``weight``, ``weight+U``, ``LoRA, r = 16``, ``full``. Layers that are not dense, and experts,
+        are counted by their input in every form.
 
     Raises
     ------
     UsageError
         Nothing is attached, or a count is not positive.
+    InvalidInput
+        There are experts, and their config does not say how many of them a token has.
     """
     attachment = require_attachment(model)
     tokens, passes = values.count(tokens, "tokens"), values.count(micro_batches, "micro_batches")
@@ -86,12 +91,12 @@ def step_costs(model: nn.Module, tokens: int | str, *, micro_batches: int | str 
 def _of_layer(way: str, layer: _Layer, tokens: int, passes: int) -> StepCost:
     """All but what is shared."""
     shape = layer.shape
-    inputs = tokens * shape.n * layer.itemsize // passes
-    matrix = shape.m * shape.n * layer.itemsize
+    inputs = tokens * shape.chosen * shape.n * layer.itemsize // passes
+    matrix = shape.m * shape.n * layer.itemsize * shape.experts
     if way == "full":
         return StepCost(way, full_flops(shape, tokens), trained_bytes=_TRAINED * matrix, input_bytes=inputs)
     if way.startswith("LoRA"):
-        trained = _TRAINED * 4 * LORA_RANK * (shape.m + shape.n)
+        trained = _TRAINED * 4 * LORA_RANK * (shape.m + shape.n) * shape.experts
         return StepCost(way, lora_flops(shape, tokens, LORA_RANK), trained_bytes=trained, input_bytes=inputs)
     trained = _TRAINED * 4 * layer.trained
     if way == "input" or not layer.dense:
@@ -113,6 +118,8 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterator[_Layer]:
         update = layer.update(adapter_name)
         if update is not None:
             yield _layer(layer.base_layer, update)
+        if isinstance(layer, FrodExperts):
+            yield from _experts(layer.base_layer, layer.stacks(adapter_name))
 
 
 def _layer(base: nn.Module, update: Update) -> _Layer:
@@ -123,3 +130,24 @@ def _layer(base: nn.Module, update: Update) -> _Layer:
     shape = Shape(m, n, update.pattern.nnz + n, on_gpu, readers)
     itemsize = weight.itemsize if dense else update.basis.V.itemsize
     return _Layer(shape, itemsize, update.pattern.nnz + n, dense)
+
+
+def _experts(base: Any, stacks: list[tuple[Part, ExpertsUpdate]]) -> Iterator[_Layer]:
+    chosen = experts_per_token(base.config.to_dict())
+    if chosen is None:
+        raise InvalidInput(f"{type(base).__name__}: its config does not say how many experts a token has")
+    for part, update in stacks:
+        weight = as_linear(base, part, 0).weight
+        m, n = weight.shape
+        shape = Shape(
+            m,
+            n,
+            update.pattern.nnz + n,
+            dense=update.basis.V.device.type != "cpu",
+            readers=sum(other.parameter == part.parameter and u.rotation == update.rotation for other, u in stacks),
+            experts=base.num_experts,
+            chosen=chosen,
+            own_input=part.parameter == OUTPUT,
+            in_rows=part.rows is not None,
+        )
+        yield _Layer(shape, weight.itemsize, base.num_experts * (update.pattern.nnz + n), dense=False)

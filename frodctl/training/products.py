@@ -63,7 +63,8 @@ def sparse_product(positions: Positions, entries: Tensor, X: Tensor, *, transpos
     dtype = X.dtype if X.dtype in _CSR_DTYPES else torch.float32
     Q = (positions.transposed_csc if transposed else positions.csr)(entries.to(dtype))
     # by blocks, which stay in the cache
-    return torch.cat([(Q @ rows.to(dtype).T).T.to(X.dtype) for rows in torch.split(X, _BLOCK)])
+    blocks = [(Q @ rows.to(dtype).T).T.to(X.dtype) for rows in torch.split(X, _BLOCK)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def core(positions: Positions, entries: Tensor, V: Tensor) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ from frodctl.training.attached import (
 from frodctl.training.experts import OneExpert
 from frodctl.training.layer import Update
 from frodctl.training.located import as_stored
+from frodctl.training.quantized import quantization_of
 
 if TYPE_CHECKING:
     from frodctl.arrays import HostArray
@@ -144,6 +145,7 @@ def save_adapter(
         live_prefix=attached.live_prefix,
         shapes=shapes,
         basis_file=None if self_contained else _seen_from(folder, attached.basis.path),
+        quantization=quantization_of(model, attached.places),
     )
     config = _config(model, attached, tensors)
     if state_dict is not None or writes(model):

@@ -98,7 +98,12 @@ def select_pattern(
     output = None if output is None else values.path(output, "output")
     attached = attachment.adapters[attachment.active]
     for module, places in attached.places.items():
-        if len(places) > 1 or places[0].rows is not None or places[0].expert is not None:
+        if places[0].expert is not None:
+            raise UsageError(
+                f"{module}: is one of a layer's experts, whose gradient is never formed as a whole, so that no pattern "
+                "can be selected; leave experts out as you attach (`exclude_modules`)"
+            )
+        if len(places) > 1 or places[0].rows is not None:
             raise UsageError(
                 f"{module}: {places[0].path} has rows of it, or of others too, for which no pattern can "
                 "be selected; leave them out as you attach (`exclude_modules`)"

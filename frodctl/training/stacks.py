@@ -28,7 +28,8 @@ def obstacle(model: nn.Module, record: ModuleRecord, places: Sequence[Place]) ->
         return f"one of the experts that {where} stacks, a {type(base).__name__}, which frodctl cannot train"
     if base._is_expert_parallel:
         return f"one of the experts of {where}, which are spread over several processes"
-    if len(places) > 1 or places[0].taken is not None:
+    # all rows in another order are as good: what is trained acts on the input
+    if len(places) > 1 or (places[0].taken is not None and places[0].rows is not None):
         return f"{where} has its rows in several places"
     if (record.transposed != places[0].transposed) != base.is_transposed:
         return f"{where} stores it the other way round than its class says"

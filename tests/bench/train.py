@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -160,6 +161,9 @@ def measure(table: Table, config: dict[str, Any], work: Path, repeats: int) -> d
                 arguments = [method, str(model), str(basis), table.dtype, json.dumps(table.cells_of(method))]
                 try:
                     found[method].append(printed(STEPS, arguments))
+                    print(
+                        f"n = {table.hidden}, {table.dtype}, {method}: {found[method][-1]}", file=sys.stderr, flush=True
+                    )
                 except Failed as failure:
                     failed.add(method)
                     found[method] = []

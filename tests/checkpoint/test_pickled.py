@@ -302,7 +302,7 @@ def test_what_is_no_pickle_is_called_damaged(raw: bytes, tmp_path: Path) -> None
     ids=["many", "long", "line"],
 )
 def test_instructions_are_followed_so_far_only(raw: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickled, "_MAX_PICKLE_BYTES", 200_000)
+    monkeypatch.setattr(pickled, "MAX_PICKLE_BYTES", 200_000)
     (tmp_path / "x.bin").write_bytes(b"\x80\x02" + raw)
     with pytest.raises(InvalidInput, match="ValueError"):
         pickled.read_header(tmp_path / "x.bin")

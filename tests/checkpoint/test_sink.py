@@ -11,6 +11,7 @@ from typing import IO
 
 import pytest
 
+from frodctl.checkpoint import files as filesystem
 from frodctl.checkpoint import sink
 from frodctl.checkpoint.sink import Staging, check_output_file, check_output_folder, replace_files, require_disk
 from frodctl.errors import FrodctlError, OutOfResources, UsageError
@@ -218,7 +219,7 @@ def test_a_folder_is_published_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchanging", [True, False])
 def test_a_folder_takes_the_place_of_another(exchanging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchanging:
-        monkeypatch.setattr(sink, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(filesystem, "exchange", lambda first, second: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
     with staged(tmp_path / "out") as staging:
@@ -228,7 +229,7 @@ def test_a_folder_takes_the_place_of_another(exchanging: bool, tmp_path: Path, m
 
 def test_what_was_moved_aside_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut between the two renames of a system without an exchange."""
-    monkeypatch.setattr(sink, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(filesystem, "exchange", lambda first, second: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
     rename = os.rename
@@ -322,7 +323,7 @@ def test_what_appears_during_the_work_is_kept(
     folder: bool, flags: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not flags:
-        monkeypatch.setattr(sink, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(filesystem, "_renameat2", lambda *_: False)
     output = tmp_path / "out"
 
     def check() -> None:
@@ -354,7 +355,7 @@ def test_what_appears_after_the_last_check_is_kept_too(
             output.write_bytes(b"precious")
 
     if not flags:
-        monkeypatch.setattr(sink, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(filesystem, "_renameat2", lambda *_: False)
     with staging_of(output, check=check) as staging, pytest.raises(UsageError, match="exists"):
         staging.publish(writing(b"new"))
     assert output.read_bytes() == b"precious"

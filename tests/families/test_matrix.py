@@ -17,8 +17,8 @@ EVERY_DAY = (
     "llama", "gpt2", "t5", "qwen2_vl", "vit", "dinov2, SwiGLU", "mixtral", "gpt_oss", "deepseek_v3", "mamba",
     "nemotron_h", "clip",
 )  # fmt: skip
-#: Whose experts are computed by code of their own, or lie in several places: refused in words, and the rest trained.
-WITHOUT_THEIR_EXPERTS = ("llama4", "llama4_text", "jetmoe", "inkling2_text")
+#: Whose experts are computed by code of their own: refused in words, and the rest trained.
+WITHOUT_THEIR_EXPERTS = ("llama4", "llama4_text", "jetmoe")
 
 
 @pytest.mark.parametrize(

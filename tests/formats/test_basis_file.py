@@ -63,9 +63,18 @@ def save_indices(folder: Path, indices: torch.Tensor) -> Path:
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> str:
+    """The metadata after a change, and without its digest, which would tell."""
     value = json.loads(METADATA.to_json())
+    del value["digest"]
     change(value)
     return json.dumps(value)
+
+
+def test_metadata_that_was_changed_is_refused() -> None:
+    value = json.loads(METADATA.to_json())
+    for key, other in (("seed", 8), ("sparsity", {"q_proj": 0.2}), ("model", "org/other"), ("digest", "sha256:0")):
+        with pytest.raises(InvalidInput, match="digests differ"):
+            BasisMetadata.from_json(json.dumps({**value, key: other}), "x")
 
 
 def test_metadata_survives_the_round_trip() -> None:

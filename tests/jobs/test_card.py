@@ -86,3 +86,14 @@ def test_a_front_matter_as_editors_write_it(start: bytes, tmp_path: Path) -> Non
     """The Hub reads these too."""
     (tmp_path / "README.md").write_bytes(start + b"license: mit\nlanguage:\n- en\n- 'no'\n---\nwords")
     assert kept_fields(tmp_path / "README.md") == {"license": "mit", "language": ["en", "no"]}
+
+
+def test_front_matter_that_grows_as_it_is_read_is_left_alone(tmp_path: Path) -> None:
+    """A kilobyte that would take hours: each of 40 lines has twice what the one before has."""
+    lines = [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40)]
+    card = tmp_path / "README.md"
+    for front in (["a0: &a0 {x: 1}", *lines, "license: mit"], ["license: mit", f"x: {'y' * 10**6}"]):
+        card.write_text("\n".join(["---", *front, "---", ""]))
+        assert kept_fields(card) == {}
+    card.write_text("---\nlicense: mit\nx: &a {y: 1}\nz: *a\n---\n")
+    assert kept_fields(card) == {"license": "mit"}

@@ -327,6 +327,7 @@ def test_a_singular_basis_loses_what_lies_in_its_null_direction(example: Path, t
     exact = rows(basis, base=str(example))
     ((category, _),) = kept["basis"].items()
     state[f"V.{category}"][:, -1] = 0
+    del kept["digest"]
     kept["basis"][category] = digest(from_torch(state[f"V.{category}"]))
     save_file(state, basis, {"format": "pt", "frodctl": json.dumps(kept)})
     found = rows(basis, base=str(example))

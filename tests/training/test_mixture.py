@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from transformers import Qwen3MoeForCausalLM
 
 import frodctl
 from frodctl.training.attached import frod_layers
 from frodctl.training.experts import FrodExperts
+from tests.conftest import save_checkpoint
 from tests.training.conftest import batch, mixture, perturb
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
@@ -107,3 +110,105 @@ def test_autocast(implementation: str, files: tuple[Path, Path]) -> None:
     exact = layer_grads(experts_of(model))
     with torch.autocast("cpu", torch.bfloat16):
         assert far(layer_grads(experts_of(model)), exact) < 0.03
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile(files: tuple[Path, Path]) -> None:
+    """Without a break, as transformers' own; `eager` is broken at every expert there too."""
+    model = attached(files)
+    perturb(model)
+    layer = experts_of(model)
+    expected = layer_grads(layer)
+    found = layer_grads(torch.compile(layer, fullgraph=True, backend="aot_eager"))  # type: ignore[arg-type]
+    assert far(found, expected) < 1e-5
+
+
+def test_weights_that_are_trained_themselves_too(files: tuple[Path, Path]) -> None:
+    layer = experts_of(attached(files))
+    layer.base_layer.gate_up_proj.requires_grad_()
+    with pytest.raises(frodctl.UsageError, match="freeze it"):
+        layer_grads(layer)
+
+
+def test_an_expert_without_tokens_keeps_its_bytes(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """In training as in the merged checkpoint, while the layer's other experts are trained."""
+    model = attached(files)
+    layer = experts_of(model)
+    optimizer = torch.optim.Adam(frodctl.parameter_groups(model))
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        layer(x, torch.tensor([[0, 1]] * 16), torch.ones(16, 2)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for _, update in layer.stacks():
+        assert update.delta[:2].all()
+        assert not update.delta[2:].any()
+        assert not update.values[2:].any()
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    frodctl.merge(files[0], tmp_path / "adapter", tmp_path / "merged", basis=files[1])
+    before, after = (load_file(folder / "model.safetensors") for folder in (files[0], tmp_path / "merged"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    projections = ("gate_proj", "up_proj", "down_proj")
+    assert changed == {f"model.layers.0.mlp.experts.{e}.{name}.weight" for e in (0, 1) for name in projections}
+
+
+def test_a_router_is_trained_as_a_module(files: tuple[Path, Path], tmp_path: Path) -> None:
+    model = frodctl.attach(loaded(files), files[1], modules_to_save=["gate"])
+    perturb(model)
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    frodctl.merge(files[0], tmp_path / "adapter", tmp_path / "merged", basis=files[1])
+    merged = loaded((tmp_path / "merged", files[1]))
+    assert not torch.equal(merged.model.layers[0].mlp.gate.weight, loaded(files).model.layers[0].mlp.gate.weight)
+    assert torch.allclose(logits(merged), logits(model), atol=1e-4)
+
+
+def test_no_pattern_is_selected_for_experts(files: tuple[Path, Path]) -> None:
+    with pytest.raises(frodctl.UsageError, match="one of a layer's experts"):
+        frodctl.select_pattern(attached(files), [batch("llama")])
+
+
+class OwnExperts(nn.Module):
+    """A mixture as code that comes with a model has it: a list of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 4, bias=False)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"w1": nn.Linear(32, 24), "w2": nn.Linear(24, 32)}) for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        sums = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            tokens, choice = torch.where(chosen == number)
+            y = expert["w2"](expert["w1"](x[tokens]).relu())  # type: ignore[index]
+            sums = sums.index_add(0, tokens, y * weights[tokens, choice, None])
+        return x + sums
+
+
+def test_a_list_of_experts_has_ordinary_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList(OwnExperts() for _ in range(2))})
+    base = save_checkpoint(tmp_path / "base", model.state_dict(), {})
+    frodctl.decompose(base, tmp_path / "b.safetensors", target_modules="all-linear", sparsity=0.05)
+    x = torch.randn(16, 32)
+
+    def output() -> torch.Tensor:
+        y = x
+        for layer in model["layers"]:  # type: ignore[union-attr]
+            y = layer(y)
+        return y.detach()
+
+    before = output()
+    frodctl.attach(model, tmp_path / "b.safetensors")
+    assert len(frod_layers(model)) == 2 * 4 * 2
+    assert torch.equal(output(), before)
+    perturb(model)
+    trained = output()
+    assert not torch.allclose(trained, before, atol=1e-3)
+    frodctl.save_adapter(model, tmp_path / "adapter")
+    frodctl.merge(base, tmp_path / "adapter", tmp_path / "merged", basis=tmp_path / "b.safetensors")
+    frodctl.training.detach(model)
+    model.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    assert torch.allclose(output(), trained, atol=1e-5)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, Qwen3MoeForCausalLM
 
+import frodctl
 from frodctl import training
-from frodctl.errors import UsageError
+from frodctl.errors import InvalidInput, UsageError
 from frodctl.method.step_cost import Shape, full_flops, input_flops, weight_flops
 from frodctl.training.layer import Basis, FrodLinear
-from tests.training.conftest import Cases
+from tests.training.conftest import Cases, mixture
 
 
 def costs(model: nn.Module, tokens: int, **options: Any) -> dict[str, training.StepCost]:
@@ -63,6 +66,32 @@ def test_the_choice_is_the_cheaper_one(cases: Cases) -> None:
         by_weight = layer._weight_side(layer.update(), torch.ones(tokens, 32))
         assert by_weight == (found["weight"].flops < found["input"].flops)
     assert by_weight
+
+
+def test_experts_count_for_the_tokens_that_they_have() -> None:
+    """In units of 2 n² operations a token: as a layer for each of its experts, but Vᵀx is one for all of them."""
+    n, tokens = 100, 1000
+    unit = 2.0 * n * n * tokens
+    shape = Shape(n, n, 0, experts=8, chosen=3)
+    assert full_flops(shape, tokens) == 3 * 3 * unit
+    assert input_flops(shape, tokens) == 2 * (3 + 1 + 3) * unit
+    assert input_flops(shape._replace(own_input=True), tokens) == 3 * 6 * unit
+    assert input_flops(shape._replace(in_rows=True), tokens) == 2 * (3 + 1 + 3 * 1 + 8 * n / tokens) * unit
+    assert input_flops(shape._replace(in_rows=True), 1) == 2 * (3 + 1 + 2 * 3) * 2.0 * n * n
+
+
+def test_experts_of_a_model(tmp_path: Path) -> None:
+    base, basis = mixture(tmp_path / "files")
+    model = frodctl.attach(Qwen3MoeForCausalLM.from_pretrained(base), basis, target_modules=r".*experts.*")
+    found = costs(model, 100)
+    layers, experts, chosen, hidden, inner = 2, 4, 2, 32, 24
+    assert found["full"].flops == 6 * 100 * layers * chosen * 3 * hidden * inner
+    assert found["full"].trained_bytes == 3 * 4 * layers * experts * 3 * hidden * inner
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["input"].trained_bytes == found["weight"].trained_bytes == 3 * 4 * trained
+    model.model.layers[0].mlp.experts.base_layer.config = PreTrainedConfig()
+    with pytest.raises(InvalidInput, match="does not say how many"):
+        costs(model, 100)
 
 
 def test_shown(cases: Cases, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import frodctl
 from frodctl import training
 from frodctl.arrays import to_torch
-from frodctl.checkpoint import sink
+from frodctl.checkpoint import files
 from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
 from frodctl.jobs.progress import Progress
 from frodctl.training import peft as bridge
@@ -269,7 +269,7 @@ class TestTheFiles:
         assert files == {CONFIG, WEIGHTS, "README.md", "notes.txt"}
         assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
 
-    @pytest.mark.parametrize("cut", range(6))
+    @pytest.mark.parametrize("cut", range(7))
     def test_a_cut_leaves_no_mixture(
         self, cut: int, cases: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -289,8 +289,8 @@ class TestTheFiles:
 
             return cut_or_go_on
 
-        monkeypatch.setattr(sink.os, "fsync", cutting(os.fsync))  # once for each file, and then
-        monkeypatch.setattr(sink.os, "replace", cutting(os.replace))
+        monkeypatch.setattr(files, "fsync", cutting(files.fsync))  # once for each file and for the folder, and then
+        monkeypatch.setattr(files, "replace", cutting(files.replace))
         with pytest.raises(KeyboardInterrupt):
             frodctl.save_adapter(model, tmp_path / "adapter")
         assert not list((tmp_path / "adapter").glob("*.tmp"))

@@ -12,6 +12,7 @@ from typing import ClassVar
 import frodctl
 from frodctl import values
 from frodctl.checkpoint import codec, names, siblings, sink, targets
+from frodctl.checkpoint.experts import share_per_token
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.opening import open_checkpoint
 from frodctl.checkpoint.quantized import refuse_quantized
@@ -45,6 +46,7 @@ class CategoryPlan:
     name: str
     targets: tuple[targets.Target, ...] = field(repr=False)
     sparsity: float | None  #: None until the spectra that it depends on are known
+    share_per_token: float | None = 1.0  #: of the weights that take part in a token; None: unknown
     ranks: tuple[int, ...] = (0,)  #: the processes that divide its layers among them
     process_bytes: int = PROCESS_BYTES  #: what each takes before any weight
 
@@ -69,6 +71,12 @@ class CategoryPlan:
     @property
     def trainable_parameters(self) -> int | None:
         return None if self.sparsity is None else len(self.targets) * budget.trainable(self.n, self.sparsity)
+
+    @property
+    def trainable_per_token(self) -> int | None:
+        """Those of them that take part in a token."""
+        trained, share = self.trainable_parameters, self.share_per_token
+        return None if trained is None or share is None else round(trained * share)
 
     @property
     def flops(self) -> float:
@@ -119,6 +127,7 @@ class CategoryPlan:
             "nnz": None if self.sparsity is None else budget.nnz(self.n, self.sparsity),
             "trainable_parameters": self.trainable_parameters,
             "flops": self.flops,
+            "trainable_per_token": self.trainable_per_token,
             "ranks": list(self.ranks),
         }
 
@@ -144,6 +153,7 @@ class DecomposePlan:
     columns: ClassVar[tuple[Column, ...]] = (
         *SHAPE_COLUMNS,
         Column("flops", "flop", "count"),
+        Column("trainable_per_token"),
         Column("memory_bytes"),
         Column("ranks"),
     )
@@ -163,6 +173,13 @@ class DecomposePlan:
         counts = [category.trainable_parameters for category in self.categories]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else int(_numbers(self.checkpoint, self.options))
+
+    @property
+    def trainable_per_token(self) -> int | None:
+        """Numbers that are trained and take part in a token: of experts those that a router chooses, if it is known."""
+        counts = [category.trainable_per_token for category in self.categories]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
 
     def settled(self, weights: Sequence[float]) -> DecomposePlan:
         """The plan with every sparsity: in proportion to ``weights``, one for each category, where they decide."""
@@ -290,6 +307,7 @@ class DecomposePlan:
             "parameters": total,
             "trainable_parameters": self.trainable_parameters,
             "trainable_share": self.trainable_parameters / total if total else None,
+            "trainable_per_token": self.trainable_per_token,
             "share_input": self.share_input,
             "peft_loadable": metadata.peft_loadable,
             "categories": self.rows(),
@@ -381,7 +399,11 @@ def _categories(
             raise UsageError(f"{error}, {least:.4%} of the checkpoint's parameters") from None
     if options.allocate != "uniform":
         sparsity = None
-    return tuple(CategoryPlan(name, tuple(groups[name]), sparsity) for name in sorted(groups)), collisions
+    made = [
+        CategoryPlan(name, tuple(group), sparsity, share_per_token(group, checkpoint))
+        for name, group in sorted(groups.items())
+    ]
+    return tuple(made), collisions
 
 
 def _among(categories: Sequence[CategoryPlan], ranks: int) -> tuple[CategoryPlan, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar
 
 import frodctl
-from frodctl.checkpoint import codec, sink
+from frodctl.checkpoint import codec, files, sink
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.source import Source
 from frodctl.checkpoint.targets import Target
@@ -78,6 +78,7 @@ class DecomposeResult(Written):
         Column("seconds", "time", "seconds"),
         Column("resumed"),
         Column("rms_singular_value"),
+        Column("trainable_per_token"),
         Column("memory_bytes"),
         Column("ranks"),
     )
@@ -143,9 +144,9 @@ def run_decompose(
             with profile.step("writing"):
                 _publish(plan, staging, parts, profile)
         world.gather(None)
-    size = plan.output.stat().st_size
+    size = files.stat(plan.output).st_size
     result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
-    return push_file(result, plan.output, plan.options, model_card(plan), progress) if world.number == 0 else result
+    return result if world.number else push_file(result, plan.output, plan.options, model_card(plan), progress)
 
 
 def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile: Unprofiled) -> None:
@@ -179,8 +180,7 @@ def _source(plan: DecomposePlan, order: Sequence[int], rank: int, progress: Call
     from frodctl.checkpoint.remote import Downloads
 
     mine = [plan.categories[number] for number in order if rank in plan.categories[number].ranks]
-    targets = [category.targets[i] for category in mine for i in category.own(rank)]
-    tensors = [part for target in targets for part in target.tensor.parts]
+    tensors = [part for category in mine for i in category.own(rank) for part in category.targets[i].tensor.parts]
     return Downloads(plan.checkpoint.repository, tensors, lambda text: progress(Progress(text)))
 
 
@@ -468,6 +468,6 @@ def _weights_key(plan: DecomposePlan) -> list[Json]:
     root, revision = plan.checkpoint.root, plan.checkpoint.revision
     if root is None or revision is not None:
         return [plan.checkpoint.model, plan.options.subfolder, revision]
-    files = sorted({part.file for c in plan.categories for t in c.targets for part in t.tensor.parts})
-    states = [(root / file).stat() for file in files]
-    return [str(root.resolve()), [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True)]]
+    names = sorted({part.file for c in plan.categories for t in c.targets for part in t.tensor.parts})
+    states = [files.stat(root / name) for name in names]
+    return [str(root.resolve()), [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, states, strict=True)]]

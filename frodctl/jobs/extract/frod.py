@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import frodctl
 from frodctl.adapted import opening
-from frodctl.checkpoint import manifest, names, sink
+from frodctl.checkpoint import files, manifest, names, sink
 from frodctl.checkpoint.inputs import Json
 from frodctl.checkpoint.records import ADAPTER_FILES, Checkpoint
 from frodctl.checkpoint.targets import Target, linear_layer
@@ -276,14 +276,13 @@ def run_frod(plan: FrodPlan, progress: Callback = silent, profile: Unprofiled = 
             work = _Work(plan, kernels, progress, profile)
             for category in plan.sparsity:
                 work.fit(category)
-        tree = staging.path(_TREE)
         with profile.step("writing"):
-            tree.mkdir(exist_ok=True)
+            tree = staging.begin_folder(_TREE, [])
             result = FrodResult(plan, plan.output, 0, tuple(work.fidelities), tuple(work.residuals), kernels.name, 0.0)
             provenance = _provenance(plan, work.positions)
             adapter_format.write_adapter(tree, work.tensors, _config(plan), provenance, _card(result))
             manifest.write(tree, f"frodctl {frodctl.__version__}")
-            nbytes = (tree / ADAPTER_FILES[1]).stat().st_size
+            nbytes = files.stat(tree / ADAPTER_FILES[1]).st_size
             staging.publish_folder(_TREE)
     result = replace(result, output_bytes=nbytes, seconds=time.perf_counter() - started)
     return push_folder(result, plan.output, plan.options, progress)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,12 +14,13 @@ import numpy as np
 
 import frodctl
 from frodctl.arrays import DTYPES
-from frodctl.checkpoint import manifest, shards, sink, stream
+from frodctl.checkpoint import files, manifest, shards, sink, stream
 from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput
 from frodctl.formats import lora
 from frodctl.jobs.lora.card import model_card
 from frodctl.jobs.lora.plan import LoraPlan
+from frodctl.jobs.notes import Notes
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
@@ -122,8 +121,7 @@ def run_lora(
     require_memory(plan.peak_memory_bytes, kernels.name)
     with sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume) as staging:
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
-        tree = staging.path(_TREE)
-        tree.mkdir(exist_ok=True)
+        tree = staging.begin_folder(_TREE, [lora.WEIGHTS_FILE])
         work = _Work(plan, changes, kernels, progress, profile)
         origin = partial(_origin, plan, changes)
         try:
@@ -131,10 +129,10 @@ def run_lora(
                 ranks = work.ranks()
                 shard = plan.shard(ranks)
                 with shards.ShardWriter(tree, [shard], staging.path(_JOURNAL), origin) as writer:
-                    resumed, found = work.write(writer, ranks, _Notes(staging.path(_FIGURES)))
+                    resumed, found = work.write(writer, ranks, Notes(staging.path(_FIGURES)))
                     digests = dict(writer.digests)
         except InvalidInput:  # a rerun would come to the same
-            shutil.rmtree(staging.folder)
+            files.rmtree(staging.folder)
             raise
         result = LoraResult(
             plan, plan.output, shard.nbytes, tuple(ranks), tuple(found), resumed, plan.options.verify, kernels.name, 0.0
@@ -175,7 +173,7 @@ class _Work:
             found.append(min(limits[number], needed))
         return found if self.plan.options.rank_pattern else [max(found)] * len(found)
 
-    def write(self, writer: shards.ShardWriter, ranks: Sequence[int], notes: _Notes) -> tuple[int, list[Fidelity]]:
+    def write(self, writer: shards.ShardWriter, ranks: Sequence[int], notes: Notes) -> tuple[int, list[Fidelity]]:
         """Write all that is not finished; how many layers were, and how near all come to their ΔW."""
         modules = [layer.module for layer in self.plan.layers]
         keys = [lora.factor_keys(module) for module in modules]
@@ -221,29 +219,6 @@ class _Work:
         return (A, B), fidelity(X, kernels.put(B, "float64"), kernels.put(A, "float64"), kernels)
 
 
-class _Notes:
-    """How near the finished layers come to their ΔW, kept for a run that takes them up."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.known: dict[str, Fidelity] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-            with suppress(ValueError, TypeError):  # the line that was being written as the run was killed
-                module, *figures = json.loads(line)
-                self.known[module] = Fidelity(*figures)
-
-    def __enter__(self) -> _Notes:
-        self._open = open(self.file, "a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
-    def add(self, module: str, found: Fidelity) -> None:
-        self._open.write(json.dumps([module, *astuple(found)]) + "\n")
-        self._open.flush()
-
-
 @np.errstate(over="ignore")  # infinity is looked for
 def _rounded(factor: HostArray, dtype: np.dtype[Any]) -> HostArray:
     return np.ascontiguousarray(factor, dtype)
@@ -259,6 +234,6 @@ def _write_the_rest(result: LoraResult, tree: Path) -> None:
     plan = result.plan
     ranks = {layer.module: rank for layer, rank in zip(plan.layers, result.ranks, strict=True)}
     text = json.dumps(lora.config(ranks, plan.setting), indent=2, ensure_ascii=False) + "\n"
-    (tree / lora.CONFIG_FILE).write_text(text, encoding="utf-8")
-    (tree / "README.md").write_text(model_card(plan, result.rows(), result.overall), encoding="utf-8", errors="replace")
+    files.write_text(tree / lora.CONFIG_FILE, text)
+    files.write_text(tree / "README.md", model_card(plan, result.rows(), result.overall))
     manifest.write(tree, f"frodctl {frodctl.__version__}")

@@ -30,10 +30,12 @@ class Keywords(LoraKeywords, total=False):
     trust_basis: bool
     recompute_projection: bool
     projection_dtype: str | torch.dtype
+    base_as: str
     form: str
     scale: Number
     also: Scaled | Iterable[Scaled]
     adapter_name: str | None
+    fp8_scales: str
     max_shard_size: int | str
 
 
@@ -94,11 +96,13 @@ def merge(
     trust_basis: bool = False,
     recompute_projection: bool = False,
     projection_dtype: str | torch.dtype = "auto",
+    base_as: str = "stored",
     form: str = "auto",
     scale: Number = 1.0,
     also: Scaled | Iterable[Scaled] = (),
     adapter_name: str | None = None,
     dtype: str | torch.dtype = "auto",
+    fp8_scales: str = "channel",
     max_shard_size: int | str = "5GB",
     device: str | torch.device = "auto",
     revision: str | None = None,
@@ -152,6 +156,9 @@ def merge(
     projection_dtype : {"auto", "float32", "bfloat16", "float16"}
         Of the base as such an adapter was trained over it. "auto" takes what the adapter's tensors tell, or else the
         dtype that the base is stored in; a warning says which.
+    base_as : {"stored", "auto", "nf4", "nf4-double", "fp4", "fp4-double", "int8", "llm-int8"}
+        The base's weights as they are stored, or as bitsandbytes' 4 bits and LLM.int8() or torchao's weight-only int8
+        make them; "auto" as the adapter says that it was trained.
     form : {"auto", "delta", "reconstruct"}
         W + ΔW, or U (diag(λ') + S) Vᵀ as PEFT trains it; "auto" as it was trained.
     scale : float or str
@@ -160,8 +167,11 @@ def merge(
         Further adapters; ``"other:0.3"`` has its scale with it.
     adapter_name : str, optional
         Which of several adapters in the folder.
-    dtype : {"auto", "float32", "bfloat16", "float16"}
-        Of the result; "auto" keeps each tensor's, and writes a LoRA adapter in float32 as PEFT does.
+    dtype : {"auto", "float32", "bfloat16", "float16", "float8_e4m3"}
+        Of the result; "auto" keeps each tensor's, and writes a LoRA adapter in float32 as PEFT does. "float8_e4m3" is
+        compressed-tensors' layout: the linear layers of the blocks in 8 bits, all else as it is.
+    fp8_scales : {"channel", "block"}
+        What has a scale in 8 bits: each row, or each block of 128 × 128.
     max_shard_size : int or str
         Bytes of tensors in one file.
     device : str or torch.device
@@ -211,11 +221,13 @@ def merge(
         trust_basis=trust_basis,
         recompute_projection=recompute_projection,
         projection_dtype=projection_dtype,
+        base_as=base_as,
         form=form,
         scale=scale,
         also=also,
         adapter_name=adapter_name,
         dtype=dtype,
+        fp8_scales=fp8_scales,
         max_shard_size=max_shard_size,
         device=device,
         revision=revision,

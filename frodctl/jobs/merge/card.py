@@ -30,6 +30,21 @@ def model_card(plan: MergePlan) -> str:
         "",
         *(f"- `{public_name(s.adapter.name)}` (form {s.form}, scale {s.scale:g})" for s in plan.sources),
         "",
+        *_quantization(plan),
+        *_base_as(plan),
         f"{MERGED_BY} {frodctl.__version__}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quantization(plan: MergePlan) -> list[str]:
+    if plan.quantization is None:
+        return []
+    each = "row" if plan.quantization.scales == "channel" else "block of 128 × 128"
+    return [f"{len(plan.quantization.weights)} weights are in FP8 (e4m3) with a scale for each {each}.", ""]
+
+
+def _base_as(plan: MergePlan) -> list[str]:
+    if plan.base_as is None:
+        return []
+    return [f"The base's weights are those that {plan.base_as.kind} makes of them ({plan.base_as.library}).", ""]

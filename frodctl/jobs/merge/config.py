@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from frodctl.adapted.opening import Source
 from frodctl.checkpoint.codec import FLOAT_DTYPES, TensorSpec
 from frodctl.checkpoint.inputs import Json
-from frodctl.checkpoint.records import TensorInfo
+from frodctl.checkpoint.records import MODEL_DTYPES, TensorInfo
 from frodctl.formats.adapter import LABEL_KEYS, LABELLING_TASKS, Adapter
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -47,6 +47,7 @@ def edited(
     replaced: Mapping[str, tuple[Source, TensorInfo]],
     adapter: Adapter,
     dtype: str,
+    quantization: Mapping[str, Json] | None = None,
 ) -> dict[str, Json] | None:
     """The config of the result; None where the base's own will do, or there is none.
 
@@ -61,14 +62,18 @@ def edited(
     adapter : Adapter
         Its task says what kind of model the result is.
     dtype : str
-        What was asked for: auto keeps the tensors' own.
+        What was asked for: auto keeps the tensors' own, and so does what is left beside weights in 8 bits.
+    quantization : mapping, optional
+        What to say of weights in 8 bits.
     """
     if not config:
         return None
     adapter = headed(adapter, added, replaced)
     result = copy.deepcopy(dict(config))
     _drop_quantization(result)
-    if dtype != "auto":
+    if quantization is not None:
+        result["quantization_config"] = dict(quantization)
+    if dtype in MODEL_DTYPES:
         _set_dtype(result, dtype)
         if not any(key in result for key in _DTYPE_KEYS):
             result["torch_dtype"] = dtype  # which older and newer transformers read

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from frodctl.adapted.matching import Part
 from frodctl.adapted.opening import Source
+from frodctl.checkpoint import codec, files
 from frodctl.checkpoint.inputs import Json
 
 
@@ -25,8 +26,10 @@ def source_key(source: Source) -> list[Json]:
 
 def _digest(path: Path) -> str:
     """Of a file's bytes: size and time may stay as they are where those change."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hashlib.sha256()
+    for chunk in codec.read_chunks(path, 0, files.stat(path).st_size):
+        sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def part_key(sources: Sequence[Source], part: Part) -> list[Json]:
@@ -36,4 +39,5 @@ def part_key(sources: Sequence[Source], part: Part) -> list[Json]:
 
 def state_of(path: Path) -> tuple[str, int, int]:
     """What changes where a file is written to, as a rule."""
-    return str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
+    state = files.stat(path)
+    return str(path.resolve()), state.st_size, state.st_mtime_ns

@@ -22,8 +22,10 @@ from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.formats.adapter import is_adapter, open_adapter
 from frodctl.jobs import SCHEMA_VERSION
 from frodctl.jobs.columns import Column
+from frodctl.jobs.merge import base_as
 from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.options import MergeOptions
+from frodctl.jobs.merge.quantization import FLOAT8, Quantization, quantization
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.ranks import RANK_BYTES
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates
@@ -62,6 +64,8 @@ class MergePlan:
     config: Mapping[str, Json] | None = field(repr=False)  #: of the result; None where the base's is copied
     files: tuple[str, ...] = field(repr=False)  #: copied from the base's folder
     warnings: tuple[str, ...]
+    quantization: Quantization | None = field(default=None, repr=False)  #: of a result in 8 bits
+    base_as: base_as.BaseAs | None = field(default=None, repr=False)  #: how the base is held; None: as it is stored
     ranks: int = 1  #: processes that share the work
     seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
@@ -72,12 +76,18 @@ class MergePlan:
 
     @property
     def added(self) -> list[str]:
-        """Tensors that the base does not have."""
-        return sorted({spec.name for shard in self.shards for spec in shard.specs} - set(self.names.values()))
+        """Tensors that the base does not have, but for scales."""
+        known = {*self.names.values(), *self.scales.values()}
+        return sorted({spec.name for shard in self.shards for spec in shard.specs} - known)
+
+    @property
+    def scales(self) -> Mapping[str, str]:
+        """The weights that are written in 8 bits, and what their scales are called."""
+        return self.quantization.scale_names if self.quantization else {}
 
     @cached_property
     def origins(self) -> dict[str, TensorInfo]:
-        """The base's tensors, or their slices where those are written one by one, by name in the output."""
+        """What the output's tensors are made from: the base's, or their slices where those are written one by one."""
         sliced = {name for shard in self.shards for name in shard.sliced}
         found: dict[str, TensorInfo] = {}
         for old, new in self.names.items():
@@ -86,7 +96,7 @@ class MergePlan:
                 found |= {f"{new}[{index}]": info.slice(index) for index in range(info.shape[0])}
             else:
                 found[new] = info
-        return found
+        return found | {scales: found[name] for name, scales in self.scales.items()}
 
     def name(self, weight: Weight) -> str:
         """What the output calls a merged weight: its tensor, or the slice of it."""
@@ -97,7 +107,7 @@ class MergePlan:
     @property
     def copied(self) -> dict[str, TensorInfo]:
         """Those of them that no adapter touches."""
-        touched = {self.name(weight) for weight in self.weights} | set(self.replaced)
+        touched = {self.name(weight) for weight in self.weights} | set(self.replaced) | set(self.scales.values())
         return {name: info for name, info in self.origins.items() if name not in touched}
 
     def check_output(self) -> None:
@@ -115,7 +125,21 @@ class MergePlan:
         """Peak resident memory of a whole process, about."""
         process = PROCESS_BYTES + (RANK_BYTES if self.ranks > 1 else 0)
         widest = max((codec.DTYPE_BITS[self.dtypes[self.name(weight)]] // 8 for weight in self.weights), default=0)
-        return process + update_memory_bytes(self.weights, widest)
+        others = self._quantizing_bytes() + self._requantizing_bytes()
+        return process + update_memory_bytes(self.weights, widest) + others
+
+    def _requantizing_bytes(self) -> int:
+        """Of holding the base otherwise: the library, and a weight in its hands, merged and copied."""
+        largest = max((info.parameters for info in self.checkpoint.tensors.values()), default=0)
+        return base_as.LIBRARY_BYTES + 2 * 12 * largest if self.base_as else 0
+
+    def _quantizing_bytes(self) -> int:
+        """Of a result in 8 bits: ΔW in float32 with the codes, and a weight that is copied with its own."""
+        merged = max((5 * weight.target.m * weight.target.n for weight in self.weights), default=0)
+        copied = max(
+            (info.nbytes + info.parameters for name, info in self.copied.items() if name in self.scales), default=0
+        )
+        return merged + copied if self.quantization else 0
 
     @property
     def flops(self) -> float:
@@ -162,6 +186,8 @@ class MergePlan:
             "ranks": self.ranks,
             "seconds_estimate": self.seconds_estimate,
             "dtype": self.options.dtype,
+            "quantization": self.quantization.as_dict() if self.quantization else None,
+            "base_as": self.base_as.as_dict() if self.base_as else None,
             "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in self.shards],
             "merged_tensors": len(self.weights),
             "replaced_tensors": sorted(set(self.replaced) - set(self.added)),
@@ -203,6 +229,14 @@ def plan_merge(
     replaced = {new_names.get(name, name): item for name, item in replaced.items()}
     specs = _specs(checkpoint, new_names, replaced, chosen)
     sliced = {new_names[w.target.tensor.name] for w in found.weights if w.target.index is not None}
+    held = base_as.base_as(found, chosen.base_as, new_names)
+    if held and chosen.base_as == base_as.AUTO:
+        progress(Progress(f"{sources[0].adapter.name}: was trained over {held.kind}, and so is the base held"))
+    narrow = None
+    if chosen.dtype == FLOAT8:
+        turned = {new_names[w.target.tensor.name] for w in found.weights if w.target.transposed}
+        narrow = quantization(checkpoint, new_names, {*replaced, *turned}, specs, chosen.fp8_scales)
+        specs = list(narrow.specs(specs))
     plan = MergePlan(
         checkpoint=checkpoint,
         output=output,
@@ -212,9 +246,24 @@ def plan_merge(
         replaced=replaced,
         names=new_names,
         shards=shards.plan_shards(specs, chosen.max_shard_size, weights_name(checkpoint.config), sliced),
-        config=model_config.edited(checkpoint.config, specs, added, replaced, sources[0].adapter, chosen.dtype),
+        config=model_config.edited(
+            checkpoint.config,
+            specs,
+            added,
+            replaced,
+            sources[0].adapter,
+            chosen.dtype,
+            narrow.config() if narrow else None,
+        ),
         files=copied_files(checkpoint, as_sentences=not added),
-        warnings=(*found.warnings, *warnings(sources, replaced)),
+        warnings=(
+            *found.warnings,
+            *warnings(sources, replaced),
+            *base_as.notes(found, chosen.base_as, held),
+            *(narrow.warnings() if narrow else ()),
+        ),
+        quantization=narrow,
+        base_as=held,
         ranks=ranks,
     )
     if dry_run:
@@ -359,7 +408,7 @@ def _specs(
     of_values = model_config.usual_dtype(others)
 
     def dtype(info: TensorInfo) -> str:
-        if options.dtype != "auto" and info.dtype in codec.FLOAT_DTYPES:
+        if options.dtype in MODEL_DTYPES and info.dtype in codec.FLOAT_DTYPES:
             return MODEL_DTYPES[options.dtype]
         return of_values if info.scaled else info.dtype
 

@@ -1,0 +1,1 @@
+"""What FRoD is worth, and how to get it: tasks × methods × seeds, and the tables and plots that are made of them."""
