@@ -119,10 +119,22 @@ class ShardWriter:
         what they were made from still has its own.
     origin : callable
         The digest of what a tensor is to be made from, by its name; "" where it depends on nothing that can change.
+    others : sequence of Path
+        Journals of other processes that wrote to the files in the earlier run; taken over into this one.
+    finished : mapping, optional
+        Where another process writes to the files now and has begun them: the digests of what was finished then, which
+        its journal has.
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], journal: Path, origin: Callable[[str], str] = lambda name: ""
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        journal: Path,
+        origin: Callable[[str], str] = lambda name: "",
+        *,
+        others: Sequence[Path] = (),
+        finished: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.shards = shards
@@ -130,21 +142,26 @@ class ShardWriter:
         self._handles: dict[str, int] = {}
         try:
             for shard in shards:
-                self._begin(shard)
-            finished = self._finished(journal, origin)
+                self._begin(shard, new=finished is None)
+            found = self._finished([journal, *others], origin) if finished is None else {}
             self._journal = files.open_write(journal, "w")
         except BaseException:
             self._close_files()
             raise
-        self.digests: dict[str, str] = {}  #: of the finished tensors, by name
+        self.digests: dict[str, str] = dict(finished or {})  #: of the finished tensors, by name
+        self.others = frozenset(finished or ())  #: those of them that another process's journal has
         self._lock = threading.Lock()
-        for name, (digest, made_from) in finished.items():
+        for name, (digest, made_from) in found.items():
             self._note(name, digest, made_from)
+        for path in others:
+            files.unlink(path)
 
-    def _begin(self, shard: Shard) -> None:
-        """Open a file, give it its size, and write its header."""
+    def _begin(self, shard: Shard, *, new: bool) -> None:
+        """Open a file; give it its size, and write its header, unless another process has."""
         path = self.folder / shard.file
         handle = self._handles[shard.file] = files.open_handle(path, _FLAGS)
+        if not new:
+            return
         with files.named(path):
             files.truncate(handle, shard.nbytes)
             files.write_all(handle, shard.header, 0)
@@ -193,9 +210,9 @@ class ShardWriter:
             self._journal.write(json.dumps([name, digest, made_from]).encode() + b"\n")
             self._journal.flush()
 
-    def _finished(self, journal: Path, origin: Callable[[str], str]) -> dict[str, tuple[str, str]]:
+    def _finished(self, journals: Sequence[Path], origin: Callable[[str], str]) -> dict[str, tuple[str, str]]:
         """The noted tensors that are as they were written, with their digests and those of what they were made from."""
-        noted = {name: rest for name, *rest in _lines(journal) if name in self.places}
+        noted = {name: rest for path in journals for name, *rest in _lines(path) if name in self.places}
         found = _digests(self.folder, {name: self.places[name] for name in noted})
         whole = [name for name, (digest, _) in noted.items() if found[name] == digest]
         origins = in_order([partial(origin, name) for name in whole], count=2)
@@ -214,7 +231,7 @@ def _lines(journal: Path) -> Iterator[list[str]]:
 
 
 def verify(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str]) -> None:
-    """Read the files again: headers as planned, and every tensor's bytes with the digest they were written with.
+    """Read the files again: headers as planned, and these tensors' bytes with the digests they were written with.
 
     Raises
     ------
@@ -227,7 +244,7 @@ def verify(folder: Path, shards: Sequence[Shard], digests: Mapping[str, str]) ->
         offsets = shard.offsets()
         if found != {spec.name: (spec, offsets[spec.name]) for spec in shard.specs}:
             raise FrodctlError(f"{shard.file}: the header read back is not the one written; check the disk")
-        places.update({spec.name: (shard.file, offset, spec) for spec, offset in shard.pieces()})
+        places.update({s.name: (shard.file, offset, s) for s, offset in shard.pieces() if s.name in digests})
     for name, digest in _digests(folder, places).items():
         if digests[name] != digest:
             raise FrodctlError(f"{places[name][0]}: tensor {name} reads back differently from what was written")

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None, launch: Launch = BY_ITSELF) -> 
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
     if launch.number:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the first rank's is all there is to see)
+        silence_stdout()  # the first rank's is all there is to see
     try:
         code = _run(arguments, started)
         launch.leave()

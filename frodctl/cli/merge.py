@@ -18,8 +18,10 @@ from frodctl.cli.options import (
     source_options,
     verify_option,
 )
-from frodctl.cli.output import Output, about_time, human_bytes, human_count
+from frodctl.cli.output import Output, about_time, devices, human_bytes, human_count
 from frodctl.cli.progress import Reporter
+from frodctl.cli.started import started
+from frodctl.errors import UsageError
 from frodctl.jobs import merge as job
 
 
@@ -122,16 +124,19 @@ def command(
     (hf://org/name@revision/folder). BASE - is the model that the adapter names. --revision and --subfolder are BASE's.
     """
     measured = profiling.begin(profile, dry_run=dry_run)
-    with Reporter(quiet, format_) as report:
+    launch = started().launch
+    with Reporter(quiet or launch.number > 0, format_) as report:
         out = Output(format_, json_, report.note)
         chosen = job.MergeOptions.of(**options)
+        if chosen.as_ == "lora" and launch.count > 1:
+            raise UsageError("`as_` lora runs in one process, and this is one of torchrun's; start it without")
         if chosen.as_ == "lora":
             with measured.step("planning"):
                 lora = job.plan_lora(base, adapter, output, chosen, dry_run=dry_run, progress=report)
             adapters.emit(lora, lambda: job.run_lora(lora, report, measured), out, report, measured, dry_run=dry_run)
             return
         with measured.step("planning"):
-            plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report)
+            plan = job.plan_merge(base, adapter, output, chosen, dry_run=dry_run, progress=report, ranks=launch.count)
         for warning in plan.warnings:
             report.note(f"Warning: {warning}.")
         if dry_run:
@@ -139,12 +144,12 @@ def command(
             document = plan.as_dict() | {"dry_run": True}
             out.emit(document, document["categories"], plan.columns)
             return
-        result = job.run_merge(plan, report, measured).with_profile(measured)
+        result = job.run_merge(plan, report, measured, launch).with_profile(measured)
     document = result.as_dict()
     files = len(document["shards"])
     report.note(
         f"Wrote {result.output} ({human_bytes(result.output_bytes)} in {files} {'file' if files == 1 else 'files'}): "
-        f"{_summary(document)}, in {result.seconds:.1f} s on {result.device}"
+        f"{_summary(document)}, in {result.seconds:.1f} s on {devices(result.device, plan.ranks)}"
     )
     for warning in result.warnings():
         report.note(f"Warning: {warning}.")

@@ -313,8 +313,11 @@ def write_patterns(
     force : bool
         Replace an existing file.
     """
+    import numpy as np
+
     from frodctl.checkpoint.stream import digest, tensor_bytes
 
+    indices = {category: np.ascontiguousarray(tensor) for category, tensor in indices.items()}
     digests = dict(basis.metadata.digests)
     if digests:  # else the others' are not known
         digests |= {f"indices.{category}": digest(tensor) for category, tensor in indices.items()}

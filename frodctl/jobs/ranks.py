@@ -193,12 +193,12 @@ def staged(world: World, output: Path, staging: Callable[[], sink.Staging]) -> I
             yield single
         return
     opened = staging() if world.number == 0 else None
-    token = os.urandom(8)
+    token = os.urandom(8).hex()
     if opened is not None:
-        files.write_bytes(opened.path(_TOKEN), token)
+        files.write_text(opened.path(_TOKEN), token)
     key, token = world.share(None if opened is None else [opened.folder.name, token])
     with opened or sink.Pieces(output, key) as pieces:
-        if not pieces.path(_TOKEN).is_file() or pieces.path(_TOKEN).read_bytes() != token:
+        if files.read_bytes(pieces.path(_TOKEN)) != token.encode():
             raise UsageError(f"{output}: not the same folder for all ranks; name an output on a disk that all share")
         world.gather(None)
         if opened is not None:

@@ -94,7 +94,8 @@ def divided(seconds: Sequence[Callable[[int], float]], count: int) -> tuple[tupl
     tuple of tuples
         By task the numbers of its ranks, ascending. In every one of them the longest task comes first.
     """
-    plans = [_scheduled(seconds, count, limit) for limit in {task(ranks) for task in seconds for ranks in _to(count)}]
+    limits = sorted({task(ranks) for task in seconds for ranks in _to(count)}, reverse=True)  # the fewest ranks first
+    plans = [_scheduled(seconds, count, limit) for limit in limits]
     return min(plans, key=lambda plan: plan[0], default=(0.0, ()))[1]
 
 

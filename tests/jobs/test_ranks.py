@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,11 @@ import torch
 from torch.distributed import TCPStore
 
 import frodctl
+from frodctl.checkpoint import manifest
 from frodctl.jobs.decompose import DecomposeOptions, plan_decompose
 from frodctl.method.ranks import divided, shares
 from tests import forked
-from tests.conftest import llama_layers, save_checkpoint
+from tests.conftest import llama_layers, save_checkpoint, snapshot
 from tests.jobs.test_decompose import check_identities
 
 KILLED = -signal.SIGKILL
@@ -173,3 +175,37 @@ def test_shares_are_even() -> None:
         parts = shares(items, count)
         assert [i for part in parts for i in part] == [*range(items)]
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+CORPUS = Path(__file__).parents[1] / "corpus" / "553d683"
+MERGE = ("--basis", CORPUS / "basis.safetensors", "--max-shard-size", "1MB")
+
+
+def test_merged_bytes_are_one_processs_and_a_killed_merge_is_taken_up(example: Path, tmp_path: Path) -> None:
+    merging = ("merge", example, CORPUS / "lean", "merged", *MERGE)
+    runs = torchrun(2, *merging, cwd=tmp_path, moments={1: (3, "merging")})
+    assert runs[1].returncode == KILLED
+    assert runs[0].returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["merged.partial"]
+    runs = torchrun(2, *merging, "--json", cwd=tmp_path)
+    succeed(runs)
+    result = json.loads(runs[0].stdout)
+    assert result["resumed_tensors"] > 0
+    assert result["ranks"] == 2
+    alone = forked.frodctl(("merge", example, CORPUS / "lean", "alone", *MERGE), tmp_path, one_thread())
+    assert alone.returncode == 0, alone.stderr
+    differing = {"README.md", manifest.FILE}  # the folder's name is in the first, whose size in the second
+    ours, theirs = snapshot(tmp_path / "merged"), snapshot(tmp_path / "alone")
+    assert {n: b for n, b in ours.items() if n not in differing} == {
+        n: b for n, b in theirs.items() if n not in differing
+    }
+
+
+def one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_lora_adapter_is_not_for_several_ranks(example: Path, tmp_path: Path) -> None:
+    runs = torchrun(2, "merge", example, CORPUS / "lean", "out", "--as", "lora", "--rank", "4", cwd=tmp_path)
+    assert [run.returncode for run in runs] == [2, 2]
+    assert "".join(run.stderr for run in runs).count("--as lora runs in one process") == 1

@@ -27,6 +27,7 @@ from frodctl.jobs.merge import config as model_config
 from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.merge.quantization import FLOAT8, Quantization, quantization
 from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.ranks import RANK_BYTES
 from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates
 from frodctl.method import cost
 from frodctl.pipeline import AHEAD
@@ -65,6 +66,7 @@ class MergePlan:
     warnings: tuple[str, ...]
     quantization: Quantization | None = field(default=None, repr=False)  #: of a result in 8 bits
     base_as: base_as.BaseAs | None = field(default=None, repr=False)  #: how the base is held; None: as it is stored
+    ranks: int = 1  #: processes that share the work
     seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
     @cached_property
@@ -120,10 +122,11 @@ class MergePlan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Peak resident memory of the whole process, about."""
+        """Peak resident memory of a whole process, about."""
+        process = PROCESS_BYTES + (RANK_BYTES if self.ranks > 1 else 0)
         widest = max((codec.DTYPE_BITS[self.dtypes[self.name(weight)]] // 8 for weight in self.weights), default=0)
         others = self._quantizing_bytes() + self._requantizing_bytes()
-        return PROCESS_BYTES + update_memory_bytes(self.weights, widest) + others
+        return process + update_memory_bytes(self.weights, widest) + others
 
     def _requantizing_bytes(self) -> int:
         """Of holding the base otherwise: the library, and a weight in its hands, merged and copied."""
@@ -180,6 +183,7 @@ class MergePlan:
             "output_bytes": self.output_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "flops": self.flops,
+            "ranks": self.ranks,
             "seconds_estimate": self.seconds_estimate,
             "dtype": self.options.dtype,
             "quantization": self.quantization.as_dict() if self.quantization else None,
@@ -208,10 +212,11 @@ def plan_merge(
     *,
     progress: Callback = silent,
     dry_run: bool = False,
+    ranks: int = 1,
 ) -> MergePlan:
     """Settle what `merge` would do. Parameters and errors are those of `merge`.
 
-    With ``dry_run`` no weights are downloaded, and the output may exist.
+    With ``dry_run`` no weights are downloaded, and the output may exist. ``ranks`` processes share the work.
     """
     output, found = opened(base, adapter, output, chosen, progress=progress, dry_run=dry_run)
     checkpoint, sources = found.checkpoint, found.sources
@@ -259,6 +264,7 @@ def plan_merge(
         ),
         quantization=narrow,
         base_as=held,
+        ranks=ranks,
     )
     if dry_run:
         return replace(plan, seconds_estimate=_seconds_estimate(plan))

@@ -17,11 +17,13 @@ from frodctl.checkpoint.inputs import Json
 from frodctl.errors import InvalidInput, UsageError
 from frodctl.jobs.columns import Column
 from frodctl.jobs.merge.card import model_card
+from frodctl.jobs.merge.division import names_of_ranks
 from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
+from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import choose_device, memory_errors, require_memory
 
 if TYPE_CHECKING:
@@ -120,64 +122,104 @@ def _survival_of(found: list[Fidelity]) -> dict[str, Json]:
     return {"survival": overall.kept, "least_survival": least, "survival_distance": overall.distance}
 
 
-def run_merge(plan: MergePlan, progress: Callback = silent, profile: Unprofiled = UNPROFILED) -> MergeResult:
-    """Carry out a plan of `plan_merge`. Errors are those of `merge`."""
+def run_merge(
+    plan: MergePlan,
+    progress: Callback = silent,
+    profile: Unprofiled = UNPROFILED,
+    launch: Launch = BY_ITSELF,
+) -> MergeResult:
+    """Carry out a plan of `plan_merge`, as one of its ranks. Errors are those of `merge`."""
     started = time.perf_counter()
     with profile.step("start and imports"):
-        from frodctl.jobs.merge.tensors import TensorMerger, origin
+        from frodctl.jobs.merge.tensors import TensorMerger
         from frodctl.jobs.notes import Notes
 
     if plan.checkpoint.root is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
-        kernels = profile.kernels(choose_device(plan.options.device))
-    require_memory(plan.peak_memory_bytes, kernels.name)
-    with profile.step("digests"):
-        key = _job_key(plan, kernels)
-    with sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume) as staging:
-        card = model_card(plan)
-        sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
-        tree = staging.begin_folder(_TREE, [shard.file for shard in plan.shards])
+        kernels = profile.kernels(choose_device(plan.options.device, launch.local_number))
+    require_memory(plan.peak_memory_bytes, kernels.name, launch.local_count)
+    with profile.step("start and imports"):
+        world = launch.world
+    with staged(world, plan.output, lambda: _staging(plan, kernels, profile)) as staging:
+        tree = staging.path(_TREE)
+        names = names_of_ranks(plan, world.count)[world.number]
+        if isinstance(staging, sink.Staging):
+            _begin(plan, staging)
         try:
-            with (
-                profile.step("writing"),
-                shards.ShardWriter(tree, plan.shards, staging.path(_JOURNAL), partial(origin, plan)) as writer,
-            ):
+            with profile.step("writing"), _writer(plan, staging, tree, world) as writer:
                 resumed = len(writer.digests)
                 with (
                     memory_errors(kernels.name),
                     profile.step("other arithmetic"),
-                    Notes(staging.path(_FIGURES)) as notes,
+                    Notes(staging.path(_name(_FIGURES, world.number))) as notes,
                 ):
-                    merger = TensorMerger(plan, writer, notes, kernels, progress, profile)
+                    merger = TensorMerger(plan, names, writer, notes, kernels, progress, profile)
                     merger.run()
-                digests = dict(writer.digests)
+                digests = {name: digest for name, digest in writer.digests.items() if name not in writer.others}
         except InvalidInput:  # a rerun would come to the same
-            files.rmtree(staging.folder)
+            if isinstance(staging, sink.Staging):
+                files.rmtree(staging.folder)
             raise
-        with profile.step("writing"):
-            _write_the_rest(plan, tree, card, digests)
         if plan.options.verify:
             progress(Progress("reading the result again"))
             with profile.step("checking the files"):
                 shards.verify(tree, plan.shards, digests)
-        with profile.step("writing"):
-            staging.publish_folder(_TREE)
+        unchanged = [name for each in world.gather(merger.unchanged) for name in each]
+        known = {name: figures for each in world.gather(notes.known) for name, figures in each.items()}
+        written = {name: digest for each in world.gather(digests) for name, digest in each.items()}
+        if isinstance(staging, sink.Staging):
+            with profile.step("writing"):
+                _write_the_rest(plan, tree, written)
+                staging.publish_folder(_TREE)
+        world.gather(None)
     result = MergeResult(
         plan=plan,
         output=plan.output,
         output_bytes=plan.output_bytes,
-        unchanged=tuple(merger.unchanged),
-        survival={name: notes.known[name] for name in map(plan.name, plan.weights) if name in notes.known},
+        unchanged=tuple(unchanged),
+        survival={name: known[name] for name in map(plan.name, plan.weights) if name in known},
         resumed_tensors=resumed,
         verified=plan.options.verify,
         device=kernels.name,
         seconds=time.perf_counter() - started,
     )
-    return push_folder(result, plan.output, plan.options, progress)
+    return push_folder(result, plan.output, plan.options, progress) if world.number == 0 else result
 
 
-def _write_the_rest(plan: MergePlan, tree: Path, card: str, digests: Mapping[str, str]) -> None:
+def _staging(plan: MergePlan, kernels: Kernels, profile: Unprofiled) -> sink.Staging:
+    with profile.step("digests"):
+        key = _job_key(plan, kernels)
+    return sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume)
+
+
+def _begin(plan: MergePlan, staging: sink.Staging) -> None:
+    """Refuse what would fail at the end, and keep of an earlier run's files the weights."""
+    model_card(plan)
+    sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
+    staging.begin_folder(_TREE, [shard.file for shard in plan.shards])
+
+
+def _writer(plan: MergePlan, staging: sink.Pieces, tree: Path, world: World) -> shards.ShardWriter:
+    """What writes to the files, which the first rank makes; every rank has a journal."""
+    from frodctl.jobs.merge.tensors import origin
+
+    if world.number == 0:
+        others = sorted(staging.folder.glob("journal-*.jsonl"))
+        journal = staging.path(_JOURNAL)
+        writer = shards.ShardWriter(tree, plan.shards, journal, partial(origin, plan), others=others)
+        world.share([writer.digests])
+        return writer
+    [finished] = world.share(None)
+    return shards.ShardWriter(tree, plan.shards, staging.path(_name(_JOURNAL, world.number)), finished=finished)
+
+
+def _name(file: str, rank: int) -> str:
+    """What a rank calls its own of such files."""
+    return file if rank == 0 else f"{Path(file).stem}-{rank}{Path(file).suffix}"
+
+
+def _write_the_rest(plan: MergePlan, tree: Path, digests: Mapping[str, str]) -> None:
     """The index, the configs and whatever else belongs to the model."""
     root = plan.checkpoint.root
     assert root is not None
@@ -191,7 +233,7 @@ def _write_the_rest(plan: MergePlan, tree: Path, card: str, digests: Mapping[str
         _write_json(tree / "config.json", plan.config)
     elif plan.checkpoint.config:
         files.copy(root / "config.json", tree / "config.json")
-    files.write_text(tree / "README.md", card)
+    files.write_text(tree / "README.md", model_card(plan))
     recorded = {
         shard.file: {piece.name: f"sha256:{digests[piece.name]}" for piece, _ in shard.pieces()}
         for shard in plan.shards

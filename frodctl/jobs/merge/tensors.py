@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class TensorMerger:
-    """Makes every tensor of the output and gives it to the writer.
+    """Makes the tensors of the output with these names and gives them to the writer.
 
     ``notes`` is for how much of the update is in the weights that are written in 8 bits.
     """
@@ -42,6 +42,7 @@ class TensorMerger:
     def __init__(
         self,
         plan: MergePlan,
+        names: Collection[str],
         writer: ShardWriter,
         notes: Notes,
         kernels: Kernels,
@@ -50,6 +51,8 @@ class TensorMerger:
     ) -> None:
         assert plan.checkpoint.root is not None, "the plan of a dry run cannot be run"
         self.plan = plan
+        self.names = names
+        self.weights = [weight for weight in plan.weights if plan.name(weight) in names]
         self.root = plan.checkpoint.root
         self.writer = writer
         self.notes = notes
@@ -59,16 +62,16 @@ class TensorMerger:
         self.updates = WeightUpdates(plan.checkpoint, plan.weights, kernels)
         self.unchanged: list[str] = []
         self.done = 0.0
-        self.total = plan.flops
-        largest = max((weight.target.nbytes for weight in plan.weights), default=0)
+        self.total = sum(flops(weight) for weight in self.weights)
+        largest = max((weight.target.nbytes for weight in self.weights), default=0)
         self._read_buffers = _ring(AHEAD + 1, largest)
-        widest = max((self._output_bytes(weight) for weight in plan.weights), default=0)
+        widest = max((self._output_bytes(weight) for weight in self.weights), default=0)
         self._write_buffer = np.empty(widest, np.uint8)  # or for ΔW, of a weight that is written in 8 bits
 
     def run(self) -> None:
         """Write all tensors that are not finished."""
         waiting = []
-        for weight in self.plan.weights:
+        for weight in self.weights:
             name = self.plan.name(weight)
             untouched = self._is_written(name) and self.updates.untouched(weight)
             if untouched:
@@ -78,10 +81,10 @@ class TensorMerger:
         self._advance(self.total - sum(flops(w) for w in waiting))
         with Workers[None]() as writes, Workers[None]() as copies:
             for name, info in self.plan.copied.items():
-                if not self._is_written(name):
+                if name in self.names and not self._is_written(name):
                     copies.add(partial(self._copy, name, info))
             for name, (source, info) in self.plan.replaced.items():
-                if name not in self.writer.digests:
+                if name in self.names and name not in self.writer.digests:
                     self._replace(name, source, info)
             tasks = [partial(self._read, weight, next(self._read_buffers)) for weight in waiting]
             for task, digest in self.profile.waiting("waiting for weights", in_order(tasks)):
