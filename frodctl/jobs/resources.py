@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frodctl.errors import OutOfResources, UsageError
+from frodctl.jobs.progress import Callback, Progress
+from frodctl.jobs.ranks import BY_ITSELF, Launch
 from frodctl.method.kernels import has_gpu, kernels_of
 
 try:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 #: Resident memory of the process before any tensor: the interpreter, numpy and scipy.
 PROCESS_BYTES = 70_000_000
+_NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
 def choose_device(name: str, number: int = 0) -> Kernels:
@@ -50,8 +53,41 @@ def choose_device(name: str, number: int = 0) -> Kernels:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"`device` {name}: no such GPU here ({torch.cuda.device_count()} found)")
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"`device` {name}: only cpu and cuda have the float64 arithmetic that is needed")
+        raise UsageError(
+            f"`device` {name}: only cpu and cuda have the float64 arithmetic that is needed; say `device=cpu`"
+        )
     return kernels_of(str(device))
+
+
+def take_device(name: str, progress: Callback, nbytes: int = 0, launch: Launch = BY_ITSELF) -> Kernels:
+    """`choose_device` for work that needs ``nbytes`` of its memory; where there is a GPU, say what "auto" came to.
+
+    "auto" leaves a GPU that has not so much for the CPU, unless this is one of several ranks, which must be alike.
+
+    Raises
+    ------
+    UsageError
+        As `choose_device`.
+    OutOfResources
+        The device has not so much.
+    """
+    kernels = choose_device(name, launch.local_number)
+    if name == "auto" and kernels.name != "cpu":
+        free = _available(kernels.name)
+        if free is not None and free < nbytes and launch.count == 1:
+            progress(
+                Progress(
+                    f"computing on the CPU: {kernels.name} has {free / 1e9:.2f} GB of memory available, of about "
+                    f"{nbytes / 1e9:.2f} GB needed"
+                )
+            )
+            kernels = kernels_of("cpu")
+        else:
+            progress(Progress(f"computing on {kernels.name}, {kernels.identity()[0]}"))
+    elif name == "auto" and _NVIDIA_DRIVER.exists():
+        progress(Progress("computing on the CPU: this torch finds no GPU, although NVIDIA's driver is here"))
+    require_memory(nbytes, kernels.name, launch.local_count)
+    return kernels
 
 
 def measured_rates(device: str) -> Rates | None:
@@ -71,7 +107,7 @@ def require_memory(nbytes: int, device: str, processes: int = 1) -> None:
     if available is not None and available < nbytes:
         raise OutOfResources(
             f"about {nbytes / 1e9:.2f} GB of memory needed on {device}, {available / 1e9:.2f} GB available; "
-            "choose fewer or narrower target modules"
+            f"{_way_out(device)}choose fewer or narrower target modules"
         )
 
 
@@ -99,8 +135,14 @@ def memory_errors(device: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfResources(
-            f"out of memory on {device}; choose fewer or narrower target modules, or give a `memory_limit`"
+            f"out of memory on {device}; {_way_out(device)}choose fewer or narrower target modules, or give a "
+            "`memory_limit`"
         ) from None
+
+
+def _way_out(device: str) -> str:
+    """What else there is to compute on."""
+    return "" if device == "cpu" else "say `device=cpu`, or "
 
 
 def is_out_of_memory(error: BaseException) -> bool:

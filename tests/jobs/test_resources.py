@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from frodctl.errors import OutOfResources
+from frodctl.errors import OutOfResources, UsageError
 from frodctl.jobs import resources
+from frodctl.jobs.progress import Progress
+from frodctl.jobs.ranks import BY_ITSELF, Launch
+from tests.conftest import Run
 
 
 @pytest.mark.parametrize(("limit", "available"), [("1000", 600), ("max", None), ("300", 0)])
@@ -71,3 +74,73 @@ def test_an_allocation_that_failed_is_out_of_resources(error: Exception) -> None
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
     with pytest.raises(type(error)), resources.memory_errors("cpu"):
         raise error
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that torch describes, and that computes nothing: 80 MB, of which 50 MB are free."""
+    described = {
+        "is_available": True,
+        "device_count": 1,
+        "mem_get_info": (50_000_000, 80_000_000),
+        "get_device_name": "Small GPU",
+    }
+    for name, value in described.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(resources, "has_gpu", lambda: True)
+
+
+def taken(name: str, nbytes: int, launch: Launch = BY_ITSELF) -> tuple[str, list[str]]:
+    """The device, and what was said of it."""
+    said: list[Progress] = []
+    kernels = resources.take_device(name, said.append, nbytes, launch)
+    return kernels.name, [report.text for report in said]
+
+
+@pytest.mark.usefixtures("gpu")
+class TestAGpu:
+    def test_taken_unasked_is_named(self) -> None:
+        assert taken("auto", 40_000_000) == ("cuda:0", ["computing on cuda:0, Small GPU"])
+
+    def test_too_small_is_left_unasked(self, frodctl: Run, example: Path) -> None:
+        said = "computing on the CPU: cuda:0 has 0.05 GB of memory available, of about 0.06 GB needed"
+        assert taken("auto", 60_000_000) == ("cpu", [said])
+        done = frodctl("decompose", example, "-o", "b.safetensors", "--target-modules", "v_proj")
+        assert done.returncode == 0
+        assert "computing on the CPU: cuda:0 has 0.05 GB" in done.stderr
+        assert "s on cpu" in done.stderr
+
+    def test_asked_for_is_taken_without_a_word(self) -> None:
+        assert taken("cuda:0", 40_000_000) == ("cuda:0", [])
+        assert taken("cpu", 60_000_000) == ("cpu", [])
+
+    def test_asked_for_and_too_small_is_out_of_resources(self, frodctl: Run, example: Path, tmp_path: Path) -> None:
+        done = frodctl("decompose", example, "-o", "b.safetensors", "--device", "cuda")
+        assert done.returncode == 4
+        assert "needed on cuda:0, 0.05 GB available; say --device cpu, or choose fewer" in done.stderr
+        assert not list(tmp_path.iterdir())
+
+    def test_ranks_are_alike(self) -> None:
+        launch = Launch({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+        with pytest.raises(OutOfResources, match="on cuda:0"):
+            taken("auto", 60_000_000, launch)
+
+    def test_out_of_its_memory_is_out_of_resources(self) -> None:
+        with (
+            pytest.raises(OutOfResources, match=r"memory on cuda:0; say `device=cpu`"),
+            resources.memory_errors("cuda:0"),
+        ):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+
+def test_without_a_gpu_nothing_is_said() -> None:
+    assert taken("auto", 1000) == ("cpu", [])
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu:1", "meta"])
+def test_devices_without_float64(name: str, frodctl: Run, example: Path) -> None:
+    with pytest.raises(UsageError, match=f"{name}: .*float64.*`device=cpu`"):
+        resources.choose_device(name)
+    done = frodctl("inspect", example, "--spectrum", "--device", name)
+    assert done.returncode == 2
+    assert done.stderr.rstrip().endswith("say --device cpu")

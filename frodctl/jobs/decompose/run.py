@@ -27,7 +27,7 @@ from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_file
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
-from frodctl.jobs.resources import choose_device, memory_errors, require_memory
+from frodctl.jobs.resources import memory_errors, take_device
 from frodctl.pipeline import AHEAD, in_order
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def run_decompose(
     if plan.checkpoint.source is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
-        kernels = profile.kernels(choose_device(plan.options.device, launch.local_number))
-    require_memory(plan.most_memory_bytes, kernels.name, launch.local_count)
+        kernels = profile.kernels(take_device(plan.options.device, progress, plan.most_memory_bytes, launch))
     with profile.step("start and imports"):
         world = launch.world
 

@@ -30,7 +30,7 @@ from frodctl.jobs.merge.key import state_of
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
-from frodctl.jobs.resources import PROCESS_BYTES, choose_device, measured_rates, memory_errors, require_memory
+from frodctl.jobs.resources import PROCESS_BYTES, measured_rates, memory_errors, take_device
 from frodctl.method.budget import allocate, nnz
 from frodctl.method.cost import Call
 from frodctl.method.fidelity import Fidelity, together
@@ -268,8 +268,7 @@ def run_frod(plan: FrodPlan, progress: Callback = silent, profile: Unprofiled = 
     if plan.pairs.base.root is None or plan.pairs.tuned.root is None:
         raise UsageError(f"{plan.pairs.base.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
-        kernels = profile.kernels(choose_device(plan.options.device))
-    require_memory(plan.peak_memory_bytes, kernels.name)
+        kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes))
     with sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging:
         sink.require_disk(staging.folder, 8 * plan.trained_parameters)
         with memory_errors(kernels.name), profile.step("other arithmetic"):

@@ -20,7 +20,7 @@ from frodctl.jobs.lora.plan import Layer, LoraPlan
 from frodctl.jobs.merge.key import state_of
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, silent
-from frodctl.jobs.resources import choose_device, measured_rates
+from frodctl.jobs.resources import measured_rates, take_device
 from frodctl.method.cost import Call
 from frodctl.values import PathLike
 
@@ -87,12 +87,12 @@ def plan_lora(
 
 def run_lora(plan: ExtractLoraPlan, progress: Callback = silent, profile: Unprofiled = UNPROFILED) -> LoraResult:
     """Carry out a plan of `plan_lora`. Errors are those of `extract`."""
+    if plan.pairs.base.root is None or plan.pairs.tuned.root is None:
+        raise UsageError(f"{plan.base}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
         from frodctl.jobs.lora import run
 
-        kernels = profile.kernels(choose_device(plan.options.device))
-    if plan.pairs.base.root is None or plan.pairs.tuned.root is None:
-        raise UsageError(f"{plan.base}: planned from headers alone; plan again without `dry_run=True`")
+        kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes))
     return run.run_lora(plan, _Changes(plan.pairs), _job_key(plan, kernels), kernels, progress, profile)
 
 

@@ -20,7 +20,7 @@ from frodctl.jobs.inspect.report import Report, Row, arranged
 from frodctl.jobs.inspect.target import Target, open_target
 from frodctl.jobs.profile import UNPROFILED, Profiled, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
-from frodctl.jobs.resources import choose_device, memory_errors
+from frodctl.jobs.resources import choose_device, memory_errors, take_device
 
 _FEW = 4  #: names in a message
 
@@ -77,7 +77,7 @@ def reports(
     Only after the last report is it known whether every pattern to include or exclude matches something.
     """
     with profile.step("start and imports"):
-        kernels = choose_device(options.device) if not options.headers_only else None
+        kernels = take_device(options.device, progress) if not options.headers_only else None
     there: list[str] = []
     for name in targets:
         with profile.step("planning"):

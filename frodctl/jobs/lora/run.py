@@ -24,7 +24,7 @@ from frodctl.jobs.notes import Notes
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
-from frodctl.jobs.resources import memory_errors, require_memory
+from frodctl.jobs.resources import memory_errors
 from frodctl.method.fidelity import Fidelity, together
 from frodctl.method.lowrank import energies, energy_rank, fidelity, truncated
 from frodctl.pipeline import in_order
@@ -118,7 +118,6 @@ def run_lora(
         As for `frodctl.merge`, and so are the errors.
     """
     started = time.perf_counter()
-    require_memory(plan.peak_memory_bytes, kernels.name)
     with sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume) as staging:
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
         tree = staging.begin_folder(_TREE, [lora.WEIGHTS_FILE])

@@ -23,7 +23,7 @@ from frodctl.jobs.merge.options import MergeOptions
 from frodctl.jobs.merge.plan import adapters_as_json, files_of, opened, update_calls, update_memory_bytes, warnings
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
 from frodctl.jobs.progress import Callback, silent
-from frodctl.jobs.resources import choose_device, measured_rates
+from frodctl.jobs.resources import measured_rates, take_device
 from frodctl.values import PathLike
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def run_lora(plan: MergeLoraPlan, progress: Callback = silent, profile: Unprofil
     if plan.found.checkpoint.root is None:
         raise UsageError(f"{plan.base}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
-        kernels = profile.kernels(choose_device(plan.options.device))
+        kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes))
     with profile.step("digests"):
         key = _job_key(plan, kernels)
     updates = WeightUpdates(plan.found.checkpoint, plan.found.weights, kernels)
