@@ -249,7 +249,10 @@ class Pairs:
         """Those rows of every W_e, (experts, m, n)."""
         W = self.weight(parameter)
         if W.requires_grad:
-            raise UsageError(f"{parameter} of the experts: is trained itself, beside what is trained of it; freeze it")
+            raise UsageError(
+                f"{parameter} of the experts: is trained itself, beside what is trained of it; freeze it, and shard it "
+                "by fully_shard, not by FSDP's first version, which takes both for one parameter"
+            )
         return (W.mT if self.base.is_transposed else W)[:, rows]
 
     def weight(self, parameter: str) -> Tensor:

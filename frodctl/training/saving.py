@@ -194,6 +194,7 @@ def _trained(model: nn.Module, name: str, attached: Attached, state: Mapping[str
     prefixes = state_prefixes(model, name)
     for module, update in updates_of(model, name).items():
         delta, sparse = (_number(state, f"{prefixes[module]}.{kind}") for kind in ("delta", "values"))
+        _require_whole(module, delta, update)
         if isinstance(update, OneExpert):
             delta, sparse = delta[update.expert], sparse[update.expert]
         scales = update.base_scales.double() + delta.to(update.base_scales.device, torch.float64)
@@ -210,7 +211,8 @@ def _trained(model: nn.Module, name: str, attached: Attached, state: Mapping[str
     }
     if attached.live_prefix is not None:
         whole = as_stored(model, whole)
-    tensors |= {adapter_format.replaced_key(key): tensor for key, tensor in whole.items()}
+    # copied, as FSDP's first version could not free what it gathered while numpy looks at it
+    tensors |= {adapter_format.replaced_key(key): tensor.clone() for key, tensor in whole.items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise InvalidInput(f"{key}: holds NaN or Inf; training has diverged")
@@ -222,6 +224,16 @@ def _number(state: Mapping[str, Tensor], name: str) -> Tensor:
         raise UsageError(f"the state_dict has no {name}, which is trained; give the whole model's")
     values.require(isinstance(state[name], Tensor), "state_dict", state[name], f"{name} is no tensor")
     return state[name].detach()
+
+
+def _require_whole(module: str, delta: Tensor, update: Update | OneExpert) -> None:
+    """FSDP's first version and DeepSpeed ZeRO-3 leave each process a part of a parameter, or nothing, in its place."""
+    expected = update.base_scales.numel()
+    if delta.shape[-1:] != (expected,):
+        raise UsageError(
+            f"{module}: this process has {delta.numel()} of the {expected} numbers of λ'; save within FSDP's "
+            "summon_full_params or DeepSpeed's GatheredParameters, or give a gathered `state_dict`"
+        )
 
 
 def _shared(attached: Attached, updates: Mapping[str, Update | OneExpert]) -> dict[str, Tensor]:

@@ -110,6 +110,7 @@ def _relative_step(update: Update, rate: float) -> float:
 def _check_gradients(optimizer: torch.optim.Optimizer, updates: dict[str, Update]) -> None:
     taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {path: u.delta for path, u in updates.items() if id(u.delta) in taken and u.delta.requires_grad}
+    trained = {path: delta for path, delta in trained.items() if delta.numel()}  # none where FSDP has it elsewhere
     without = [path.rpartition(".adapters.")[0] for path, delta in trained.items() if delta.grad is None]
     if without and len(without) < len(trained):
         others = f" and {len(without) - 1} more" if len(without) > 1 else ""

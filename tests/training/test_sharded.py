@@ -1,11 +1,10 @@
-"""Training with every parameter sharded over two processes (`fully_shard`), or every batch, is training."""
+"""Training with every parameter sharded over two processes (FSDP 1 and 2), or every batch, is training."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +30,22 @@ def files(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture(scope="module")
-def folder(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What two processes saved, in a folder of each kind."""
+def folder(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes saved that accelerate launched, in a folder of each kind."""
     folder = tmp_path_factory.mktemp("ranks")
     inputs = [str(folder)]
     for kind in KINDS:
         (folder / kind).mkdir()
         inputs += [kind, *map(str, files[kind])]
-    command = [sys.executable, "-m", "tests.training.sharded"]
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), *inputs], stderr=log.open("w"), cwd=Path(__file__).parents[2])
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in ranks] == [0, 0], [log.read_text() for log in logs]
-        yield folder
-    finally:
-        for process in ranks:
-            process.kill()
+    options = (
+        "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "-m", "tests.training.sharded"]
+    done = subprocess.run(
+        [*launch, *inputs], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,14 +65,25 @@ def test_two_processes_train_and_save_one_adapter(kind: str, files: Files, folde
     assert all(torch.allclose(loaded[name], tensor, atol=1e-6) for name, tensor in again.items())
 
 
+def test_two_processes_by_fsdps_first_version(files: Files, folder: Path, tmp_path: Path) -> None:
+    kind = "bert"
+    alone = attached(kind, *files[kind])
+    losses = train(alone, kind)
+    frodctl.save_adapter(alone, tmp_path / "alone")
+    assert json.loads((folder / kind / "flattened.json").read_text()) == pytest.approx(losses, rel=1e-5)
+    expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    check_alike(load_file(folder / kind / "summoned" / "adapter_model.safetensors"), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_with_half_a_batch_each(kind: str, files: Files, folder: Path, tmp_path: Path) -> None:
-    """Experts may have got tokens in one process alone."""
+    """By DistributedDataParallel and by accelerate. Experts may have got tokens in one process alone."""
     alone = attached(kind, *files[kind])
     train(alone, kind)
     frodctl.save_adapter(alone, tmp_path / "alone")
     expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
-    check_alike(load_file(folder / kind / "replicated" / "adapter_model.safetensors"), expected)
+    for way in ("replicated", "accelerated"):
+        check_alike(load_file(folder / kind / way / "adapter_model.safetensors"), expected)
 
 
 def untrained(kind: str, files: Files) -> Any:
