@@ -359,6 +359,7 @@ def larger(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return minilm, root / "adapter"
 
 
+@pytest.mark.long  # tests/trust kills at every operation on files
 def test_killed_at_every_moment_and_rerun(llama: dict[str, Path], tmp_path: Path) -> None:
     """At every report and before every change of a file: what has the final name is whole, and a rerun makes it."""
     arguments = (str(llama["base"]), str(llama["adapter"]))

@@ -367,6 +367,7 @@ def test_a_killed_run_is_taken_up_with_the_same_bytes(example: Path, tmp_path: P
     assert not (tmp_path / "killed.safetensors.partial").exists()
 
 
+@pytest.mark.long  # tests/trust kills at every operation on files
 def test_killed_at_every_moment_and_rerun(tmp_path: Path) -> None:
     """At every report and before every change of a file: what has the final name is whole, and a rerun makes it."""
     model = save_checkpoint(tmp_path / "model", llama_layers(2), LLAMA_CONFIG)

@@ -153,6 +153,8 @@ base, basis, store, rank, out = sys.argv[1:]
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
 model = frodctl.attach(LlamaForCausalLM.from_pretrained(base).eval(), basis)
 torch.save(frodctl.select_pattern(model, [labelled("llama", seed=int(rank))]), out)
+torch.distributed.barrier()  # who leaves first would take the other along
+torch.distributed.destroy_process_group()
 """
 
 
