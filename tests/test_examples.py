@@ -42,6 +42,7 @@ def test_finetune_compares_the_methods(tmp_path: Path) -> None:
             assert run["trained"] <= 0.018 * numbers["encoder"]
 
 
+@pytest.mark.long
 def test_compressed_measures_what_is_left() -> None:
     shown = run_example("compressed.py", "--short")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
