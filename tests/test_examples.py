@@ -46,18 +46,12 @@ def test_finetune_compares_the_methods(tmp_path: Path) -> None:
 def test_compressed_measures_what_is_left() -> None:
     shown = run_example("compressed.py", "--short")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
-    first, second = (table[1:] for table in split_at_headers(rows))
-    for table in (first, second):
-        assert table[0][2:4] == ["0.0", "1.000"]  # the base keeps nothing
-        assert table[1][2:4] == ["100.0", "0.000"]
-    assert [row[0] for row in first[2:]] == ["LoRA, r = 16", "LoRA, r = 64", "LoRA, r = 256"]
-    kept = [float(row[2]) for row in first[2:]]
+    [[_, *lines]] = split_at_headers(rows)
+    assert lines[0][2:4] == ["0.0", "1.000"]  # the base keeps nothing
+    assert lines[1][2:4] == ["100.0", "0.000"]
+    assert [line[0] for line in lines[2:]] == ["LoRA, r = 16", "LoRA, r = 64", "LoRA, r = 256"]
+    kept = [float(line[2]) for line in lines[2:]]
     assert 0 < kept[0] < kept[1] < kept[2] < 100
-    assert len(second) == 2 + 2 * 3
-    for frod, lora, entries in (second[2:5], second[5:8]):
-        sizes = [float(row[1].removesuffix(" MB")) for row in (frod, lora, entries)]
-        assert max(sizes) < 1.05 * min(sizes)
-        assert all(0 < float(row[2]) < 100 for row in (frod, lora, entries))
 
 
 def split_at_headers(rows: list[list[str]]) -> list[list[list[str]]]:
