@@ -50,7 +50,7 @@ def _forward(
     W: Tensor | None,
 ) -> Tensor:
     positions = Positions(rows, row_starts, columns)
-    result = Z.new_empty(len(Z), D.shape[0] if W is None else W.shape[1])
+    result = _result(Z, D, W)
     with torch.autocast(Z.device.type, enabled=False):
         for expert, group in _groups(counts):
             X = sparse_product(positions, entries[expert], _by_columns(Z[group]))
@@ -58,20 +58,6 @@ def _forward(
                 X = X @ A.T
             result[group] = X
     return result
-
-
-@_forward.register_fake
-def _(
-    Z: Tensor,
-    entries: Tensor,
-    D: Tensor,
-    rows: Tensor,
-    row_starts: Tensor,
-    columns: Tensor,
-    counts: Tensor,
-    W: Tensor | None,
-) -> Tensor:
-    return Z.new_empty(len(Z), D.shape[0] if W is None else W.shape[1])
 
 
 @torch.library.custom_op("frodctl::experts_product_backward", mutates_args=())
@@ -98,19 +84,8 @@ def _backward(
     return of_Z, of_entries
 
 
-@_backward.register_fake
-def _(
-    gradient: Tensor,
-    Z: Tensor,
-    entries: Tensor,
-    D: Tensor,
-    rows: Tensor,
-    row_starts: Tensor,
-    columns: Tensor,
-    counts: Tensor,
-    W: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(Z), torch.empty_like(entries)
+def _result(Z: Tensor, D: Tensor, W: Tensor | None) -> Tensor:
+    return Z.new_empty(len(Z), D.shape[0] if W is None else W.shape[1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -121,6 +96,8 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(gradient, *ctx.saved_tensors), None, None, None, None, None, None
 
 
+_forward.register_fake(lambda Z, entries, D, *others: _result(Z, D, others[-1]))
+_backward.register_fake(lambda gradient, Z, entries, *others: (torch.empty_like(Z), torch.empty_like(entries)))
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
