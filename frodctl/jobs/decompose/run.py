@@ -24,7 +24,7 @@ from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.card import model_card
 from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_file
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import memory_errors, take_device
@@ -124,7 +124,13 @@ def run_decompose(
         world = launch.world
 
     def open_staging() -> sink.Staging:
-        return sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume)
+        return sink.Staging(
+            plan.output,
+            _job_key(plan, kernels),
+            plan.check_output,
+            resume=plan.options.resume,
+            notice=noticed(progress),
+        )
 
     order = _order(plan)
     with (

@@ -28,7 +28,7 @@ from frodctl.jobs.extract.options import ExtractOptions
 from frodctl.jobs.extract.pairs import Pair, Pairs, paired
 from frodctl.jobs.merge.key import state_of
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import PROCESS_BYTES, measured_rates, memory_errors, take_device
 from frodctl.method.budget import allocate, nnz
@@ -269,7 +269,9 @@ def run_frod(plan: FrodPlan, progress: Callback = silent, profile: Unprofiled = 
         raise UsageError(f"{plan.pairs.base.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
         kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes))
-    with sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging:
+    with sink.Staging(
+        plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume, notice=noticed(progress)
+    ) as staging:
         sink.require_disk(staging.folder, 8 * plan.trained_parameters)
         with memory_errors(kernels.name), profile.step("other arithmetic"):
             work = _Work(plan, kernels, progress, profile)
