@@ -124,7 +124,8 @@ def run_decompose(
         world = launch.world
 
     def open_staging() -> sink.Staging:
-        return sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume)
+        key = _job_key(plan, kernels)
+        return sink.Staging(plan.output, key, partial(plan.check_output, key), resume=plan.options.resume)
 
     order = _order(plan)
     with (
@@ -143,9 +144,11 @@ def run_decompose(
             with profile.step("writing"):
                 _publish(plan, staging, parts, profile)
         world.gather(None)
-    size = files.stat(plan.output).st_size
-    result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
-    return result if world.number else push_file(result, plan.output, plan.options, model_card(plan), progress)
+        size = files.stat(plan.output).st_size
+        result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+        if isinstance(staging, sink.Staging):
+            result = push_file(result, staging, plan.options, model_card(plan), progress)
+        return result
 
 
 def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile: Unprofiled) -> None:
@@ -159,7 +162,7 @@ def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile:
         with profile.step("checking the file"):
             _check_written(Path(file.name), parts.tensors)
 
-    staging.publish(write)
+    staging.publish(write, unsent=plan.options.pushes)
 
 
 def _order(plan: DecomposePlan) -> list[int]:
