@@ -190,11 +190,11 @@ def _guided(kind: str) -> None:
 
 
 SUITES = {
-    "injected faults": Suite(injected, 89),
+    "injected faults": Suite(injected, 149),
     "kills": Suite(kills, 131),
     "power losses": Suite(power_losses, 61),
     "flipped bits": Suite(flipped_bits, 97),
-    "fuzzed files": Suite(fuzzed, 80, BATCH),
-    "drawn files": Suite(drawn_files, 31, drawn.BATCH),
+    "fuzzed files": Suite(fuzzed, 116, BATCH),
+    "drawn files": Suite(drawn_files, 41, drawn.BATCH),
     "guided files": Suite(guided_files, 0, GUIDED),
 }
