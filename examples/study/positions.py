@@ -219,5 +219,4 @@ SCORES: dict[str, tuple[Score, int | None]] = {
     "gradient capped": (gradients, CAP),
     "warm-up capped": (changes, CAP),
     "low rank": (principal, CAP),
-    "warm-up": (changes, None),
 }

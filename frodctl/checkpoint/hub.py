@@ -39,11 +39,16 @@ _WITH_WEIGHTS = (*_CONFIGS, manifest.FILE)
 
 
 def download(
-    location: Location, progress: Callable[[str], None] | None = None, *, everything: bool = False
+    location: Location,
+    progress: Callable[[str], None] | None = None,
+    *,
+    everything: bool = False,
+    partial_offline: bool = False,
 ) -> tuple[str, str | None, Path]:
     """Fetch weights, index and config into the Hub's cache, or find them there.
 
-    With ``everything`` also the rest of what the model needs (see `frodctl.checkpoint.companions`).
+    With ``everything`` also the rest of what the model needs (see `frodctl.checkpoint.companions`). With
+    ``partial_offline`` some of the shards may be missing where the Hub must not be asked.
 
     Returns
     -------
@@ -58,7 +63,7 @@ def download(
         location, "config.json", lambda commit, files: _needed(location, commit, files, everything), progress
     )
     if is_offline(location):
-        _require_cached(folder, repo, location.file)
+        _require_cached(folder, repo, location.file, partial_offline)
     return repo, commit, folder
 
 
@@ -141,12 +146,13 @@ def _snapshot(
     return repo, root.name, root / location.subfolder
 
 
-def _require_cached(folder: Path, repo: str, file: str) -> None:
+def _require_cached(folder: Path, repo: str, file: str, partially: bool) -> None:
     files = [path.name for path in folder.iterdir() if path.exists()] if folder.is_dir() else []
     entry = next((name for name in ([file] if file else WEIGHT_FILES) if name in files), None)
-    needed = shards_of(read_json(folder / entry), str(folder / entry)).values() if entry and "index" in entry else ()
+    shards = shards_of(read_json(folder / entry), str(folder / entry)) if entry and "index" in entry else {}
+    needed = set(shards.values())
     single = entry or (not file and any(name.endswith(".safetensors") for name in files))
-    if not single or not set(needed) <= set(files):
+    if not single or (needed.isdisjoint(files) if partially and needed else not needed <= set(files)):
         raise FrodctlError(
             f"{repo}: not in the local cache as a whole, only what was needed is; run without `offline`, "
             "or fetch all of it with the Hub's own tool first (hf download)"

@@ -46,6 +46,7 @@ def open_checkpoint(
         Fetch no weights from the Hub: headers come by range requests, and the result cannot be streamed.
     later : bool
         Leave the weights on the Hub, where their headers can be read there: `Checkpoint.repository` brings them.
+        Where the Hub must not be asked, shards that are not in the cache are `Checkpoint.absent`.
     streamed : bool
         The same, and no weights that have to be downloaded whole.
     everything : bool
@@ -86,8 +87,8 @@ def _opened(
                     f"{location.model}: its weights are pickled, and no part of them can be read remotely; "
                     "download the checkpoint first"
                 )
-        model, revision, root = hub.download(location, progress, everything=everything)
-        return _from_folder(root, model, revision, location.file)
+        model, revision, root = hub.download(location, progress, everything=everything, partial_offline=later)
+        return _from_folder(root, model, revision, location.file, partially=later)
     if path.is_file() and path.name.endswith(".index.json"):
         return _from_folder(path.parent, location.model, None, path.name)
     if path.is_file():
@@ -103,12 +104,16 @@ def _from_file(path: Path, model: str) -> Checkpoint:
     return Checkpoint(model, None, path.parent, _read_config(path.parent), tensors)
 
 
-def _from_folder(folder: Path, model: str, revision: str | None, entry: str = "") -> Checkpoint:
+def _from_folder(
+    folder: Path, model: str, revision: str | None, entry: str = "", *, partially: bool = False
+) -> Checkpoint:
     entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder), _one_below(folder))
     indexed = entry.endswith(".index.json")
     shards = shards_of(read_json(folder / entry), str(folder / entry)) if indexed else {}
-    tensors = _read_headers(folder, entry, shards)
-    return Checkpoint(model, revision, folder, _read_config(folder), tensors)
+    here = {name: shard for name, shard in shards.items() if not partially or (folder / shard).exists()}
+    tensors = _read_headers(folder, entry, here)
+    absent = {name: shard for name, shard in shards.items() if name not in here}
+    return Checkpoint(model, revision, folder, _read_config(folder), tensors, absent=absent)
 
 
 def _one_below(folder: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
@@ -77,18 +77,19 @@ class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def main(arguments: Sequence[str] | None = None, launch: Launch = BY_ITSELF) -> int:
-    """Run the command line, maybe as one of several ranks, and return its exit code."""
-    started = Started(own_process=arguments is None, launch=launch)
+def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+    """Run the command line, as one of several ranks where torchrun's ``environ`` says so, and return its exit code."""
+    own_process, launch = arguments is None, BY_ITSELF
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
-    if launch.number:
-        silence_stdout()  # the first rank's is all there is to see
     try:
-        code = _run(arguments, started)
+        launch = Launch(environ or {})
+        if launch.number:
+            silence_stdout()  # the first rank's is all there is to see
+        code = _run(arguments, Started(own_process, launch))
         launch.leave()
         return code
     except (KeyboardInterrupt, click.Abort):

@@ -141,9 +141,25 @@ def test_only_shards_with_selected_weights_are_downloaded(decompose: Decompose, 
     succeeded(decompose("org/model", "--target-modules", "q_proj,up_proj", "--json"))
     shards = {path.name for path in (tmp_path / "home").rglob("*.safetensors")}
     assert shards == {"q_proj.safetensors", "up_proj.safetensors"}
-    done = decompose("org/model", "--target-modules", "q_proj,up_proj", "--offline", "-o", "again.safetensors")
-    assert done.returncode == 1
-    assert "not in the local cache as a whole, only what was needed is" in done.stderr
+
+
+def test_offline_what_was_fetched_is_enough(decompose: Decompose, tmp_path: Path) -> None:
+    """The same bytes again; what needs another shard is refused, and so is a share of what nobody knows."""
+    some = ("--target-modules", "q_proj,up_proj")
+    succeeded(decompose("org/model", *some, "--json", "-o", "first.safetensors"))
+    document = succeeded(decompose("org/model", *some, "--offline", "--json", "-o", "again.safetensors"))
+    assert document["parameters"] is document["trainable_share"] is None
+    assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    refused = {
+        ("--target-modules", "q_proj,k_proj"): "k_proj.safetensors, which has model.layers.0.self_attn.k_proj.weight",
+        ("--target-modules", "all-linear"): "not in the local cache; run without --offline",
+        (*some, "--budget", "9%"): "nobody knows how many parameters",
+    }
+    for flags, text in refused.items():
+        done = decompose("org/model", *flags, "--offline", "-o", "none.safetensors")
+        assert done.returncode == 1
+        assert text in done.stderr
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_streaming_keeps_no_tenth_of_the_model(

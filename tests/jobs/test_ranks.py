@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from torch.distributed import TCPStore
 
 import frodctl
 from frodctl.checkpoint import manifest
+from frodctl.errors import UsageError
+from frodctl.jobs import ranks
 from frodctl.jobs.decompose import DecomposeOptions, plan_decompose
+from frodctl.jobs.ranks import Launch, RankLost
 from frodctl.method.ranks import divided, shares
 from tests import forked
 from tests.conftest import llama_layers, save_checkpoint, snapshot
@@ -175,6 +180,77 @@ def test_shares_are_even() -> None:
         parts = shares(items, count)
         assert [i for part in parts for i in part] == [*range(items)]
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+A_RANK = {
+    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RANK": "x"}, "RANK=x in the environment is no whole number from 0 to 1 (WORLD_SIZE=2)"),
+        ({"RANK": "2"}, "RANK=2 in the environment is no whole number from 0 to 1 (WORLD_SIZE=2)"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": None}, "RANK is missing"),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is missing"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is no whole number of 1 or more;"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is missing"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is missing"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is missing"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 in the environment is no whole number from 1 to 65535"),
+        ({"MASTER_PORT": "٣"}, "MASTER_PORT=٣"),
+    ],
+)
+def test_variables_that_torchrun_would_not_set(changed: dict[str, str | None], said: str) -> None:
+    environ = {name: text for name, text in {**A_RANK, **changed}.items() if text is not None}
+    with pytest.raises(UsageError) as caught:
+        Launch(environ)
+    assert str(caught.value).startswith(said)
+    assert str(caught.value).endswith("without RANK and WORLD_SIZE in the environment this is one process")
+
+
+def test_one_process_needs_none_of_them() -> None:
+    for environ in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"LOCAL_RANK": "x"}):
+        assert Launch(environ).count == 1
+
+
+def test_they_are_a_usage_error_of_the_command() -> None:
+    command = [sys.executable, "-m", "frodctl", "--help"]
+    done = subprocess.run(command, env=os.environ | {"RANK": "x"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: WORLD_SIZE is missing")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_ranks_that_do_not_meet(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port is another program's: the first rank cannot open a store there, the second gets no answer."""
+    monkeypatch.setattr(ranks, "_START", timedelta(seconds=0.5))
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        environ = {**A_RANK, "RANK": str(number), "LOCAL_RANK": str(number), "MASTER_PORT": port}
+        for name, text in environ.items():
+            monkeypatch.setenv(name, text)
+        launch = Launch(environ)
+        with pytest.raises(RankLost, match=f"do not meet at 127.0.0.1:{port} "):
+            _ = launch.world
+        assert launch.first_to_fail()
+
+
+def test_ranks_of_which_one_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_START", timedelta(seconds=0.5))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {**A_RANK, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, text in environ.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(RankLost, match="not all of the 2 ranks of torchrun came"):
+        _ = Launch(environ).world
 
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "553d683"

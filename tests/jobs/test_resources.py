@@ -121,7 +121,8 @@ class TestAGpu:
         assert not list(tmp_path.iterdir())
 
     def test_ranks_are_alike(self) -> None:
-        launch = Launch({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+        ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        launch = Launch({**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
         with pytest.raises(OutOfResources, match="on cuda:0"):
             taken("auto", 60_000_000, launch)
 

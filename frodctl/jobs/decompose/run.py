@@ -124,13 +124,9 @@ def run_decompose(
         world = launch.world
 
     def open_staging() -> sink.Staging:
-        return sink.Staging(
-            plan.output,
-            _job_key(plan, kernels),
-            plan.check_output,
-            resume=plan.options.resume,
-            notice=noticed(progress),
-        )
+        key = _job_key(plan, kernels)
+        check = partial(plan.check_output, key)
+        return sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=noticed(progress))
 
     order = _order(plan)
     with (
@@ -149,9 +145,11 @@ def run_decompose(
             with profile.step("writing"):
                 _publish(plan, staging, parts, profile)
         world.gather(None)
-    size = files.stat(plan.output).st_size
-    result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
-    return result if world.number else push_file(result, plan.output, plan.options, model_card(plan), progress)
+        size = files.stat(plan.output).st_size
+        result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+        if isinstance(staging, sink.Staging):
+            result = push_file(result, staging, plan.options, model_card(plan), progress)
+        return result
 
 
 def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile: Unprofiled) -> None:
@@ -165,7 +163,7 @@ def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile:
         with profile.step("checking the file"):
             _check_written(Path(file.name), parts.tensors)
 
-    staging.publish(write)
+    staging.publish(write, unsent=plan.options.pushes)
 
 
 def _order(plan: DecomposePlan) -> list[int]:

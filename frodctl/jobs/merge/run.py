@@ -170,26 +170,27 @@ def run_merge(
         if isinstance(staging, sink.Staging):
             with profile.step("writing"):
                 _write_the_rest(plan, tree, written)
-                staging.publish_folder(_TREE)
+                staging.publish_folder(_TREE, unsent=plan.options.pushes)
         world.gather(None)
-    result = MergeResult(
-        plan=plan,
-        output=plan.output,
-        output_bytes=plan.output_bytes,
-        unchanged=tuple(unchanged),
-        survival={name: known[name] for name in map(plan.name, plan.weights) if name in known},
-        resumed_tensors=resumed,
-        verified=plan.options.verify,
-        device=kernels.name,
-        seconds=time.perf_counter() - started,
-    )
-    return push_folder(result, plan.output, plan.options, progress) if world.number == 0 else result
+        result = MergeResult(
+            plan=plan,
+            output=plan.output,
+            output_bytes=plan.output_bytes,
+            unchanged=tuple(unchanged),
+            survival={name: known[name] for name in map(plan.name, plan.weights) if name in known},
+            resumed_tensors=resumed,
+            verified=plan.options.verify,
+            device=kernels.name,
+            seconds=time.perf_counter() - started,
+        )
+        return push_folder(result, staging, plan.options, progress) if isinstance(staging, sink.Staging) else result
 
 
 def _staging(plan: MergePlan, kernels: Kernels, progress: Callback, profile: Unprofiled) -> sink.Staging:
     with profile.step("digests"):
         key = _job_key(plan, kernels)
-    return sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume, notice=noticed(progress))
+    check = partial(plan.check_output, key)
+    return sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=noticed(progress))
 
 
 def _begin(plan: MergePlan, staging: sink.Staging) -> None:
