@@ -126,6 +126,8 @@ class HubServer:
 
     `limit` is how many bytes of a file's content are sent before the connection is dropped.
 
+    With `lost` what is written is done, and the connection dropped in place of an answer.
+
     `broken` maps the beginning of a request ("GET /api/models/org/name") to what is answered in place of the truth:
     a status, or a body.
     """
@@ -151,6 +153,7 @@ class HubServer:
         self.watch: Callable[[Request], None] = lambda request: None
         self.spoil: Callable[[Request], Mapping[str, str]] = lambda request: {}
         self.limit: int | None = None
+        self.lost = False
         self.store: str | None = None
         self._server = _Server(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -296,7 +299,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             raise
         try:
-            self._send_json(self._written(urlsplit(self.path).path, self.rfile.read(length)))
+            answer = self._written(urlsplit(self.path).path, self.rfile.read(length))
+            if self.hub.lost:
+                raise Cut
+            self._send_json(answer)
         except _Refusal as no:
             headers = {"X-Error-Message": no.message, "X-Error-Code": no.code}
             self._send_json({"error": no.message, "url": no.url}, no.status, headers)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # they are in its __all__ alone
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -43,7 +45,7 @@ class Destination:
     def repo(self) -> str:
         return self.location.model
 
-    def check(self, files: Collection[str] = ()) -> None:
+    def check(self, files: Collection[str] = (), *, again: bool = False) -> None:
         """Refuse, before any work, what could not be pushed in the end; nothing is written.
 
         Parameters
@@ -51,6 +53,8 @@ class Destination:
         files : collection of str
             The paths that will be written, where others may be beside them; none where the repository has to be new or
             empty.
+        again : bool
+            An earlier run may have sent them: `push` will see whether what is there is that.
 
         Raises
         ------
@@ -64,12 +68,14 @@ class Destination:
             raise UsageError(f"{self.repo}: the Hub is off limits (`offline` or HF_HUB_OFFLINE), so nothing is pushed")
         with _clear_errors(self.repo):
             self._api.whoami()
-            self._look(files)
+            found = self._info()
+            if found is not None and not again:
+                self._refuse_loss([path for path in _paths(found) if path in files or not files])
 
     def push(
         self, files: Mapping[str, Path | bytes], progress: Callable[[str, int, int], None], *, beside: bool
     ) -> str:
-        """Send the files in one commit; its id.
+        """Send the files in one commit; its id, or that of the head where all of them are there.
 
         Weights that were there under other names are taken away. Whatever was sent before a cut is not sent again.
 
@@ -89,10 +95,15 @@ class Destination:
         """
         with _clear_errors(self.repo), _no_bars():
             self._api.create_repo(self.repo, private=self.private or None, exist_ok=True)
-            there, head = self._look(files.keys() - {_CARD} if beside else ())
+            found = self._info()
+            there = _paths(found) if found is not None else []
             kept = {_CARD} & set(there) if beside else set()
             stale = [path for path in there if WEIGHTS.fullmatch(path) and path not in files and not beside]
             additions = [CommitOperationAdd(path, files[path]) for path in sorted(files.keys() - kept)]
+            same = _same(found, additions)
+            self._refuse_loss([path for path in there if path not in same | kept and (path in files or not beside)])
+            if found is not None and len(same) == len(additions) and not stale:
+                return str(found.sha)
             total, sent = sum(addition.upload_info.size for addition in additions), 0
             for addition in additions:
                 progress(addition.path_in_repo, sent, total)
@@ -102,7 +113,7 @@ class Destination:
                 self.repo,
                 [*additions, *map(CommitOperationDelete, stale)],
                 commit_message="Upload by frodctl",
-                parent_commit=head,
+                parent_commit=found.sha if found is not None else None,
             )
         return str(done.oid)
 
@@ -110,21 +121,41 @@ class Destination:
     def _api(self) -> HfApi:
         return HfApi(token=self.location.token)
 
-    def _look(self, files: Collection[str]) -> tuple[list[str], str | None]:
-        """The paths that are there, and the commit; errors are those of `check`."""
+    def _info(self) -> ModelInfo | None:
+        """What there is; None where there is no such repository. Errors are those of `check`."""
         try:
-            info = self._api.model_info(self.repo)
+            info = self._api.model_info(self.repo, files_metadata=True)
         except RepositoryNotFoundError:
-            return [], None
-        there = [item.rfilename for item in info.siblings or () if item.rfilename not in _MADE_BY_THE_HUB]
-        lost = [path for path in there if path in files] if files else there
-        if lost and not self.force:
-            raise UsageError(
-                f"{self.repo}: has {lost[0]} on the Hub already; `force=True` replaces it, or name another"
-            )
+            return None
         if self.private and info.private is False:
             raise UsageError(f"{self.repo}: is there already, and public; make it private on the Hub, or name another")
-        return there, info.sha
+        return info
+
+    def _refuse_loss(self, paths: Sequence[str]) -> None:
+        if paths and not self.force:
+            raise UsageError(
+                f"{self.repo}: has {paths[0]} on the Hub already; `force=True` replaces it, or name another"
+            )
+
+
+def _paths(info: ModelInfo) -> list[str]:
+    return [item.rfilename for item in info.siblings or () if item.rfilename not in _MADE_BY_THE_HUB]
+
+
+def _same(info: ModelInfo | None, additions: Sequence[CommitOperationAdd]) -> set[str]:
+    """The paths of those that the repository has as they are, by the digests that it tells."""
+    items = {item.rfilename: item for item in (info.siblings if info is not None else None) or ()}
+    return {addition.path_in_repo for addition in additions if _has(items.get(addition.path_in_repo), addition)}
+
+
+def _has(item: RepoSibling | None, addition: CommitOperationAdd) -> bool:
+    if item is None or item.size != addition.upload_info.size:
+        return False
+    if item.lfs is not None:
+        return item.lfs.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as file:
+        content = file.read()
+    return item.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 @contextmanager

@@ -6,8 +6,7 @@ Only headers and configs are read here; the tensors' bytes are read by `frodctl.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +46,7 @@ def open_checkpoint(
         Fetch no weights from the Hub: headers come by range requests, and the result cannot be streamed.
     later : bool
         Leave the weights on the Hub, where their headers can be read there: `Checkpoint.repository` brings them.
+        Where the Hub must not be asked, shards that are not in the cache are `Checkpoint.absent`.
     streamed : bool
         The same, and no weights that have to be downloaded whole.
     everything : bool
@@ -87,8 +87,8 @@ def _opened(
                     f"{location.model}: its weights are pickled, and no part of them can be read remotely; "
                     "download the checkpoint first"
                 )
-        model, revision, root = hub.download(location, progress, everything=everything)
-        return _from_folder(root, model, revision, location.file)
+        model, revision, root = hub.download(location, progress, everything=everything, partial_offline=later)
+        return _from_folder(root, model, revision, location.file, partially=later)
     if path.is_file() and path.name.endswith(".index.json"):
         return _from_folder(path.parent, location.model, None, path.name)
     if path.is_file():
@@ -104,12 +104,16 @@ def _from_file(path: Path, model: str) -> Checkpoint:
     return Checkpoint(model, None, path.parent, _read_config(path.parent), tensors)
 
 
-def _from_folder(folder: Path, model: str, revision: str | None, entry: str = "") -> Checkpoint:
+def _from_folder(
+    folder: Path, model: str, revision: str | None, entry: str = "", *, partially: bool = False
+) -> Checkpoint:
     entry = entry or choose_weights([p.name for p in folder.iterdir()], str(folder), _one_below(folder))
     indexed = entry.endswith(".index.json")
     shards = shards_of(read_json(folder / entry), str(folder / entry)) if indexed else {}
-    tensors = _read_headers(folder, entry, shards)
-    return Checkpoint(model, revision, folder, _read_config(folder), tensors)
+    here = {name: shard for name, shard in shards.items() if not partially or (folder / shard).exists()}
+    tensors = _read_headers(folder, entry, here)
+    absent = {name: shard for name, shard in shards.items() if name not in here}
+    return Checkpoint(model, revision, folder, _read_config(folder), tensors, absent=absent)
 
 
 def _one_below(folder: Path) -> Iterator[str]:
@@ -135,25 +139,10 @@ def _read_headers(folder: Path, entry: str, shards: Mapping[str, str]) -> dict[s
             raise InvalidInput(f"{path}: named by the index but missing; download the checkpoint again")
         infos = read_file_header(path)
         check_is_checkpoint(str(path), [info.name for info in infos])
-        recorded = digests.get(file, {})
-        _check_recorded(path, infos, recorded)
-        for info in infos:
-            if shards.get(info.name, file) == file:
-                tensors[info.name] = replace(info, recorded=recorded) if recorded else info
+        infos = manifest.with_digests(infos, digests.get(file, {}), str(path))
+        tensors.update({info.name: info for info in infos if shards.get(info.name, file) == file})
     check_complete(shards, tensors, str(folder))
     return tensors
-
-
-def _check_recorded(path: Path, infos: Sequence[TensorInfo], recorded: Mapping[str, str]) -> None:
-    """`InvalidInput` where a file has other tensors than those whose digests are recorded."""
-    names = {info.name for info in infos}
-    known = {name if name in names else re.sub(r"\[\d+\]$", "", name) for name in recorded}
-    others = sorted(known ^ names) if recorded else []
-    if others:
-        raise InvalidInput(
-            f"{path}: tensor {others[0]} is there, or in {manifest.FILE}, but not in both: damaged; remove that file "
-            "if another program wrote the weights anew"
-        )
 
 
 def read_file_header(path: Path) -> list[TensorInfo]:

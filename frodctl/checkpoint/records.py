@@ -184,6 +184,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     path: Path | None = None  #: the file, of a checkpoint that was named by one
     repository: Repository | None = None  #: where its weights are, of headers whose weights come later
+    absent: Mapping[str, str] = field(default_factory=dict)  #: by tensor the shard that would hold it and is not here
 
     def files(self) -> list[Path]:
         """The files that hold its tensors, as far as they are here."""
@@ -203,7 +204,18 @@ class Checkpoint:
         return find_ties(self.tensors, self.config, self.source)
 
     def parameters(self) -> int:
-        """Number of parameters: floating-point elements, tied tensors counted once."""
+        """Number of parameters: floating-point elements, tied tensors counted once.
+
+        Raises
+        ------
+        FrodctlError
+            Some shards are not here.
+        """
+        for shard in self.absent.values():
+            raise FrodctlError(
+                f"{self.model}: {shard} is not in the local cache, so nobody knows how many parameters there are; run "
+                "without `offline`, or give a `sparsity` in place of a `budget`"
+            )
         seen: dict[tuple[str, int], int] = {}
         for info in self.tensors.values():
             if info.dtype in codec.FLOAT_DTYPES and info.name not in self.ties.copies:

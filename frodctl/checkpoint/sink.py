@@ -8,6 +8,7 @@ its name.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import IO, Self
 
 from frodctl.checkpoint import files, manifest
-from frodctl.errors import FrodctlError, OutOfResources, UsageError
+from frodctl.checkpoint.inputs import read_json
+from frodctl.errors import FrodctlError, InvalidInput, OutOfResources, UsageError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMED = 8  # foreign files that a refusal names
+_UNSENT = "unsent.json"
 
 
 def check_output_file(path: Path, reads: Iterable[Path] = (), *, force: bool) -> None:
@@ -123,6 +126,33 @@ def require_disk(folder: Path, nbytes: int) -> None:
         )
 
 
+def is_unsent(output: Path, key: str | None = None) -> bool:
+    """Whether OUTPUT is as a run left it that was to send it on and did not: one of the job ``key``, or of any."""
+    root = _unfinished(output)
+    folders = [root / key] if key is not None else sorted(root.iterdir()) if root.is_dir() else []
+    return any(_unsent_piece(folder, output) is not None for folder in folders)
+
+
+def _unsent_piece(folder: Path, output: Path) -> str | None:
+    """What OUTPUT was called among the pieces in this folder, if it is the one that was made of them and not sent."""
+    try:
+        note = read_json(folder / _UNSENT)
+        known = note["state"] == _state(output) and re.fullmatch(r"\w+", str(note["piece"]))
+    except (OSError, InvalidInput, KeyError):
+        return None
+    return str(note["piece"]) if known else None
+
+
+def _state(output: Path) -> list[int]:
+    """What tells a file or a folder's entries from changed ones."""
+    found = files.stat(output)
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+def _unfinished(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
 class Pieces:
     """``OUTPUT.partial/KEY/``: the finished pieces of the job KEY, until OUTPUT is whole.
 
@@ -139,7 +169,7 @@ class Pieces:
 
     def __init__(self, output: Path, key: str) -> None:
         self.output = output
-        self.root = output.with_name(output.name + ".partial")
+        self.root = _unfinished(output)
         self.folder = self.root / key
         self._enter()
 
@@ -180,6 +210,8 @@ class Staging(Pieces):
         Raises where OUTPUT must not be written; asked at once, and as OUTPUT gets its name.
     resume : bool
         Take up what there is.
+    notice : callable, optional
+        Told what a person should know of a file system that cannot do all that is promised here.
 
     Raises
     ------
@@ -191,9 +223,18 @@ class Staging(Pieces):
         The disk filled up within the ``with`` statement.
     """
 
-    def __init__(self, output: Path, key: str, check: Callable[[], None], *, resume: bool) -> None:
+    def __init__(
+        self,
+        output: Path,
+        key: str,
+        check: Callable[[], None],
+        *,
+        resume: bool,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._check = check
         self._resume = resume
+        self._notice = notice
         super().__init__(output, key)
 
     def _enter(self) -> None:
@@ -220,10 +261,24 @@ class Staging(Pieces):
             for entry in files.listing(self.root):
                 files.rmtree(Path(entry.path))
         files.mkdir(self.folder)
-        for path in self.folder.rglob("*"):
+        self._tell_what_is_lacking()
+        piece = _unsent_piece(self.folder, self.output)
+        taken_back = [self.output] if piece is not None and self.output.is_dir() else []
+        for path in (path for folder in (self.folder, *taken_back) for path in folder.rglob("*")):
             state = path.lstat()
             if not stat.S_ISDIR(state.st_mode) and not (stat.S_ISREG(state.st_mode) and state.st_nlink == 1):
                 raise UsageError(f"{path}: is a link or no ordinary file, and would be written to; remove {self.root}")
+        if piece is not None and taken_back:  # it is a piece again, which the job finds finished
+            files.rename(self.output, self.path(piece))
+
+    def _tell_what_is_lacking(self) -> None:
+        lacking = []
+        if self._lock is None:
+            lacking.append("it has no locks: see that no other run writes this output")
+        if not files.sync(self.root):
+            lacking.append("it flushes no folders: what was done last may be lost with the power")
+        if lacking:
+            self._notice(f"{self.output.parent}: of its file system, {'; '.join(lacking)}")
 
     def begin_folder(self, name: str, keep: Collection[str]) -> Path:
         """Make the piece ``name`` a folder that holds nothing but what an earlier run left of the names in ``keep``."""
@@ -240,8 +295,11 @@ class Staging(Pieces):
         """What the finished pieces take on disk."""
         return sum(files.stat(path).st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
 
-    def publish(self, write: Callable[[IO[bytes]], None]) -> None:
-        """Write the file OUTPUT by calling ``write``, put it in place in one step, and clear the staging away."""
+    def publish(self, write: Callable[[IO[bytes]], None], *, unsent: bool = False) -> None:
+        """Write the file OUTPUT by calling ``write``, put it in place in one step, and clear the staging away.
+
+        Where it is ``unsent`` the pieces stay until `clear`, so that the same job does nothing but send it.
+        """
         temporary = self.folder / "output.tmp"
         _write_new(temporary, write)
         try:
@@ -249,10 +307,10 @@ class Staging(Pieces):
         except BaseException:
             _discard(temporary)
             raise
-        self._clear()
+        self._published(temporary.name, unsent)
 
-    def publish_folder(self, name: str) -> None:
-        """Put the piece ``name``, a folder, in OUTPUT's place and clear the staging away.
+    def publish_folder(self, name: str, *, unsent: bool = False) -> None:
+        """Put the piece ``name``, a folder, in OUTPUT's place and clear the staging away; ``unsent`` as in `publish`.
 
         An OUTPUT that exists is exchanged for it in one step; where the system has no such step it is moved aside
         first, and put back by the next run if that was all that happened.
@@ -260,9 +318,20 @@ class Staging(Pieces):
         for path in [*self.path(name).rglob("*"), self.path(name)]:
             files.sync(path)
         _put(self.path(name), self.output, self._check, self._replace_folder)
-        self._clear()
+        self._published(name, unsent)
 
-    def _clear(self) -> None:
+    def _published(self, piece: str, unsent: bool) -> None:
+        if not unsent:
+            self.clear()
+            return
+        with suppress(OSError):  # without a note a rerun is refused, as over any output
+            for replaced in (self.path(piece), self._previous):
+                if replaced.is_dir():
+                    files.rmtree(replaced)
+            note = {"piece": Path(piece).stem, "state": _state(self.output)}
+            files.write_text(self.path(_UNSENT), json.dumps(note))
+
+    def clear(self) -> None:
         """Remove what is of this job; another job's finished pieces are left for it."""
         for folder in (self.folder, self._previous):
             with suppress(OSError):
@@ -390,7 +459,7 @@ def _write_new(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         with files.named(path), files.open_write(path, "x") as file:
             write(file)
             file.flush()
-            files.fsync(file.fileno())
+            files.flush(file.fileno())
     except BaseException:
         _discard(path)
         raise

@@ -10,7 +10,7 @@ from frodctl.checkpoint import names
 from frodctl.checkpoint.codec import FLOAT_DTYPES
 from frodctl.checkpoint.records import Checkpoint, TensorInfo
 from frodctl.checkpoint.requests import Request
-from frodctl.errors import InvalidInput, UsageError
+from frodctl.errors import FrodctlError, InvalidInput, UsageError
 
 #: The modules that PEFT 0.21 adapts by default, by ``model_type``: names, or one regular expression.
 DEFAULT_TARGETS: Mapping[str, str] = {
@@ -130,8 +130,10 @@ def select(
     ------
     UsageError
         Nothing, or one of several names, matches, or a block does not exist; the message says what there is.
+    FrodctlError
+        A shard that may hold some of them is not here.
     """
-    modules = [name.removesuffix(".weight") for name in checkpoint.tensors]
+    modules = [name.removesuffix(".weight") for name in (*checkpoint.tensors, *checkpoint.absent)]
     default = _default_targets(checkpoint) if target_modules == "default" else None
     request = Request(target_modules, exclude_modules, layers, modules, default)
     targets: list[Target] = []
@@ -147,8 +149,18 @@ def select(
             targets += _targets(info, checkpoint)
         elif len(info.shape) > 1:
             left_out.append(LeftOut(info.name, info.shape, reason))
+    _require_present(request, checkpoint)
     request.require_matches(linear)
     return Selection(tuple(targets), tuple(left_out))
+
+
+def _require_present(request: Request, checkpoint: Checkpoint) -> None:
+    """`FrodctlError` if a tensor that is not here is asked for, as far as its name tells."""
+    for name, shard in checkpoint.absent.items():
+        if not is_table(name) and request.reason_against(name.removesuffix(".weight")) is None:
+            raise FrodctlError(
+                f"{checkpoint.model}: {shard}, which has {name}, is not in the local cache; run without `offline`"
+            )
 
 
 def linear_layers(checkpoint: Checkpoint) -> dict[str, tuple[TensorInfo, int | None]]:

@@ -177,9 +177,10 @@ def _per_token(plan: job.DecomposePlan) -> str:
 
 def _summary(document: dict[str, Json]) -> str:
     categories = len(document["categories"])
-    share = document["trainable_share"]
+    share, total = document["trainable_share"], document["parameters"]
+    of_all = f" of {human_count(total)}" if total is not None else ""
     return (
         f"{len(document['modules'])} weights in {categories} {'category' if categories == 1 else 'categories'}, "
-        f"{human_count(document['trainable_parameters'])} of {human_count(document['parameters'])} parameters "
+        f"{human_count(document['trainable_parameters'])}{of_all} parameters "
         f"trainable{f' ({share:.2%})' if share is not None else ''}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -142,25 +143,64 @@ def test_a_cut_is_taken_up(command: Command, hub: HubServer, made: Path) -> None
     assert [request.path for request in hub.requests if request.method == "PUT"].count(cut[0]) == 2
 
 
-def test_what_is_cut_for_good(command: Command, hub: HubServer, made: Path, tmp_path: Path) -> None:
-    """The repository is as it was, the folder is whole, and a run later sends no file a second time."""
+JOBS: dict[str, tuple[str, Callable[[Path], tuple[str, ...]]]] = {
+    "merge": ("out", merge),
+    "merge as lora": ("out", lambda made: merge(made, "--as", "lora", "--rank", "4")),
+    "decompose": ("out.safetensors", lambda made: ("decompose", "org/base", "-o", "out.safetensors")),
+}
+
+
+@pytest.mark.parametrize("job", ["merge", "decompose", pytest.param("merge as lora", marks=pytest.mark.long)])
+def test_what_is_cut_for_good(command: Command, hub: HubServer, made: Path, tmp_path: Path, job: str) -> None:
+    """The repository is as it was, the output is whole, and the same command makes and sends nothing again."""
 
     def meet(request: Request) -> None:
         if "/commit/" in request.path:
             raise Cut
 
+    output, given = JOBS[job]
+    arguments = (*given(made), "--push-to-hub", "org/made", "--json")
     hub.meet = meet
-    done = command(*merge(made, "--push-to-hub", "org/merged"))
+    done = command(*arguments)
     assert done.returncode == 1
     assert "the connection was lost" in done.stderr
-    assert "hf upload org/merged out" in done.stderr
-    assert not digests(hub.folders["org/merged"]["main"])
+    assert f"hf upload org/made {output}" in done.stderr
+    assert not digests(hub.folders["org/made"]["main"])
+    first = digests(tmp_path / output) if job != "decompose" else {output: digests(tmp_path)[output]}
     hub.meet = lambda request: None
     hub.clear()
-    done = command(*merge(made, "--push-to-hub", "org/merged", "--force"))
+    for other in (arguments[:-3], (*arguments, "--no-resume"), (*arguments, "--dtype", "float16")):
+        refused = command(*other)
+        assert (refused.returncode, "exists; --force" in refused.stderr) == (2, True), refused.stderr
+    done = command(*arguments)
     assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.get("resumed_tensors") != 0 != found.get("resumed_layers")
     assert not [request for request in hub.requests if request.method == "PUT"]
+    there = digests(hub.folders["org/made"]["main"])
+    assert {path: digest for path, digest in there.items() if path in first} == first
+    assert not (tmp_path / f"{output}.partial").exists()
+
+
+def test_an_answer_that_was_lost(command: Command, hub: HubServer, made: Path, tmp_path: Path) -> None:
+    """All is there, but the run was not told: the same command sees that it is; another one's is in the way."""
+
+    def lose(request: Request) -> None:
+        if "/commit/" in request.path:
+            hub.lost = True
+
+    arguments = merge(made, "--push-to-hub", "org/merged")
+    hub.meet = lose
+    assert command(*arguments).returncode == 1
     assert digests(hub.folders["org/merged"]["main"]) == digests(tmp_path / "out")
+    hub.meet, hub.lost = (lambda request: None), False
+    (hub.folders["org/merged"]["main"] / "LICENSE").write_text("theirs")
+    assert "has LICENSE on the Hub already" in command(*arguments).stderr
+    (hub.folders["org/merged"]["main"] / "LICENSE").unlink()
+    before = hub.commit("org/merged")
+    done = command(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pushed"]["commit"] == before == hub.commit("org/merged")
 
 
 def test_offline_nothing_is_pushed(command: Command, hub: HubServer, made: Path) -> None:

@@ -157,7 +157,7 @@ def test_the_residual_is_orthogonal_to_every_position(own: dict[str, Path], tmp_
         gradient, whole = U.T @ (U @ M @ V.T - delta) @ V, U.T @ delta @ V
         at = torch.cat([gradient[positions], gradient.diagonal()]), torch.cat([whole[positions], whole.diagonal()])
         assert at[0].norm() <= 1e-5 * at[1].norm(), record.name
-        assert rows[record.name]["residual"] <= 1e-9
+        assert rows[record.name]["residual"] <= 1e-8
         found = merged[f"{record.name}.weight"].double() - W
         assert rows[record.name]["distance"] == pytest.approx(float((found - delta).norm() / delta.norm()), rel=1e-4)
         assert rows[record.name]["nnz"] == len(positions[0]) == int(0.1 * len(start) ** 2)

@@ -38,7 +38,6 @@ class DecomposeOptions(PushOptions):
     cache_size: int = option(1000 * MEGABYTE, values.size)  #: bytes for Gram matrices kept between passes
     memory_limit: int | None = option(None, optional(values.size))  #: bytes that the process may take at most
     stream: bool = option(False, values.flag)  #: read what the Hub has by ranges, and keep none of it
-    resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -190,9 +190,10 @@ class DecomposePlan:
         categories = [replace(c, sparsity=s) for c, s in zip(self.categories, found, strict=True)]
         return replace(self, categories=tuple(categories))
 
-    def check_output(self) -> None:
-        """Raise `UsageError` where the output must not be written."""
-        sink.check_output_file(self.output, self.checkpoint.files(), force=self.options.force)
+    def check_output(self, key: str | None = None) -> None:
+        """Raise `UsageError` where the output must not be written, by the job ``key`` or by any."""
+        force = self.options.may_replace(self.output, key)
+        sink.check_output_file(self.output, self.checkpoint.files(), force=force)
 
     @property
     def share_input(self) -> dict[str, tuple[str, ...]]:
@@ -287,7 +288,7 @@ class DecomposePlan:
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan with its modules and what was left out."""
-        total = self.checkpoint.parameters()
+        total = None if self.checkpoint.absent else self.checkpoint.parameters()
         metadata = self.metadata(*self._blank_digests())
         return {
             "schema_version": SCHEMA_VERSION,
@@ -335,11 +336,11 @@ def plan_decompose(
     location = chosen.location(values.model(model, "model"))
     path = values.path(output, "output") if output is not None else Path(f"{location.short_name()}.frod.safetensors")
     if not dry_run:
-        sink.check_output_file(path, force=chosen.force)
+        sink.check_output_file(path, force=chosen.may_replace(path))
         choose_device(chosen.device)  # before a download, not after it
     basis_file.check_name(path)
     if not dry_run:
-        chosen.check_destination(path)
+        chosen.check_destination(path, beside=True)
     checkpoint = open_checkpoint(
         location,
         headers_only=dry_run,
@@ -356,7 +357,8 @@ def plan_decompose(
     if dry_run:
         return replace(plan, seconds_estimate=_seconds_estimate(plan))
     plan.check_output()  # now that it is known what will be read
-    checkpoint.parameters()  # for which embeddings may have to be read: before the work, not after it
+    if not checkpoint.absent:
+        checkpoint.parameters()  # for which embeddings may have to be read: before the work, not after it
     return plan
 
 

@@ -24,7 +24,7 @@ from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.card import model_card
 from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan, Memory
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_file
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import is_out_of_memory, memory_errors, take_devices
@@ -133,7 +133,9 @@ def run_decompose(
         world = launch.world
 
     def open_staging() -> sink.Staging:
-        return sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume)
+        key = _job_key(plan, kernels)
+        check = partial(plan.check_output, key)
+        return sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=noticed(progress))
 
     order = _order(plan)
     with (
@@ -152,9 +154,11 @@ def run_decompose(
             with profile.step("writing"):
                 _publish(plan, staging, parts, profile)
         world.gather(None)
-    size = files.stat(plan.output).st_size
-    result = DecomposeResult(plan, results, plan.output, size, _devices(results), time.perf_counter() - started)
-    return result if world.number else push_file(result, plan.output, plan.options, model_card(plan), progress)
+        size = files.stat(plan.output).st_size
+        result = DecomposeResult(plan, results, plan.output, size, _devices(results), time.perf_counter() - started)
+        if isinstance(staging, sink.Staging):
+            result = push_file(result, staging, plan.options, model_card(plan), progress)
+        return result
 
 
 def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile: Unprofiled) -> None:
@@ -168,7 +172,7 @@ def _publish(plan: DecomposePlan, staging: sink.Staging, parts: _Parts, profile:
         with profile.step("checking the file"):
             _check_written(Path(file.name), parts.tensors)
 
-    staging.publish(write)
+    staging.publish(write, unsent=plan.options.pushes)
 
 
 def _order(plan: DecomposePlan) -> list[int]:

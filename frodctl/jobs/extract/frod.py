@@ -28,7 +28,7 @@ from frodctl.jobs.extract.options import ExtractOptions
 from frodctl.jobs.extract.pairs import Pair, Pairs, paired
 from frodctl.jobs.merge.key import state_of
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import PROCESS_BYTES, measured_rates, memory_errors, take_device
 from frodctl.method.budget import allocate, nnz
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from frodctl.method.kernels import Kernels
 
 _TREE = "tree"
-_STEPS = 60  # of the iteration, for the estimate of the work
+_STEPS = 25  # of the iteration, for the estimate of the work
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class FrodPlan:
         """Positions of S in the pair's layer."""
         return nnz(pair.target.n, self.sparsity[self.record(pair).category])
 
-    def check_output(self) -> None:
-        """Raise `UsageError` where the output must not be written."""
+    def check_output(self, key: str | None = None) -> None:
+        """Raise `UsageError` where the output must not be written, by the job ``key`` or by any."""
         reads = [*self.pairs.files(), self.basis.path]
-        sink.check_output_folder(self.output, reads, force=self.options.force)
+        sink.check_output_folder(self.output, reads, force=self.options.may_replace(self.output, key))
 
     @property
     def output_bytes(self) -> int:
@@ -108,8 +108,8 @@ class FrodPlan:
             m, n = pair.target.m, pair.target.n
             found += [Call("gemm", "float64", (m, n, n), 7)]
             found += [
-                Call("gemm", "float64", (n, n, n), _STEPS),
-                Call("csrmm", "float64", (self.count(pair) + n, n), _STEPS),
+                Call("gemm", "float64", (n, min(m, n), n), _STEPS),
+                Call("csrmm", "float64", (self.count(pair) + n, min(m, n)), _STEPS),
             ]
         return found
 
@@ -269,7 +269,9 @@ def run_frod(plan: FrodPlan, progress: Callback = silent, profile: Unprofiled = 
         raise UsageError(f"{plan.pairs.base.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
         kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes))
-    with sink.Staging(plan.output, _job_key(plan, kernels), plan.check_output, resume=plan.options.resume) as staging:
+    key = _job_key(plan, kernels)
+    check, notice = partial(plan.check_output, key), noticed(progress)
+    with sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=notice) as staging:
         sink.require_disk(staging.folder, 8 * plan.trained_parameters)
         with memory_errors(kernels.name), profile.step("other arithmetic"):
             work = _Work(plan, kernels, progress, profile)
@@ -282,9 +284,9 @@ def run_frod(plan: FrodPlan, progress: Callback = silent, profile: Unprofiled = 
             adapter_format.write_adapter(tree, work.tensors, _config(plan), provenance, _card(result))
             manifest.write(tree, f"frodctl {frodctl.__version__}")
             nbytes = files.stat(tree / ADAPTER_FILES[1]).st_size
-            staging.publish_folder(_TREE)
-    result = replace(result, output_bytes=nbytes, seconds=time.perf_counter() - started)
-    return push_folder(result, plan.output, plan.options, progress)
+            staging.publish_folder(_TREE, unsent=plan.options.pushes)
+        result = replace(result, output_bytes=nbytes, seconds=time.perf_counter() - started)
+        return push_folder(result, staging, plan.options, progress)
 
 
 class _Work:

@@ -97,9 +97,9 @@ def paired(
     locations = chosen.location(values.model(base, "base")), chosen.location_of_other(values.model(tuned, "tuned"))
     if not dry_run:
         local = [path for location in locations if (path := location.local_path()) is not None]
-        sink.check_output_folder(output, local, force=chosen.force)
+        sink.check_output_folder(output, local, force=chosen.may_replace(output))
         choose_device(chosen.device)  # before a download, not after it
-        chosen.check_destination()
+        chosen.check_destination(output)
     first, second = (
         open_checkpoint(location, headers_only=dry_run, progress=lambda text: progress(Progress(text)))
         for location in locations

@@ -22,7 +22,6 @@ class OutputOptions(PushOptions):
 
     dtype: str = option("auto", values.dtype("auto", *MODEL_DTYPES))  #: of what is written
     device: str = option("auto", values.device)
-    resume: bool = option(True, values.flag)  #: take up what a killed run of the same job had finished
     verify: bool = option(True, values.flag)  #: read the result again before it gets its name
 
 

@@ -75,9 +75,9 @@ class LoraPlan:
     warnings: tuple[str, ...]
     seconds_estimate: float | None = field(default=None, compare=False)  #: of a dry run, whose device was measured
 
-    def check_output(self) -> None:
-        """Raise `UsageError` where the output must not be written."""
-        sink.check_output_folder(self.output, self.reads, force=self.options.force)
+    def check_output(self, key: str | None = None) -> None:
+        """Raise `UsageError` where the output must not be written, by the job ``key`` or by any."""
+        sink.check_output_folder(self.output, self.reads, force=self.options.may_replace(self.output, key))
 
     @property
     def dtype(self) -> str:

@@ -110,10 +110,10 @@ class MergePlan:
         touched = {self.name(weight) for weight in self.weights} | set(self.replaced) | set(self.scales.values())
         return {name: info for name, info in self.origins.items() if name not in touched}
 
-    def check_output(self) -> None:
-        """Raise `UsageError` where the output must not be written."""
+    def check_output(self, key: str | None = None) -> None:
+        """Raise `UsageError` where the output must not be written, by the job ``key`` or by any."""
         reads = files_of(self.checkpoint, self.sources)
-        sink.check_output_folder(self.output, reads, force=self.options.force)
+        sink.check_output_folder(self.output, reads, force=self.options.may_replace(self.output, key))
 
     @property
     def output_bytes(self) -> int:
@@ -288,7 +288,7 @@ def opened(
     if not dry_run:
         _check_output(output, base, adapter, chosen)
         choose_device(chosen.device)  # before a download, not after it
-        chosen.check_destination()
+        chosen.check_destination(output)
     location = chosen.location(base)
     try:
         sources = _open_sources(adapter, chosen, headers_only=dry_run, progress=progress)
@@ -391,7 +391,7 @@ def _check_output(output: Path, base: str, adapter: str, options: MergeOptions) 
     ]
     inputs = [path for path in given if path is not None]
     inputs += [Path(options.basis)] if options.basis is not None and not hub_urls.is_url(options.basis) else []
-    sink.check_output_folder(output, inputs, force=options.force)
+    sink.check_output_folder(output, inputs, force=options.may_replace(output))
 
 
 def _specs(

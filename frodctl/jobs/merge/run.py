@@ -21,7 +21,7 @@ from frodctl.jobs.merge.division import names_of_ranks
 from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import memory_errors, take_device
@@ -140,7 +140,7 @@ def run_merge(
         kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes, launch))
     with profile.step("start and imports"):
         world = launch.world
-    with staged(world, plan.output, lambda: _staging(plan, kernels, profile)) as staging:
+    with staged(world, plan.output, lambda: _staging(plan, kernels, progress, profile)) as staging:
         tree = staging.path(_TREE)
         names = names_of_ranks(plan, world.count)[world.number]
         if isinstance(staging, sink.Staging):
@@ -170,26 +170,27 @@ def run_merge(
         if isinstance(staging, sink.Staging):
             with profile.step("writing"):
                 _write_the_rest(plan, tree, written)
-                staging.publish_folder(_TREE)
+                staging.publish_folder(_TREE, unsent=plan.options.pushes)
         world.gather(None)
-    result = MergeResult(
-        plan=plan,
-        output=plan.output,
-        output_bytes=plan.output_bytes,
-        unchanged=tuple(unchanged),
-        survival={name: known[name] for name in map(plan.name, plan.weights) if name in known},
-        resumed_tensors=resumed,
-        verified=plan.options.verify,
-        device=kernels.name,
-        seconds=time.perf_counter() - started,
-    )
-    return push_folder(result, plan.output, plan.options, progress) if world.number == 0 else result
+        result = MergeResult(
+            plan=plan,
+            output=plan.output,
+            output_bytes=plan.output_bytes,
+            unchanged=tuple(unchanged),
+            survival={name: known[name] for name in map(plan.name, plan.weights) if name in known},
+            resumed_tensors=resumed,
+            verified=plan.options.verify,
+            device=kernels.name,
+            seconds=time.perf_counter() - started,
+        )
+        return push_folder(result, staging, plan.options, progress) if isinstance(staging, sink.Staging) else result
 
 
-def _staging(plan: MergePlan, kernels: Kernels, profile: Unprofiled) -> sink.Staging:
+def _staging(plan: MergePlan, kernels: Kernels, progress: Callback, profile: Unprofiled) -> sink.Staging:
     with profile.step("digests"):
         key = _job_key(plan, kernels)
-    return sink.Staging(plan.output, key, plan.check_output, resume=plan.options.resume)
+    check = partial(plan.check_output, key)
+    return sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=noticed(progress))
 
 
 def _begin(plan: MergePlan, staging: sink.Staging) -> None:
