@@ -94,11 +94,12 @@ def _command(
     from frodctl.cli.main import main
 
     if moment is not None:
-        _end_at(moment, number)
+        end_at(moment, number)
     sys.exit(main(words, env))
 
 
-def _end_at(moment: Moment, number: int) -> None:
+def end_at(moment: Moment, number: int) -> None:
+    """Have this process send itself a signal at a moment."""
     from frodctl.cli.progress import Reporter
     from frodctl.jobs.progress import Progress
 

@@ -102,7 +102,8 @@ def _unmapped(raw: bytes, start: int, size: int, where: str) -> Header:
     Its tensors begin at ``start``, and it has ``size`` bytes.
     """
     entries = decode_json(raw, strict=True)
-    metadata = entries.pop("__metadata__", None) or {} if isinstance(entries, dict) else None
+    metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else 0
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("the header or its metadata are no JSON object, or of other things than text")
     tensors = {name: (spec, start + at) for name, (spec, at) in check_remote(entries, where).items()}

@@ -149,6 +149,7 @@ INVALID = {
     "number of 5000 digits": file_of({"a": entry(shape=[0])}, b"").replace(b"[0]", b"[" + b"9" * 5000 + b"]"),
     "duplicate tensor": file_of(f"{{{ONE},{ONE}}}".encode(), bytes(8)),
     "duplicate field": file_of({"a": entry()}, bytes(8)).replace(b'"shape"', b'"dtype"'),
+    "metadata that are false": file_of({"__metadata__": False}),
     "metadata of numbers": file_of({"__metadata__": {"a": 1}}),
     "unknown dtype": file_of({"a": entry(dtype="F128")}, bytes(8)),
     "dtype is a list": file_of({"a": entry(dtype=["F32"])}, bytes(8)),

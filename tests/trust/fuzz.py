@@ -178,16 +178,16 @@ class Target:
 _MERGE = "merge base adapter out --basis basis.safetensors --dry-run"
 _DECOMPOSE = "decompose base --dry-run -o x.safetensors"
 TARGETS = {
-    "a checkpoint": Target("base/model.safetensors", safetensors, ("inspect base",), 50),
-    "its values": Target("base/model.safetensors", safetensors, ("inspect base --spectrum",), 30),
-    "an index": Target("sharded/model.safetensors.index.json", _json, ("inspect sharded",), 30),
-    "a manifest": Target("sharded/frodctl.json", _json, ("inspect sharded --spectrum",), 10),
-    "a config": Target("base/config.json", _json, ("inspect base",), 20),
+    "a checkpoint": Target("base/model.safetensors", safetensors, ("inspect base",), 34),
+    "its values": Target("base/model.safetensors", safetensors, ("inspect base --spectrum",), 20),
+    "an index": Target("sharded/model.safetensors.index.json", _json, ("inspect sharded",), 20),
+    "a manifest": Target("sharded/frodctl.json", _json, ("inspect sharded --spectrum",), 7),
+    "a config": Target("base/config.json", _json, ("inspect base",), 14),
     "a plan": Target("base/config.json", _json, (_DECOMPOSE,), 1),
-    "a basis": Target("basis.safetensors", _basis, ("inspect basis.safetensors", _MERGE), 30),
-    "an adapter": Target("adapter/adapter_model.safetensors", safetensors, ("inspect adapter", _MERGE), 20),
-    "its config": Target("adapter/adapter_config.json", _json, ("inspect adapter", _MERGE), 20),
-    "a pickle": Target("old/pytorch_model.bin", pickled, ("inspect old",), 20),
+    "a basis": Target("basis.safetensors", _basis, ("inspect basis.safetensors", _MERGE), 20),
+    "an adapter": Target("adapter/adapter_model.safetensors", safetensors, ("inspect adapter", _MERGE), 14),
+    "its config": Target("adapter/adapter_config.json", _json, ("inspect adapter", _MERGE), 14),
+    "a pickle": Target("old/pytorch_model.bin", pickled, ("inspect old",), 14),
 }
 
 

@@ -19,7 +19,7 @@ from tests.trust.jobs import Content, Job, content, jobs, make_adapter, make_inp
 
 Case = Callable[[], object]
 BATCH = 500  #: of fuzzed files in a process
-GUIDED = 2000  #: of guided ones
+GUIDED = 1000  #: of guided ones
 _MOMENTS = ("before", "amid", "after")
 _COPIED = ("config.json", "tokenizer.json", "frodctl.json")  # or no part of what a model means
 
@@ -194,7 +194,7 @@ SUITES = {
     "kills": Suite(kills, 131),
     "power losses": Suite(power_losses, 61),
     "flipped bits": Suite(flipped_bits, 97),
-    "fuzzed files": Suite(fuzzed, 116, BATCH),
+    "fuzzed files": Suite(fuzzed, 79, BATCH),
     "drawn files": Suite(drawn_files, 41, drawn.BATCH),
     "guided files": Suite(guided_files, 0, GUIDED),
 }
