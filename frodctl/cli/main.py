@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
@@ -38,6 +39,7 @@ _COMMANDS = {
 
 #: What several ranks can do together.
 _SHARED = ("decompose", "merge")
+_PATIENCE_SECONDS = 5  # from an interrupt to the end
 
 
 class _LazyGroup(click.Group):
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None, launch: Launch = BY_ITSELF) -> 
     started = Started(own_process=arguments is None, launch=launch)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    if started.own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, partial(_interrupt, arguments, launch))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
@@ -92,6 +96,8 @@ def main(arguments: Sequence[str] | None = None, launch: Launch = BY_ITSELF) -> 
         launch.leave()
         return code
     except (KeyboardInterrupt, click.Abort):
+        if started.own_process:
+            _end_soon(lambda: 130)
         return _interrupted(arguments, 130, launch)
     except _Terminated:
         return _interrupted(arguments, 143, launch)
@@ -155,6 +161,21 @@ def _interrupted(arguments: list[str], code: int, launch: Launch) -> int:
     with suppress(OSError):
         click.echo(f"Interrupted{'; the same command resumes' if resumes else ''}.", err=True)
     return code
+
+
+def _interrupt(arguments: list[str], launch: Launch, number: int, frame: FrameType | None) -> NoReturn:
+    _end_soon(lambda: _interrupted(arguments, 130, launch))
+    raise KeyboardInterrupt
+
+
+def _end_soon(code: Callable[[], int]) -> None:
+    """End the process, come what may: the Hub's client waits for its threads, and they for a body that need not end.
+
+    What is half done is as a kill leaves it, which the next run takes up.
+    """
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(code()))
+        signal.alarm(_PATIENCE_SECONDS)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
