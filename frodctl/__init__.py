@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         load_adapter,
         parameter_groups,
         print_trainable_parameters,
+        reallocate,
         save_adapter,
         select_pattern,
     )
@@ -68,6 +69,7 @@ __all__ = [
     "open_basis",
     "parameter_groups",
     "print_trainable_parameters",
+    "reallocate",
     "save_adapter",
     "select_pattern",
 ]
@@ -82,8 +84,8 @@ _HOMES = {
     "frodctl.jobs.lora.run": "LoraResult",
     "frodctl.jobs.merge": "MergeOptions MergePlan MergeResult merge",
     "frodctl.jobs.progress": "Progress",
-    "frodctl.training": "accumulating attach load_adapter parameter_groups print_trainable_parameters save_adapter "
-    "select_pattern",
+    "frodctl.training": "accumulating attach load_adapter parameter_groups print_trainable_parameters reallocate "
+    "save_adapter select_pattern",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -4,6 +4,6 @@ import os
 import sys
 
 from frodctl.cli.main import main
-from frodctl.jobs.ranks import Launch
 
-sys.exit(main(launch=Launch(os.environ)))
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a page of addresses for ranks that do not meet
+sys.exit(main(environ=os.environ))

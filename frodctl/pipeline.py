@@ -85,6 +85,20 @@ def pause(seconds: float = 0.0) -> None:
         raise CancelledError
 
 
+def within(seconds: float, task: Callable[[], T]) -> T:
+    """The result of a task that may never end: after so many seconds `TimeoutError`, and its thread is left behind."""
+    found: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            found.set_result(task())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=do, daemon=True).start()
+    return found.result(seconds)
+
+
 def in_order(
     tasks: Iterable[Callable[[], T]],
     *,

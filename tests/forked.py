@@ -92,14 +92,14 @@ def _command(
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     from frodctl.cli.main import main
-    from frodctl.jobs.ranks import Launch
 
     if moment is not None:
-        _end_at(moment, number)
-    sys.exit(main(words, Launch(env)))
+        end_at(moment, number)
+    sys.exit(main(words, env))
 
 
-def _end_at(moment: Moment, number: int) -> None:
+def end_at(moment: Moment, number: int) -> None:
+    """Have this process send itself a signal at a moment."""
     from frodctl.cli.progress import Reporter
     from frodctl.jobs.progress import Progress
 

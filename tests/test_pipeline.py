@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from frodctl.errors import InvalidInput
-from frodctl.pipeline import AHEAD, Workers, in_order, pause
+from frodctl.pipeline import AHEAD, Workers, in_order, pause, within
 
 
 @pytest.fixture(autouse=True)
@@ -244,3 +244,13 @@ class TestBehind:
         with pytest.raises(ValueError, match="here"):
             leave()
         assert done == [0]
+
+
+def test_a_task_that_never_ends_is_left_behind() -> None:
+    """And does not keep the process from ending."""
+    assert within(10, lambda: 3) == 3
+    with pytest.raises(InvalidInput):
+        within(10, partial(Counted(1, failing=0)._do, 0, True))
+    program = "import threading; from frodctl.pipeline import within; within(0.1, threading.Event().wait)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.splitlines()[-1].startswith("TimeoutError")

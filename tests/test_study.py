@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from examples.study import report
-from examples.study.__main__ import SHORT
+from examples.study.__main__ import SHORT, SHORTER
 from examples.study.methods import METHODS
-from examples.study.parts import Lab, read
+from examples.study.parts import PARTS, Lab, read
 from examples.study.tasks import TASKS, checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -30,15 +30,14 @@ def run_study(*arguments: Any) -> str:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a short run of the first part."""
+    """The file of a short run of all parts."""
     folder = tmp_path_factory.mktemp("study")
     run_study("--short", "--output", folder / "runs.jsonl", "--folder", folder / "made")
     return folder / "runs.jsonl"
 
 
 def test_every_method_has_as_many_tries_for_every_task(short: Path) -> None:
-    runs = list(read(short))
-    assert all(isfinite(run.loss) and 0 <= run.accuracy <= 1 for run in runs)
+    runs = [run for run in read(short) if run.part == "methods"]
     for task in TASKS:
         for method in METHODS:
             own = [run for run in runs if (run.task, run.method) == (task, method)]
@@ -49,8 +48,23 @@ def test_every_method_has_as_many_tries_for_every_task(short: Path) -> None:
             assert not {run.seed for run in tests} & {run.seed for run in own if run.held_out == "validation"}
 
 
-def test_equal_numbers(short: Path) -> None:
+def test_every_part_tries_its_ways_as_often_and_ends_in_tests(short: Path) -> None:
     runs = list(read(short))
+    assert list(dict.fromkeys(run.part for run in runs)) == list(PARTS)
+    assert all(isfinite(run.loss) and 0 <= run.accuracy <= 1 for run in runs)
+    for part in set(PARTS) - {"methods", "rates"}:
+        splits: dict[str, list[str]] = {}
+        for run in runs:
+            if run.part == part:
+                splits.setdefault(run.method, []).append(run.held_out)
+        assert len(splits) > 2
+        assert all(found == ["validation", "test"] for found in splits.values())
+    merged = {run.method for run in runs if run.merged is not None and isfinite(run.merged)}
+    assert merged == {"FRoD over NF4", "FRoD over int8"}
+
+
+def test_equal_numbers(short: Path) -> None:
+    runs = [run for run in read(short) if run.part == "methods"]
     for task in TASKS:
         counts = {run.method: run.trained for run in runs if run.task == task}
         others = {method: counts[method] for method in ("rsLoRA", "SHiRA", "FRoD")}
@@ -65,8 +79,9 @@ def test_goes_on_where_it_was_cut_off(short: Path, tmp_path: Path) -> None:
     file.write_text("".join(lines[:-1]) + lines[-1][:40])
     said: list[str] = []
     made = checkpoints(short.with_name("made"), 2)
-    lab = Lab(file, made, SHORT, 2, range(1), said.append)
-    lab.compare("methods", METHODS.values(), TASKS)
+    lab = Lab(file, made, SHORT, 2, range(1), said.append, **SHORTER)
+    for part in PARTS.values():
+        part(lab)
     assert len(said) == 1
     again, before = (json.loads(text.splitlines()[-1]) for text in (file.read_text(), lines[-1]))
     for found in (again, before):

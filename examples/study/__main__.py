@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -19,6 +20,7 @@ from .parts import PARTS, Lab
 from .tasks import Sizes, checkpoints
 
 SHORT = Sizes(train=24, held_out=8, tokens=10, batch=4)
+SHORTER: dict[str, Any] = {"rated": [], "few": ["tagging"], "multiples": [1]}  # of `Lab`
 
 
 class Stopped(Exception):
@@ -27,7 +29,7 @@ class Stopped(Exception):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, default="methods")
+    parser.add_argument("--part", choices=PARTS, help="by default all, one after the other")
     parser.add_argument("--output", type=Path, default=Path("study.jsonl"), help="file of all runs")
     parser.add_argument("--folder", type=Path, help="for checkpoints and bases; by default one that is taken away")
     parser.add_argument("--steps", type=int, default=40, help="of a run")
@@ -49,9 +51,12 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
         made = checkpoints(folder, 2 if arguments.short else None)
-        sizes, steps, seeds = (SHORT, 2, 1) if arguments.short else (Sizes(), arguments.steps, arguments.seeds)
+        lab = Lab(arguments.output, made, Sizes(), arguments.steps, range(arguments.seeds), say)
+        if arguments.short:
+            lab = Lab(arguments.output, made, SHORT, 2, range(1), say, **SHORTER)
         try:
-            PARTS[arguments.part](Lab(arguments.output, made, sizes, steps, range(seeds), say))
+            for part in [arguments.part] if arguments.part else PARTS:
+                PARTS[part](lab)
         except Stopped:
             sys.exit("stopped; start again to go on")
 

@@ -19,6 +19,7 @@ from .methods import basis_of
 from .tasks import Checkpoint, Learner, Task, batches, learner
 
 Indices = NDArray[np.int64]
+Score = Callable[[Task, Checkpoint, BasisFile], dict[str, list[Tensor]]]
 BLOCK = 16
 CAP = 4  # times what a column or a row has on average
 SEED = 7  # of warm-ups and of random choices
@@ -40,12 +41,14 @@ def basis_for(task: Task, checkpoint: Checkpoint, how: str) -> Path:
     opened = open_basis(basis_of(checkpoint))
     counts = {category: indices.shape[1] for category, indices in opened.indices().items()}
     if how in STRUCTURES:
-        structure = STRUCTURES[how]
-        indices = {category: structure(opened.width(category), nnz) for category, nnz in counts.items()}
+        indices = {category: STRUCTURES[how](opened.width(category), nnz) for category, nnz in counts.items()}
+    elif how in DIRECTIONS:
+        order, share = DIRECTIONS[how]
+        orders = order(task, checkpoint, opened)
+        indices = {category: within(orders[category], nnz, share) for category, nnz in counts.items()}
     else:
         score, cap = SCORES[how]
-        weights = target_weights(learner(task, checkpoint, SEED), opened)
-        scores = by_category(opened, weights, score(task, checkpoint, opened))
+        scores = squares(task, checkpoint, opened, score)
         indices = {category: largest(scores[category], nnz, cap) for category, nnz in counts.items()}
     file = checkpoint.folder.with_name(f"{checkpoint.folder.name}-{task.name}-{how.replace(' ', '-')}.safetensors")
     write_patterns(opened, file, indices, {}, force=True)
@@ -76,23 +79,58 @@ def blocks(n: int, nnz: int) -> Indices:
     return off_diagonal(((top + r, left + c) for top, left in corners for r, c in cells), nnz)
 
 
-def few_columns(n: int, nnz: int) -> Indices:
-    """At random in so few columns that half of each is taken."""
-    generator = np.random.default_rng(SEED)
-    columns = generator.permutation(n)[: max(2, -(-2 * nnz // n))]
-    order = generator.permutation(n * len(columns)).tolist()
-    return off_diagonal(((place % n, int(columns[place // n])) for place in order), nnz)
+def scattered(n: int, nnz: int) -> Indices:
+    """At random, for the numbers of the diagonal too."""
+    order = np.random.default_rng(SEED).permutation(n * n).tolist()
+    return off_diagonal((divmod(place, n) for place in order), nnz + n)
 
 
-STRUCTURES: dict[str, Callable[[int, int], Indices]] = {
-    "banded": banded,
-    "blocks": blocks,
-    "few columns": few_columns,
-    "few rows": lambda n, nnz: np.ascontiguousarray(few_columns(n, nnz)[::-1]),
+STRUCTURES: dict[str, Callable[[int, int], Indices]] = {"banded": banded, "blocks": blocks, "S alone": scattered}
+
+
+# On few directions
+
+
+def within(order: NDArray[np.int64], nnz: int, share: float) -> Indices:
+    """At random among the first of n directions, for their numbers and those of the λ' of the others."""
+    n = len(order)
+    directions = order[: round(share * n)]
+    k = len(directions)
+    places = np.random.default_rng(SEED).permutation(k * k).tolist()
+    return off_diagonal(((directions[p // k], directions[p % k]) for p in places), nnz + n - k)
+
+
+def shared_first(task: Task, checkpoint: Checkpoint, basis: BasisFile) -> dict[str, NDArray[np.int64]]:
+    """As V has them, by ascending τ."""
+    return {category: np.arange(basis.width(category)) for category in basis.indices()}
+
+
+def shared_last(task: Task, checkpoint: Checkpoint, basis: BasisFile) -> dict[str, NDArray[np.int64]]:
+    return {category: order[::-1] for category, order in shared_first(task, checkpoint, basis).items()}
+
+
+def steepest_first(task: Task, checkpoint: Checkpoint, basis: BasisFile) -> dict[str, NDArray[np.int64]]:
+    """By the squared gradient of a direction's row and column of S."""
+    scores = squares(task, checkpoint, basis, gradients)
+    return {c: (one.sum(0) + one.sum(1)).argsort(descending=True).numpy() for c, one in scores.items()}
+
+
+Order = Callable[[Task, Checkpoint, BasisFile], dict[str, NDArray[np.int64]]]
+DIRECTIONS: dict[str, tuple[Order, float]] = {
+    "shared quarter": (shared_first, 1 / 4),
+    "unshared quarter": (shared_last, 1 / 4),
+    "steep quarter": (steepest_first, 1 / 4),
+    "shared half": (shared_first, 1 / 2),
 }
 
 
 # By what training does
+
+
+def squares(task: Task, checkpoint: Checkpoint, basis: BasisFile, score: Score) -> dict[str, Tensor]:
+    """(Uᵀ X V)² of what a score finds, by category."""
+    weights = target_weights(learner(task, checkpoint, SEED), basis)
+    return by_category(basis, weights, score(task, checkpoint, basis))
 
 
 def target_weights(model: Learner, basis: BasisFile) -> dict[str, Tensor]:
@@ -117,6 +155,16 @@ def changes(task: Task, checkpoint: Checkpoint, basis: BasisFile) -> dict[str, l
     before = {name: weight.detach().clone() for name, weight in target_weights(model, basis).items()}
     after = target_weights(warmed_up(task, checkpoint, list(before)), basis)
     return {name: [after[name].detach() - weight] for name, weight in before.items()}
+
+
+def principal(task: Task, checkpoint: Checkpoint, basis: BasisFile) -> dict[str, list[Tensor]]:
+    """W at an eighth of its rank."""
+    found = {}
+    for name, weight in target_weights(learner(task, checkpoint, SEED), basis).items():
+        U, values, V = torch.linalg.svd(weight.detach(), full_matrices=False)
+        rank = len(values) // 8
+        found[name] = [U[:, :rank] * values[:rank] @ V[:rank]]
+    return found
 
 
 def warmed_up(task: Task, checkpoint: Checkpoint, modules: list[str]) -> Learner:
@@ -167,9 +215,8 @@ def largest(score: Tensor, nnz: int, cap: int | None) -> Indices:
     return off_diagonal(free(), nnz)
 
 
-SCORES: dict[str, tuple[Callable[[Task, Checkpoint, BasisFile], dict[str, list[Tensor]]], int | None]] = {
-    "gradient": (gradients, None),
+SCORES: dict[str, tuple[Score, int | None]] = {
     "gradient capped": (gradients, CAP),
-    "warm-up": (changes, None),
     "warm-up capped": (changes, CAP),
+    "low rank": (principal, CAP),
 }

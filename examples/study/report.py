@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,7 +19,7 @@ from typing import Any
 
 from frodctl.training.rates import relative_step
 
-from .parts import read
+from .parts import MULTIPLES, middle, read, tried
 from .training import Run
 
 REFERENCE = "FRoD"
@@ -89,6 +90,23 @@ def losses(study: Study, part: str) -> str:
     return table(header, study.by_method(part, lambda runs: mean([run.loss for run in runs], 3)))
 
 
+def picked(study: Study, part: str) -> str:
+    """Losses, and those of the method that does best on each task's validation split."""
+    runs = list(study.runs)
+    for task in study.tasks(part):
+        tries = [run for run in study.of(part, held_out="validation", task=task) if run.method != REFERENCE]
+        best = min(tries, key=lambda run: run.loss).method
+        runs += [replace(run, method="picked by validation") for run in study.of(part, task=task, method=best)]
+    return losses(Study(runs), part)
+
+
+def merged(study: Study, part: str) -> str:
+    """Losses, and those of what was trained over quantized bases in the full-precision one."""
+    found = [(run, run.merged) for run in study.of(part)]
+    moved = [replace(run, method=f"{run.method}, merged", loss=loss) for run, loss in found if loss is not None]
+    return losses(Study([*study.runs, *moved]), part)
+
+
 def accuracies(study: Study, part: str) -> str:
     rows = study.by_method(part, lambda runs: mean([100 * run.accuracy for run in runs], 1), last=False)
     return table(["accuracy, %", *study.tasks(part)], rows)
@@ -121,39 +139,55 @@ def chosen(study: Study, part: str) -> str:
 
 
 def sensitivity(study: Study, part: str) -> str:
-    """Validation losses at multiples of the rule's rate, and how far the rule's is from the best of them."""
-    runs = study.of(part, held_out="validation")
-    multiples = sorted({multiple(run) for run in runs})
+    """Validation losses at the rates of a search, and how far the rule's is above the best of them."""
     rows = []
-    for task, steps in dict.fromkeys((run.task, run.steps) for run in runs):
-        by_rate = losses_by_multiple([run for run in runs if (run.task, run.steps) == (task, steps)])
-        if len(by_rate) < len(multiples):
-            continue  # not through yet
-        best = min(map(fmean, by_rate.values()))
-        cells = [mean(by_rate[one], 3) if one in by_rate else "–" for one in multiples]
-        rows.append([task, str(steps), *cells, f"{100 * (fmean(by_rate[1.0]) / best - 1):.1f}"])
-    return table(["validation loss at", "steps", *(f"{one:g} ρ" for one in multiples), "ρ above the best, %"], rows)
+    for (task, steps), runs in curves_of_rates(study, part).items():
+        by_rate = losses_by_rate(runs)
+        cells = [mean(by_rate[one * middle(steps)], 3) for one in MULTIPLES]
+        ruled = by_rate[relative_step(steps)]
+        rows.append([task, str(steps), *cells, mean(ruled, 3), f"{excess(by_rate, steps):.1f}"])
+    header = ["validation loss at", "steps", *(f"{one:g} c" for one in MULTIPLES), "the rule's", "above the best, %"]
+    return table(header, rows)
 
 
-def multiple(run: Run) -> float:
-    """Its rate beside the rule's."""
-    return round(run.rate / relative_step(run.steps), 3)
+def curves_of_rates(study: Study, part: str) -> dict[tuple[str, int], list[Run]]:
+    """By task and steps, the shortest runs first, those that all rates were tried for."""
+    found: dict[tuple[str, int], list[Run]] = {}
+    for run in study.of(part, held_out="validation"):
+        if run.rate in tried(run.steps):
+            found.setdefault((run.task, run.steps), []).append(run)
+    through = {key: runs for key, runs in found.items() if {run.rate for run in runs} == set(tried(key[1]))}
+    return dict(sorted(through.items(), key=lambda item: item[0][1]))
 
 
-def losses_by_multiple(runs: Iterable[Run]) -> dict[float, list[float]]:
+def losses_by_rate(runs: Iterable[Run]) -> dict[float, list[float]]:
     found: dict[float, list[float]] = {}
     for run in runs:
-        found.setdefault(multiple(run), []).append(run.loss)
+        found.setdefault(run.rate, []).append(run.loss)
     return dict(sorted(found.items()))
+
+
+def excess(by_rate: dict[float, list[float]], steps: int) -> float:
+    """By how many percent the rule's loss is above the best rate's."""
+    means = {rate: fmean(losses) for rate, losses in by_rate.items()}
+    return 100 * (means[relative_step(steps)] / min(means.values()) - 1)
 
 
 TABLES = {
     "sensitivity": sensitivity,
     "losses": losses,
+    "picked": picked,
+    "merged": merged,
     "accuracies": accuracies,
     "thirds": thirds,
     "costs": costs,
     "rates": chosen,
+}
+SHOWN = {
+    "methods": ("losses", "accuracies", "thirds", "costs", "rates"),
+    "rates": ("sensitivity",),
+    "sparsity": ("picked", "rates"),
+    "quantized": ("merged", "rates", "costs"),
 }
 
 
@@ -212,31 +246,23 @@ def worth(study: Study, file: Path) -> None:
 
 
 def sensitivities(study: Study, file: Path) -> None:
-    """Validation loss beside the best one of a search, by the rate beside the rule's."""
+    """Validation loss beside the best one of a search, by rate, with the rule's rate marked."""
     import matplotlib.pyplot as plt
 
-    runs = study.of("rates", held_out="validation")
-    lengths = list(dict.fromkeys(run.steps for run in runs))
-    colours = {task: f"C{number}" for number, task in enumerate(dict.fromkeys(run.task for run in runs))}
+    found = curves_of_rates(study, "rates")
+    lengths = sorted({steps for _, steps in found})
+    colours = {task: f"C{number}" for number, task in enumerate(dict.fromkeys(task for task, _ in found))}
     figure, axes = plt.subplots(1, len(lengths), figsize=(11, 3.2), layout="constrained", squeeze=False, sharey=True)
+    for (task, steps), runs in found.items():
+        axis = axes.flat[lengths.index(steps)]
+        means = {rate: fmean(losses) for rate, losses in losses_by_rate(runs).items()}
+        heights = [loss / min(means.values()) for loss in means.values()]
+        axis.plot(list(means), heights, marker="o", markersize=3, label=task, color=colours[task])
     for axis, steps in zip(axes.flat, lengths, strict=True):
-        for task in dict.fromkeys(run.task for run in runs if run.steps == steps):
-            by_rate = losses_by_multiple(run for run in runs if (run.task, run.steps) == (task, steps))
-            means = list(map(fmean, by_rate.values()))
-            if len(means) < len({multiple(run) for run in runs}):
-                continue  # not through yet
-            axis.plot(
-                list(by_rate),
-                [loss / min(means) for loss in means],
-                marker="o",
-                markersize=3,
-                label=task,
-                color=colours[task],
-            )
-        axis.axvline(1, color="black", linewidth=0.8)
+        axis.axvline(relative_step(steps), color="black", linewidth=0.8)
         axis.axhspan(1, 1.05, color="grey", alpha=0.2)
-        axis.set_xscale("log", base=2)
-        axis.set(title=f"{steps} steps", xlabel="rate / the rule's", ylim=(0.99, 1.4))
+        axis.set_xscale("log")
+        axis.set(title=f"{steps} steps", xlabel="ρ", ylim=(0.99, 1.4))
     axes.flat[0].set_ylabel("validation loss / the best")
     axes.flat[0].legend(fontsize="small")
     figure.savefig(file, dpi=80, metadata={"Software": None})
@@ -271,10 +297,8 @@ def main() -> None:
     study = Study(read(arguments.runs))
     if arguments.document is None:
         for part in dict.fromkeys(run.part for run in study.runs):
-            for name, make in TABLES.items():
-                if (name == "sensitivity") != (part == "rates"):
-                    continue
-                print(f"{part}: {name}\n\n{make(study, part)}\n")
+            for name in SHOWN.get(part, ("losses", "rates")):
+                print(f"{part}: {name}\n\n{TABLES[name](study, part)}\n")
         return
     arguments.document.write_text(written(arguments.document.read_text(), study))
     for name, (part, plot) in PLOTS.items():

@@ -114,15 +114,24 @@ class Learner(nn.Module):
         return loss, right, int((labels != IGNORED).sum())
 
 
-def learner(task: Task, checkpoint: Checkpoint, seed: int) -> Learner:
+def learner(task: Task, checkpoint: Checkpoint, seed: int, quantization: str | None = None) -> Learner:
     """A fresh one; a seed's head is the same for every method."""
+    found = copy.deepcopy(backbone(checkpoint.folder, quantization))
     torch.manual_seed(seed)
-    return Learner(task, copy.deepcopy(backbone(checkpoint.folder)))
+    return Learner(task, found)
 
 
 @cache
-def backbone(folder: Path) -> Any:
-    return transformers.AutoModel.from_pretrained(folder)
+def backbone(folder: Path, quantization: str | None) -> Any:
+    """In full precision, or with its linear layers in bitsandbytes' NF4 or torchao's int8."""
+    config: Any = None
+    if quantization == "nf4":
+        config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    elif quantization == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-untyped]
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    return transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
 
 
 def collate(task: Task, examples: Sequence[Example]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from .methods import Method, groups_of
+import frodctl
+
+from .methods import Method, basis_of, groups_of
 from .tasks import Checkpoint, Example, Learner, Task, batches, collate, learner
 
 WARM_UP = 0.1
@@ -36,13 +39,14 @@ class Run:
     preparing: float  #: seconds until the first step
     training: float  #: seconds of all steps
     bytes: int  #: model, gradients, Adam's moments, and what the first step keeps for its backward pass
+    merged: float | None = None  #: loss of what was trained over a quantized base, in the full-precision one
 
 
 def run(
     part: str, task: Task, checkpoint: Checkpoint, method: Method, rate: float, seed: int, steps: int, held_out: str
 ) -> Run:
     """Train, and evaluate after a third of the steps and at the end."""
-    model = learner(task, checkpoint, seed)
+    model = learner(task, checkpoint, seed, method.quantization)
     started = time.perf_counter()
     groups = groups_of(method, model, task, checkpoint, rate)
     preparing, training = time.perf_counter() - started, 0.0
@@ -64,6 +68,7 @@ def run(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        method.after_step(model, optimizer, step, steps)
         training += time.perf_counter() - started
         course.append(round(loss.item(), 4))
         if step == max(1, steps // 3):
@@ -75,18 +80,31 @@ def run(
     return Run(
         part, task.name, method.name, rate, seed, steps, held_out, trained - of_head, loss_at_end, accuracy, third[0],
         course, round(preparing, 3), round(training, 3), held + 12 * trained + kept.bytes,
+        merged_loss(model, task, checkpoint, examples) if method.quantization and method.is_frod else None,
     )  # fmt: skip
 
 
 def evaluate(model: Learner, task: Task, examples: Sequence[Example]) -> tuple[float, float]:
     """Loss and accuracy."""
-    model.eval()
+    for module in model.eval().modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()  # in evaluation bitsandbytes packs its weight for good, and no gradient passes it again
     losses, right, count = 0.0, 0, 0
     with torch.no_grad():
         for start in range(0, len(examples), EVALUATION):
             loss, correct, of = model(**collate(task, examples[start : start + EVALUATION]))
             losses, right, count = losses + float(loss) * of, right + correct, count + of
     return losses / count, right / count
+
+
+def merged_loss(model: Learner, task: Task, checkpoint: Checkpoint, examples: Sequence[Example]) -> float:
+    """With what was trained in the full-precision model, as `frodctl.merge` puts it there."""
+    full = learner(task, checkpoint, 0)
+    full.head = model.head
+    with tempfile.TemporaryDirectory() as folder:
+        frodctl.save_adapter(model.backbone, folder)
+        frodctl.load_adapter(full.backbone, folder, basis_of(checkpoint))
+    return evaluate(full, task, examples)[0]
 
 
 class Kept:

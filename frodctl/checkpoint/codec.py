@@ -1,14 +1,16 @@
 """The safetensors file format: headers in, headers and tensors out, nothing held but one tensor.
 
 A file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes without gaps. Headers of
-local files are read and judged by the safetensors library. What it cannot do is here: write below a header that is
-there first, one tensor at a time, in any order, resumed, equal bytes for equal input (see `frodctl.checkpoint.shards`);
-read at a place, so that nothing stays resident; check the header of a file that is elsewhere.
+local files are read and judged by the safetensors library, which maps them. What it cannot do is here: write below a
+header that is there first, one tensor at a time, in any order, resumed, equal bytes for equal input (see
+`frodctl.checkpoint.shards`); read at a place, so that nothing stays resident; check the header of a file that is
+elsewhere, or cannot be mapped.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -71,20 +73,43 @@ def read_header(path: Path) -> Header:
     with open_input(path) as file:
         length = int.from_bytes(file.read(8), "little")
         raw = file.read(length) if length <= MAX_JSON_BYTES else b""  # which the library refuses
+        size = file.seek(0, os.SEEK_END)
     try:
         check_amount(raw)
-        with files.open_mapped(path) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
-            specs = [TensorSpec(name, it.get_dtype(), tuple(it.get_shape())) for name, it in slices.items()]
-            metadata = opened.metadata() or {}
+        try:
+            specs, metadata = _by_library(path)
+        except (OSError, MemoryError):
+            return _unmapped(raw, 8 + length, size, str(path))
         names = decode_json(raw, strict=True)  # in their order, which the library does not keep
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be read ({error})") from None
     except (SafetensorError, ValueError, RecursionError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise InvalidInput(f"{path}: not a valid safetensors file, or truncated ({reason:.300})") from None
     tensors = _placed(specs, 8 + length, str(path))
     return Header({name: tensors[name] for name in names if name != "__metadata__"}, metadata)
+
+
+def _by_library(path: Path) -> tuple[list[TensorSpec], dict[str, str]]:
+    """The tensors in the order of their bytes, and the metadata."""
+    with files.open_mapped(path) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+        specs = [TensorSpec(name, it.get_dtype(), tuple(it.get_shape())) for name, it in slices.items()]
+        return specs, opened.metadata() or {}
+
+
+def _unmapped(raw: bytes, start: int, size: int, where: str) -> Header:
+    """The header of a file that cannot be mapped, by its file system or a limit on addresses.
+
+    Its tensors begin at ``start``, and it has ``size`` bytes.
+    """
+    entries = decode_json(raw, strict=True)
+    metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else 0
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("the header or its metadata are no JSON object, or of other things than text")
+    tensors = {name: (spec, start + at) for name, (spec, at) in check_remote(entries, where).items()}
+    if size != start + sum(spec.nbytes for spec, _ in tensors.values()):
+        raise ValueError("the file is shorter or longer than its header says")
+    return Header(tensors, metadata)
 
 
 def check_remote(entries: Mapping[str, Json], where: str) -> dict[str, tuple[TensorSpec, int]]:

@@ -223,24 +223,32 @@ def rmtree(folder: Path) -> None:
     rmdir(folder)
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk, on whatever can.
+def sync(path: Path) -> bool:
+    """Flush a file, or the names in a folder, to the disk; False where nothing can.
 
     Windows flushes only what is open for writing, and lets no folder be opened; some network file systems flush no
     folders.
     """
     folder = path.is_dir()
     if folder and os.name == "nt":
-        return
+        return False
     handle = open_handle(path, os.O_RDONLY if folder else os.O_RDWR)
     with named(path):
         try:
-            fsync(handle)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
+            return flush(handle)
         finally:
             close(handle)
+
+
+def flush(handle: int) -> bool:
+    """Flush what is open to the disk; False where the file system cannot."""
+    try:
+        fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return False
+    return True
 
 
 def locked(folder: Path) -> int | None:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-from frodctl.checkpoint import codec
+from frodctl.checkpoint import codec, manifest
 from frodctl.checkpoint.companions import MODULES_FILE, companions, module_folders
 from frodctl.checkpoint.hub_errors import clear_errors, is_offline, repo_and_revision
 from frodctl.checkpoint.inputs import read_json
@@ -34,6 +34,8 @@ _CONNECTIONS = 8
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 #: What tells what a model is, beside its weights.
 _CONFIGS = ("config.json", "generation_config.json")
+#: What is fetched with the weights: those, and the weights' digests.
+_WITH_WEIGHTS = (*_CONFIGS, manifest.FILE)
 
 
 def download(
@@ -172,7 +174,7 @@ def open_remote(location: Location, *, later: bool = False) -> Checkpoint | None
         if ".safetensors" not in entry:
             return None
         if later:
-            small = [_prefixed(location, name) for name in {*_CONFIGS, entry} if name.endswith(".json")]
+            small = [_prefixed(location, name) for name in {*_WITH_WEIGHTS, entry} if name.endswith(".json")]
             fetch = partial(snapshot_download, repo, token=location.token, cache_dir=location.cache_dir)
             fetch(revision=revision, allow_patterns=small)
         config = read_json(repository.fetch("config.json")) if "config.json" in files else {}
@@ -182,7 +184,8 @@ def open_remote(location: Location, *, later: bool = False) -> Checkpoint | None
         wanted = sorted(set(shards.values()) or {entry})
         if missing := sorted(set(wanted) - set(files)):
             raise InvalidInput(f"{repository.name(missing[0])}: named by the index but missing")
-        tensors = _remote_tensors(repository, shards, wanted)
+        own = repository.fetch(manifest.FILE).parent if later and manifest.FILE in files else None
+        tensors = _remote_tensors(repository, shards, wanted, manifest.digests(own) if own else {})
     check_complete(shards, tensors, repo)
     return Checkpoint(repo, commit, None, config, tensors, repository=repository if later else None)
 
@@ -205,11 +208,16 @@ def remote_adapter(
         return read_json(repository.fetch(path)), repository.header(weights)
 
 
-def _remote_tensors(repository: Repository, shards: Mapping[str, str], files: Collection[str]) -> dict[str, TensorInfo]:
+def _remote_tensors(
+    repository: Repository,
+    shards: Mapping[str, str],
+    files: Collection[str],
+    digests: Mapping[str, Mapping[str, str]],
+) -> dict[str, TensorInfo]:
     """The tensors of the files that an index names, ``shards``, or of one file where there is none."""
 
     def header(file: str) -> list[TensorInfo]:
-        infos = repository.header(file)
+        infos = manifest.with_digests(repository.header(file), digests.get(file, {}), repository.name(file))
         check_is_checkpoint(repository.name(file), [info.name for info in infos])
         return [info for info in infos if shards.get(info.name, file) == file]
 
@@ -233,7 +241,7 @@ def _needed(location: Location, commit: str, files: list[str], everything: bool)
     repository = Repository(replace(location, model=repo), commit)
     direct = [file for file in files if "/" not in file]
     entry = _entry(location, files, repo)
-    wanted = {entry, *(name for name in direct if name in _CONFIGS)}
+    wanted = {entry, *(name for name in direct if name in _WITH_WEIGHTS)}
     if entry.endswith(".index.json"):
         wanted.update(shards_of(read_json(repository.fetch(entry)), f"{repo}/{entry}").values())
     if everything:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from frodctl.checkpoint import files
 from frodctl.checkpoint.inputs import read_json
-from frodctl.checkpoint.records import WEIGHT_FILES
+from frodctl.checkpoint.records import WEIGHT_FILES, TensorInfo
 from frodctl.checkpoint.source import MANIFEST
 from frodctl.errors import InvalidInput
 
@@ -109,6 +110,20 @@ def digests(folder: Path) -> dict[str, dict[str, str]]:
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}
     return found if all(isinstance(text, str) for tensors in found.values() for text in tensors.values()) else {}
+
+
+def with_digests(infos: Sequence[TensorInfo], recorded: Mapping[str, str], where: str) -> list[TensorInfo]:
+    """A file's tensors with what is recorded of them; `InvalidInput` where other tensors are."""
+    if not recorded:
+        return list(infos)
+    names = {info.name for info in infos}
+    known = {name if name in names else re.sub(r"\[\d+\]$", "", name) for name in recorded}
+    if others := sorted(known ^ names):
+        raise InvalidInput(
+            f"{where}: tensor {others[0]} is there, or in {FILE}, but not in both: damaged; remove that file "
+            "if another program wrote the weights anew"
+        )
+    return [replace(info, recorded=recorded) for info in infos]
 
 
 def _recorded(folder: Path) -> dict[str, int] | None:

@@ -6,8 +6,7 @@ Only headers and configs are read here; the tensors' bytes are read by `frodctl.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -140,25 +139,10 @@ def _read_headers(folder: Path, entry: str, shards: Mapping[str, str]) -> dict[s
             raise InvalidInput(f"{path}: named by the index but missing; download the checkpoint again")
         infos = read_file_header(path)
         check_is_checkpoint(str(path), [info.name for info in infos])
-        recorded = digests.get(file, {})
-        _check_recorded(path, infos, recorded)
-        for info in infos:
-            if shards.get(info.name, file) == file:
-                tensors[info.name] = replace(info, recorded=recorded) if recorded else info
+        infos = manifest.with_digests(infos, digests.get(file, {}), str(path))
+        tensors.update({info.name: info for info in infos if shards.get(info.name, file) == file})
     check_complete(shards, tensors, str(folder))
     return tensors
-
-
-def _check_recorded(path: Path, infos: Sequence[TensorInfo], recorded: Mapping[str, str]) -> None:
-    """`InvalidInput` where a file has other tensors than those whose digests are recorded."""
-    names = {info.name for info in infos}
-    known = {name if name in names else re.sub(r"\[\d+\]$", "", name) for name in recorded}
-    others = sorted(known ^ names) if recorded else []
-    if others:
-        raise InvalidInput(
-            f"{path}: tensor {others[0]} is there, or in {manifest.FILE}, but not in both: damaged; remove that file "
-            "if another program wrote the weights anew"
-        )
 
 
 def read_file_header(path: Path) -> list[TensorInfo]:

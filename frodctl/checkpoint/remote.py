@@ -23,7 +23,7 @@ from frodctl.checkpoint.bounds import MAX_JSON_BYTES
 from frodctl.checkpoint.hub_errors import clear_errors, is_connection_error
 from frodctl.checkpoint.inputs import Json, decode_json
 from frodctl.checkpoint.records import Location, TensorInfo
-from frodctl.checkpoint.source import Folder
+from frodctl.checkpoint.source import Folder, check, checked
 from frodctl.errors import FrodctlError, InvalidInput
 from frodctl.pipeline import Workers, pause
 
@@ -105,12 +105,16 @@ class Repository:
             Folder(path.parent).read(info, view)
         else:
             self._read(info.file, info.offset, view)
+            check(info, view, self.where(info))
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
         path = self.cached(info.file)
         if path is not None:
-            yield from Folder(path.parent).chunks(info)
-            return
+            return Folder(path.parent).chunks(info)
+        return checked(info, self._ranges(info), self.where(info))
+
+    def _ranges(self, info: TensorInfo) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces, of one request each."""
         buffer = memoryview(bytearray(min(info.nbytes, codec.CHUNK_BYTES)))
         for start in range(0, info.nbytes, codec.CHUNK_BYTES):
             piece = buffer[: min(codec.CHUNK_BYTES, info.nbytes - start)]

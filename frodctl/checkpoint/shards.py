@@ -191,7 +191,7 @@ class ShardWriter:
     def flush(self) -> None:
         """Bring all that was written to the disk."""
         for handle in self._handles.values():
-            files.fsync(handle)
+            files.flush(handle)
 
     def close(self) -> None:
         with closing(self._journal):

@@ -210,6 +210,8 @@ class Staging(Pieces):
         Raises where OUTPUT must not be written; asked at once, and as OUTPUT gets its name.
     resume : bool
         Take up what there is.
+    notice : callable, optional
+        Told what a person should know of a file system that cannot do all that is promised here.
 
     Raises
     ------
@@ -221,9 +223,18 @@ class Staging(Pieces):
         The disk filled up within the ``with`` statement.
     """
 
-    def __init__(self, output: Path, key: str, check: Callable[[], None], *, resume: bool) -> None:
+    def __init__(
+        self,
+        output: Path,
+        key: str,
+        check: Callable[[], None],
+        *,
+        resume: bool,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._check = check
         self._resume = resume
+        self._notice = notice
         super().__init__(output, key)
 
     def _enter(self) -> None:
@@ -250,6 +261,7 @@ class Staging(Pieces):
             for entry in files.listing(self.root):
                 files.rmtree(Path(entry.path))
         files.mkdir(self.folder)
+        self._tell_what_is_lacking()
         piece = _unsent_piece(self.folder, self.output)
         taken_back = [self.output] if piece is not None and self.output.is_dir() else []
         for path in (path for folder in (self.folder, *taken_back) for path in folder.rglob("*")):
@@ -258,6 +270,15 @@ class Staging(Pieces):
                 raise UsageError(f"{path}: is a link or no ordinary file, and would be written to; remove {self.root}")
         if piece is not None and taken_back:  # it is a piece again, which the job finds finished
             files.rename(self.output, self.path(piece))
+
+    def _tell_what_is_lacking(self) -> None:
+        lacking = []
+        if self._lock is None:
+            lacking.append("it has no locks: see that no other run writes this output")
+        if not files.sync(self.root):
+            lacking.append("it flushes no folders: what was done last may be lost with the power")
+        if lacking:
+            self._notice(f"{self.output.parent}: of its file system, {'; '.join(lacking)}")
 
     def begin_folder(self, name: str, keep: Collection[str]) -> Path:
         """Make the piece ``name`` a folder that holds nothing but what an earlier run left of the names in ``keep``."""
@@ -438,7 +459,7 @@ def _write_new(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         with files.named(path), files.open_write(path, "x") as file:
             write(file)
             file.flush()
-            files.fsync(file.fileno())
+            files.flush(file.fileno())
     except BaseException:
         _discard(path)
         raise

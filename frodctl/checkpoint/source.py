@@ -50,29 +50,37 @@ class Folder:
         with files.open_read(path) as file:
             file.seek(info.offset)
             read_into(file, view, f"{path}: tensor {info.name}: the file ends before it; download it again")
-        self._check(info, view)
+        check(info, view, path)
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
-        chunks = read_chunks(self.root / info.file, info.offset, info.nbytes)
-        return self._checked(info, chunks) if info.name in info.recorded else chunks
-
-    def _checked(self, info: TensorInfo, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-        sha256 = hashlib.sha256()
-        for chunk in chunks:
-            sha256.update(chunk)
-            yield chunk
-        self._compare(info, sha256.hexdigest())
-
-    def _check(self, info: TensorInfo, view: memoryview) -> None:
-        if info.name in info.recorded:
-            self._compare(info, hashlib.sha256(view).hexdigest())
-
-    def _compare(self, info: TensorInfo, digest: str) -> None:
-        if info.recorded[info.name] != f"sha256:{digest}":
-            raise InvalidInput(
-                f"{self.root / info.file}: tensor {info.name} is damaged: its digest is not the one in {MANIFEST}; "
-                f"remove that file if another program wrote the weights anew"
-            )
+        path = self.root / info.file
+        return checked(info, read_chunks(path, info.offset, info.nbytes), path)
 
     def where(self, info: TensorInfo) -> str:
         return str(self.root / info.file)
+
+
+def check(info: TensorInfo, view: memoryview, where: str | Path) -> None:
+    """`InvalidInput` where a tensor's bytes have another digest than is recorded."""
+    if info.name in info.recorded:
+        _compare(info, hashlib.sha256(view).hexdigest(), where)
+
+
+def checked(info: TensorInfo, chunks: Iterator[memoryview], where: str | Path) -> Iterator[memoryview]:
+    """The same pieces of a tensor, and after the last what `check` raises."""
+    if info.name not in info.recorded:
+        yield from chunks
+        return
+    sha256 = hashlib.sha256()
+    for chunk in chunks:
+        sha256.update(chunk)
+        yield chunk
+    _compare(info, sha256.hexdigest(), where)
+
+
+def _compare(info: TensorInfo, digest: str, where: str | Path) -> None:
+    if info.recorded[info.name] != f"sha256:{digest}":
+        raise InvalidInput(
+            f"{where}: tensor {info.name} is damaged: its digest is not the one in {MANIFEST}; "
+            f"remove that file if another program wrote the weights anew"
+        )

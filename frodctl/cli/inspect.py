@@ -94,7 +94,7 @@ def command(
       frodctl inspect ./my-adapter --base ./my-model --merged ./merged --min-survival 90%
       frodctl inspect ./my-model --spectrum --json | jq '.targets[0].tensors[].effective_rank'
 
-    By default only headers are read; of a model on the Hub no weights are fetched.
+    By default only headers are read: of a model on the Hub no weights are fetched, and no digests are compared.
     """
     if check and options["against"] is None:
         raise click.UsageError("--check goes with --against.")

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -79,24 +79,25 @@ class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def main(arguments: Sequence[str] | None = None, launch: Launch = BY_ITSELF) -> int:
-    """Run the command line, maybe as one of several ranks, and return its exit code."""
-    started = Started(own_process=arguments is None, launch=launch)
+def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+    """Run the command line, as one of several ranks where torchrun's ``environ`` says so, and return its exit code."""
+    own_process, launch = arguments is None, BY_ITSELF
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
-    if started.own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, partial(_interrupt, arguments, launch))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
-    if launch.number:
-        silence_stdout()  # the first rank's is all there is to see
     try:
-        code = _run(arguments, started)
+        launch = Launch(environ or {})
+        if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, partial(_interrupt, arguments, launch))
+        if launch.number:
+            silence_stdout()  # the first rank's is all there is to see
+        code = _run(arguments, Started(own_process, launch))
         launch.leave()
         return code
     except (KeyboardInterrupt, click.Abort):
-        if started.own_process:
+        if own_process:
             _end_soon(lambda: 130)
         return _interrupted(arguments, 130, launch)
     except _Terminated:

@@ -56,7 +56,11 @@ verify_option = click.option(
 )
 
 run_options = _together(
-    click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; download and write nothing."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Print the plan, from headers alone: nothing is downloaded or written, no digest compared.",
+    ),
     click.option("--force", is_flag=True, help="Replace an output that exists."),
     click.option(
         "--resume/--no-resume", default=True, help="Take up what a killed run had finished.  [default: resume]"

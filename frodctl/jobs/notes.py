@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -12,14 +12,19 @@ from frodctl.method.fidelity import Fidelity
 
 
 class Notes:
-    """How near the finished layers come to their ΔW; a context manager while some are added."""
+    """How near the finished layers come to their ΔW; a context manager while some are added.
+
+    Each is a line of JSON after its digest: one that was being written as the run was killed, or damaged since, is not
+    taken up.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.known: dict[str, Fidelity] = {}
         for line in files.read_bytes(file).splitlines():
-            with suppress(ValueError, TypeError):  # the line that was being written as the run was killed
-                module, *figures = json.loads(line)
+            digest, _, text = line.partition(b" ")
+            if digest == _digest(text):
+                module, *figures = json.loads(text)
                 self.known[module] = Fidelity(*figures)
 
     def __enter__(self) -> Notes:
@@ -31,5 +36,10 @@ class Notes:
 
     def add(self, module: str, found: Fidelity) -> None:
         self.known[module] = found
-        self._open.write(json.dumps([module, *astuple(found)]).encode() + b"\n")
+        text = json.dumps([module, *astuple(found)]).encode()
+        self._open.write(_digest(text) + b" " + text + b"\n")
         self._open.flush()
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()

@@ -20,3 +20,8 @@ Callback = Callable[[Progress], None]
 
 def silent(report: Progress) -> None:
     """The callback that shows nothing."""
+
+
+def noticed(callback: Callback) -> Callable[[str], None]:
+    """Reports lines of text."""
+    return lambda text: callback(Progress(text))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from frodctl.checkpoint import files, sink
 from frodctl.errors import FrodctlError, UsageError
 from frodctl.method.ranks import ALONE, Ranks, shares
+from frodctl.pipeline import within
 
 if TYPE_CHECKING:
     import torch.distributed as distributed
@@ -33,6 +34,7 @@ _START = timedelta(minutes=5)
 _PATIENCE = timedelta(days=7)
 _CHUNK = 1 << 26  # elements in one message
 _TOKEN = "ranks"  # by which all see that they write to one folder
+_ALONE = "without RANK and WORLD_SIZE in the environment this is one process"
 
 
 class RankLost(FrodctlError):
@@ -175,8 +177,8 @@ def _messages() -> Iterator[None]:
         ) from error
 
 
-def _first_line(error: RuntimeError) -> str:
-    return str(error).partition("\n")[0][:160]
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:160] or "no answer"
 
 
 @contextmanager
@@ -213,13 +215,22 @@ class Launch:
     ----------
     environ : mapping
         With torchrun's variables, if it is one of its ranks.
+
+    Raises
+    ------
+    UsageError
+        Some of torchrun's variables are missing, or are not what they can be.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self.number = int(environ.get("RANK", 0))
-        self.count = int(environ.get("WORLD_SIZE", 1))
-        self.local_number = int(environ.get("LOCAL_RANK", 0))
-        self.local_count = int(environ.get("LOCAL_WORLD_SIZE", 1))
+        is_rank = "RANK" in environ or "WORLD_SIZE" in environ
+        self.count = _number(environ, "WORLD_SIZE", 1) if is_rank else 1
+        several = self.count > 1
+        self.number = _number(environ, "RANK", 0, self.count - 1) if several or "RANK" in environ else 0
+        self.local_count = _number(environ, "LOCAL_WORLD_SIZE", 1, self.count) if several else 1
+        self.local_number = _number(environ, "LOCAL_RANK", 0, self.local_count - 1) if several else 0
+        port = _number(environ, "MASTER_PORT", 1, 65535) if several else 0
+        self._address = f"{_text(environ, 'MASTER_ADDR')}:{port}" if several else ""
 
     @cached_property
     def world(self) -> World:
@@ -239,6 +250,9 @@ class Launch:
         has_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
         if has_gpus:
             torch.cuda.set_device(self.local_number % torch.cuda.device_count())
+        if isinstance(self._store, Exception):
+            why = _first_line(self._store)
+            raise RankLost(f"the ranks of torchrun do not meet at {self._address} ({why}); {_ALONE}")
         try:
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
@@ -250,20 +264,26 @@ class Launch:
             distributed.barrier()
         except RuntimeError as error:
             raise RankLost(
-                f"not all of the {self.count} ranks of torchrun came ({_first_line(error)}); without RANK and "
-                "WORLD_SIZE in the environment this is one process"
+                f"not all of the {self.count} ranks of torchrun came ({_first_line(error)}); {_ALONE}"
             ) from error
         return Group(range(self.count), self.number, distributed.new_group(timeout=_PATIENCE))
 
     @cached_property
     def _store(self) -> Any:
+        """torchrun's, through which the ranks find each other; or why it can be neither reached nor opened."""
         from torch.distributed.rendezvous import rendezvous
 
-        return next(rendezvous("env://", self.number, self.count, timeout=_START))[0]
+        def meet() -> Any:
+            return next(rendezvous("env://", self.number, self.count, timeout=_START))[0]
+
+        try:
+            return within(2 * _START.total_seconds(), meet)  # torch's own patience has no end with who never answers
+        except (RuntimeError, TimeoutError) as error:
+            return error
 
     def first_to_fail(self) -> bool:
         """Whether no other rank has said yet that the job failed; asked once, by who is about to say so."""
-        if self.count == 1:
+        if self.count == 1 or isinstance(self._store, Exception):
             return True
         try:
             first: bool = self._store.add("frodctl failed", 1) == 1
@@ -279,6 +299,28 @@ class Launch:
             with suppress(RuntimeError):  # all is done, whoever has left before
                 distributed.barrier()
             distributed.destroy_process_group()
+
+
+def _number(environ: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
+    """One of torchrun's variables that is a whole number."""
+    text = _text(environ, name)
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if number < least or (most is not None and number > most):
+        wanted = f"from {least} to {most}" if most is not None else f"of {least} or more"
+        count = environ.get("WORLD_SIZE")
+        where = f" (WORLD_SIZE={count})" if name != "WORLD_SIZE" and count else ""
+        raise UsageError(f"{name}={text} in the environment is no whole number {wanted}{where}; {_ALONE}")
+    return number
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    text = environ.get(name)
+    if not text:
+        raise UsageError(
+            f"{name} is missing in the environment, where RANK or WORLD_SIZE make this one of several ranks, for which "
+            f"torchrun sets it; {_ALONE}"
+        )
+    return text
 
 
 #: One process.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,23 +71,33 @@ def take_device(name: str, progress: Callback, nbytes: int = 0, launch: Launch =
     OutOfResources
         The device has not so much.
     """
+    return take_devices(name, progress, [nbytes], launch)[0]
+
+
+def take_devices(name: str, progress: Callback, needs: Sequence[int], launch: Launch = BY_ITSELF) -> list[Kernels]:
+    """`take_device` for several works one after the other, by the bytes that each needs."""
     kernels = choose_device(name, launch.local_number)
+    chosen = [kernels] * len(needs)
     if name == "auto" and kernels.name != "cpu":
-        free = _available(kernels.name)
-        if free is not None and free < nbytes and launch.count == 1:
+        free = _available(kernels.name) if launch.count == 1 else None
+        chosen = [kernels if free is None or free >= nbytes else kernels_of("cpu") for nbytes in needs]
+        left = sum(each is not kernels for each in chosen)
+        if left < len(needs):
+            progress(Progress(f"computing on {kernels.name}, {kernels.identity()[0]}"))
+        if free is not None and left:
+            some = "" if left == len(needs) else f" {left} of {len(needs)}, as the table says,"
             progress(
                 Progress(
-                    f"computing on the CPU: {kernels.name} has {free / 1e9:.2f} GB of memory available, of about "
-                    f"{nbytes / 1e9:.2f} GB needed"
+                    f"computing{some} on the CPU: {kernels.name} has {free / 1e9:.2f} GB of memory available, of about "
+                    f"{max(needs) / 1e9:.2f} GB needed"
                 )
             )
-            kernels = kernels_of("cpu")
-        else:
-            progress(Progress(f"computing on {kernels.name}, {kernels.identity()[0]}"))
     elif name == "auto" and _NVIDIA_DRIVER.exists():
         progress(Progress("computing on the CPU: this torch finds no GPU, although NVIDIA's driver is here"))
-    require_memory(nbytes, kernels.name, launch.local_count)
-    return kernels
+    for device in {each.name for each in chosen}:
+        most = max(nbytes for nbytes, each in zip(needs, chosen, strict=True) if each.name == device)
+        require_memory(most, device, launch.local_count)
+    return chosen
 
 
 def measured_rates(device: str) -> Rates | None:

@@ -330,10 +330,10 @@ class _Stack:
         """
         numbers = self.own if numbers is None else numbers
         first, held = 0, 0
-        for place, (i, stored) in enumerate(zip(numbers, self.layers.read(numbers), strict=True)):
+        weights = self.kernels.ahead(self.layers.read(numbers))
+        for place, (i, W) in enumerate(zip(numbers, weights, strict=True)):
             m, n = self.shapes[i]
             self.advance(layer_flops(m, n)[step])
-            W = self.kernels.put(stored)
             if step == 0:
                 self.norms[i] = self.kernels.norm(W)
             factor = self.factor if factors is None else factors[i]

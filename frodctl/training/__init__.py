@@ -8,6 +8,7 @@ from frodctl.training.attachment import attach, detach, disabled, merge_, set_ad
 from frodctl.training.groups import parameter_groups
 from frodctl.training.loading import load_adapter
 from frodctl.training.plan import StepCost, step_costs
+from frodctl.training.reallocation import reallocate
 from frodctl.training.report import print_step_cost, print_trainable_parameters
 from frodctl.training.saving import save_adapter
 from frodctl.training.selection import select_pattern
@@ -23,6 +24,7 @@ __all__ = [
     "parameter_groups",
     "print_step_cost",
     "print_trainable_parameters",
+    "reallocate",
     "save_adapter",
     "select_pattern",
     "set_adapter",

@@ -37,7 +37,7 @@ def parameter_groups(
     rho_lambda, rho_sparse : float, optional
         ρ_λ and ρ_S; by default what ``steps`` makes of them.
     steps : int, optional
-        Steps of the whole run, under a schedule that decays to 0: ρ = 0.18/√steps for λ and for S. Without it ρ is
+        Steps of the whole run, under a schedule that decays to 0: ρ = 0.25/√(steps + 30) for λ and S. Without it ρ is
         1e-3, a rate for runs of thousands of steps.
     lr, weight_decay : float
         Of everything else that is trained: modules trained as a whole.

@@ -18,15 +18,16 @@ import torch
 
 from frodctl.training.layer import Update
 
-#: ‖ΔW‖/‖W‖ of a step, times the square root of the number of steps, at which models train well; docs/study.md.
-REACH = 0.18
+#: Models train well at a step of ‖ΔW‖/‖W‖ = ``REACH / √(steps + SHORTEST)`` (docs/study.md): steps go to and fro, so
+#: that their sum grows like √steps; and of however few none may go so far that its gradient no longer holds.
+REACH, SHORTEST = 0.25, 30
 #: ‖ΔW‖/‖W‖ of a step where the number of steps is not known: that of runs of thousands.
 RHO = 1e-3
 
 
 def relative_step(steps: int) -> float:
     """ρ, the ‖ΔW‖/‖W‖ of a step by λ and by S each, for a run of so many steps."""
-    return float(REACH / steps**0.5)
+    return float(REACH / (steps + SHORTEST) ** 0.5)
 
 
 class Rates(NamedTuple):

@@ -74,8 +74,9 @@ def save_adapter(
 ) -> Path:
     """Save one adapter of a model, in PEFT's layout.
 
-    Small by default: without V and, unless it was selected (`select_pattern`), without the pattern; the basis file has
-    them. PEFT refuses either kind, by its type, rather than load it with a U or V of its own.
+    Small by default: without V and, unless it was selected (`select_pattern`) or moved (`reallocate`), without the
+    pattern; the basis file has them. PEFT refuses either kind, by its type, rather than load it with a U or V of its
+    own.
 
     In distributed training one process saves. Only where parameters are sharded (``fully_shard``) and no gathered
     ``state_dict`` is given, all must call this, to gather them; the first of them writes.

@@ -88,27 +88,12 @@ def select_pattern(
     >>> model = frodctl.attach(model, "my-model.frod.safetensors")  # doctest: +SKIP
     >>> frodctl.select_pattern(model, itertools.islice(loader, 16))  # doctest: +SKIP
     """
-    attachment = require_attachment(model)
-    one = isinstance(batches, Mapping | Tensor | str | bytes)
-    values.require(
-        isinstance(batches, Iterable) and not one, "batches", batches, "expected a list of batches, or a loader"
-    )
-    values.require(callable(loss), "loss", loss, "expected a function of the model and a batch")
+    require_batches(batches, loss)
     force = values.flag(force, "force")
     output = None if output is None else values.path(output, "output")
+    attachment = require_attachment(model)
     attached = attachment.adapters[attachment.active]
-    for module, places in attached.places.items():
-        if places[0].expert is not None:
-            raise UsageError(
-                f"{module}: is one of a layer's experts, whose gradient is never formed as a whole, so that no pattern "
-                "can be selected; leave experts out as you attach (`exclude_modules`)"
-            )
-        if len(places) > 1 or places[0].rows is not None:
-            raise UsageError(
-                f"{module}: {places[0].path} has rows of it, or of others too, for which no pattern can "
-                "be selected; leave them out as you attach (`exclude_modules`)"
-            )
-    updates = {name: u for name, u in updates_of(model, attachment.active).items() if isinstance(u, Update)}
+    updates = whole_updates(model, attached)
     for path, update in updates.items():
         if update.delta.any() or update.values.any():
             raise UsageError(f"{path}: trained already; select the pattern right after attach")
@@ -120,18 +105,44 @@ def select_pattern(
         sink.check_output_file(output, [attached.basis.path], force=force)
         check_name(output)
     counts = {update.basis.category: update.pattern.nnz for update in updates.values()}
-    indices = _steepest(_squares(model, attached, updates, batches, loss), counts)
+    indices = _steepest(gradient_squares(model, attached, updates, batches, loss), counts)
     attached = replace(attached, seed=None, selected=True)
     if output is not None:
         arrays = {category: from_torch(positions) for category, positions in indices.items()}
         write_patterns(attached.basis, output, arrays, attached.sparsity, force=force)
         attached = replace(attached, basis=open_basis(output), selected=False)
-    _exchange(updates.values(), indices)
+    exchange(updates.values(), indices)
     attachment.adapters[attachment.active] = attached
     return indices
 
 
-def _squares(
+def require_batches(batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> None:
+    """`UsageError` where these are no batches, or no loss."""
+    one = isinstance(batches, Mapping | Tensor | str | bytes)
+    values.require(
+        isinstance(batches, Iterable) and not one, "batches", batches, "expected a list of batches, or a loader"
+    )
+    values.require(callable(loss), "loss", loss, "expected a function of the model and a batch")
+
+
+def whole_updates(model: nn.Module, attached: Attached) -> dict[str, Update]:
+    """The updates of the active adapter, by module; `UsageError` where not each is that of one whole layer."""
+    for module, places in attached.places.items():
+        if places[0].expert is not None:
+            raise UsageError(
+                f"{module}: is one of a layer's experts, whose gradient is never formed as a whole, so that no pattern "
+                "can be selected; leave experts out as you attach (`exclude_modules`)"
+            )
+        if len(places) > 1 or places[0].rows is not None:
+            raise UsageError(
+                f"{module}: {places[0].path} has rows of it, or of others too, for which no pattern can "
+                "be selected; leave them out as you attach (`exclude_modules`)"
+            )
+    active = require_attachment(model).active
+    return {name: update for name, update in updates_of(model, active).items() if isinstance(update, Update)}
+
+
+def gradient_squares(
     model: nn.Module,
     attached: Attached,
     updates: Mapping[str, Update],
@@ -158,6 +169,9 @@ def _squares(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for category in sorted(scores):
             torch.distributed.all_reduce(scores[category])
+    for category, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise InvalidInput(f"{category}: a gradient is NaN or Inf")
     return scores
 
 
@@ -178,39 +192,42 @@ def _scalar(value: object) -> Tensor:
 
 @contextmanager
 def _recording(layers: Sequence[tuple[FrodLinear, Update]], scores: dict[str, Tensor]) -> Iterator[None]:
-    """Within it, backward passes add to the scores."""
+    """Within it all layers go by the input, and backward passes add to the scores."""
 
-    def observe(update: Update, _: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
-        x, *others = inputs
-        return (_Observed.apply(x, update, scores), *others)  # type: ignore[no-untyped-call]
+    def shifted(update: Update, x: Tensor) -> Tensor:
+        found: Tensor = _Observed.apply(Update.shifted(update, x), x, update, scores)  # type: ignore[no-untyped-call]
+        return found
 
-    def observed_weight(update: Update, base: nn.Module) -> Tensor:
-        weight: Tensor = _ObservedWeight.apply(  # type: ignore[no-untyped-call]
-            Update.weight(update, base), update, is_transposed(base), scores
+    def weight(update: Update, base: nn.Module) -> Tensor:
+        W = Update.weight(update, base)
+        found: Tensor = _ObservedWeight.apply(  # type: ignore[no-untyped-call]
+            W, base.weight, update, is_transposed(base), scores
         )
-        return weight
+        return found
 
-    hooks = []
+    forms = [update.form for _, update in layers]
     try:
-        for layer, update in layers:
-            hooks.append(layer.base_layer.register_forward_pre_hook(partial(observe, update)))
-            update.__dict__["weight"] = partial(observed_weight, update)
+        for _, update in layers:
+            update.form = "input"
+            update.__dict__["shifted"], update.__dict__["weight"] = partial(shifted, update), partial(weight, update)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for _, update in layers:
-            update.__dict__.pop("weight", None)
+        for (_, update), form in zip(layers, forms, strict=True):
+            for name in ("shifted", "weight"):
+                update.__dict__.pop(name, None)
+            update.form = form
 
 
 class _Observed(torch.autograd.Function):
-    """x itself. As the gradient g comes back to it, diag(λ)⁻¹ (g D)ᵀ (x V) = Uᵀ (∂L/∂W) V is squared and added."""
+    """x', what W is given for x. As the gradient g comes back to it, diag(λ)⁻¹ (g D)ᵀ (x V) = Uᵀ (∂L/∂W') V is squared
+    and added.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, update: Update, scores: dict[str, Tensor]) -> Tensor:
+    def forward(ctx: Any, shifted: Tensor, x: Tensor, update: Update, scores: dict[str, Tensor]) -> Tensor:
         ctx.update, ctx.scores = update, scores
         ctx.save_for_backward(x)
-        return x.view_as(x)
+        return shifted.view_as(shifted)
 
     @staticmethod
     @once_differentiable
@@ -224,17 +241,19 @@ class _Observed(torch.autograd.Function):
             for g, inputs in rows:
                 total += (g.to(V) @ D).T @ (inputs.to(V) @ V)
         _add_squares(ctx.scores, ctx.update, total)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 class _ObservedWeight(torch.autograd.Function):
-    """W itself, where the model multiplies by it. As ∂L/∂W comes back, Uᵀ (∂L/∂W) V is squared and added."""
+    """W', where the model multiplies by it. As ∂L/∂W' comes back, Uᵀ (∂L/∂W') V is squared and added."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, update: Update, transposed: bool, scores: dict[str, Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, trained: Tensor, W: Tensor, update: Update, transposed: bool, scores: dict[str, Tensor]
+    ) -> Tensor:
         ctx.update, ctx.transposed, ctx.scores = update, transposed, scores
         ctx.save_for_backward(W)
-        return W.view_as(W)
+        return trained.view_as(trained)
 
     @staticmethod
     @once_differentiable
@@ -245,7 +264,7 @@ class _ObservedWeight(torch.autograd.Function):
         with torch.autocast(V.device.type, enabled=False):
             total = ((W.to(V) @ D).T @ (G.to(V) @ V)).float()
         _add_squares(ctx.scores, ctx.update, total)
-        return gradients[0], None, None, None
+        return gradients[0], None, None, None, None
 
 
 def _add_squares(scores: dict[str, Tensor], update: Update, gradient: Tensor) -> None:
@@ -266,15 +285,13 @@ def _steepest(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[s
     """So many off-diagonal positions with the largest scores, by rows."""
     indices = {}
     for category, score in scores.items():
-        if not torch.isfinite(score).all():
-            raise InvalidInput(f"{category}: a gradient is NaN or Inf")
         score.fill_diagonal_(-1)
         flat = score.flatten().topk(counts[category]).indices.sort().values.cpu()
         indices[category] = torch.stack([flat // len(score), flat % len(score)])
     return indices
 
 
-def _exchange(updates: Iterable[Update], indices: Mapping[str, Tensor]) -> None:
+def exchange(updates: Iterable[Update], indices: Mapping[str, Tensor]) -> None:
     """Give the updates these positions; those that shared a pattern share the new one."""
     made: dict[int, Pattern] = {}
     for update in updates:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import re
+import resource
 import struct
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,7 +26,7 @@ from safetensors.torch import load_file, save, save_file
 
 from frodctl import arrays
 from frodctl.arrays import from_torch
-from frodctl.checkpoint import codec
+from frodctl.checkpoint import codec, files
 from frodctl.checkpoint.codec import TensorSpec
 from frodctl.checkpoint.stream import tensor_bytes
 from frodctl.errors import InvalidInput
@@ -144,6 +149,7 @@ INVALID = {
     "number of 5000 digits": file_of({"a": entry(shape=[0])}, b"").replace(b"[0]", b"[" + b"9" * 5000 + b"]"),
     "duplicate tensor": file_of(f"{{{ONE},{ONE}}}".encode(), bytes(8)),
     "duplicate field": file_of({"a": entry()}, bytes(8)).replace(b'"shape"', b'"dtype"'),
+    "metadata that are false": file_of({"__metadata__": False}),
     "metadata of numbers": file_of({"__metadata__": {"a": 1}}),
     "unknown dtype": file_of({"a": entry(dtype="F128")}, bytes(8)),
     "dtype is a list": file_of({"a": entry(dtype=["F32"])}, bytes(8)),
@@ -273,6 +279,49 @@ def test_a_header_that_is_elsewhere_is_read_as_one_that_is_here(scratch: Path, e
     else:
         here = codec.read_header(scratch).tensors
         assert {name: (spec, at - start) for name, (spec, at) in here.items()} == tensors
+
+
+@contextmanager
+def no_mappings(number: int = errno.ENODEV) -> Iterator[None]:
+    """A file system that maps no files."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with patch.object(files, "open_mapped", refuse):
+        yield
+
+
+@pytest.mark.parametrize("raw", [*INVALID.values(), *BEYOND_FILES.values()], ids=[*INVALID, *BEYOND_FILES])
+def test_invalid_files_are_refused_where_nothing_can_be_mapped(raw: bytes, scratch: Path) -> None:
+    scratch.write_bytes(raw)
+    with no_mappings(), pytest.raises(InvalidInput, match=re.escape(scratch.name)):
+        codec.read_header(scratch)
+
+
+def test_valid_files_are_read_where_nothing_can_be_mapped(scratch: Path) -> None:
+    for raw in VALID:
+        scratch.write_bytes(raw)
+        expected = codec.read_header(scratch)
+        with no_mappings():
+            found = codec.read_header(scratch)
+        assert found == expected
+        assert list(found.tensors) == list(expected.tensors)
+
+
+def test_a_file_larger_than_the_addresses_that_a_process_may_have(scratch: Path) -> None:
+    """As by `ulimit -v`, in a process of its own."""
+    header = codec.header_bytes([codec.TensorSpec("a", "U8", (2**36,))], {})
+    with scratch.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 2**36)  # of which nothing is on the disk
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
+        with suppress(BaseException):
+            os._exit(0 if codec.read_header(scratch).tensors["a"][1] == len(header) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_nothing_stays_mapped_or_open(scratch: Path) -> None:

@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from frodctl.checkpoint import manifest
+from frodctl.checkpoint.stream import digest
 from frodctl.formats.basis_file import open_basis
 from tests import forked
 from tests.conftest import LLAMA_CONFIG, Run, llama_layers
@@ -38,6 +40,10 @@ def save_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]]) -> Non
     weight_map = {key: f"{name}.safetensors" for name, tensors in shards.items() for key in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+
+
+def digests_in(path: Path) -> dict[str, str]:
+    return {name: digest(tensor.numpy()) for name, tensor in load_file(path).items()}
 
 
 def by_role(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -279,6 +285,23 @@ class TestCut:
         assert open_basis(tmp_path / "out.safetensors").metadata.revision == commit
         succeeded(decompose("org/model@before", *flags, *ALL, "before.safetensors", home="other"))
         assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "before.safetensors").read_bytes()
+
+    def test_weights_are_compared_with_the_digests_beside_them(
+        self, decompose: Decompose, hub: HubServer, repos: Path, tmp_path: Path, flags: tuple[str, ...]
+    ) -> None:
+        """Those of a merged checkpoint, as `merge` writes them: of every tensor."""
+        merged = shutil.copytree(repos / "model", tmp_path / "merged")
+        shard = merged / "up_proj.safetensors"
+        manifest.write(merged, "frodctl 0", {path.name: digests_in(path) for path in merged.glob("*.safetensors")})
+        hub.folders["org/model"] = {"main": merged}
+        succeeded(decompose("org/model", *flags, *ALL, "whole.safetensors", home="whole"))
+        raw = bytearray(shard.read_bytes())
+        raw[-1] ^= 1
+        shard.write_bytes(raw)
+        done = decompose("org/model", *flags, *ALL, "damaged.safetensors", home="damaged")
+        assert done.returncode == 3
+        assert re.search(r"up_proj\.safetensors: tensor \S+ is damaged: its digest is not the one in", done.stderr)
+        assert not (tmp_path / "damaged.safetensors").exists()
 
     def test_the_token_goes_to_the_hub_alone(
         self, decompose: Decompose, hub: HubServer, repos: Path, tmp_path: Path, flags: tuple[str, ...]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,14 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed import TCPStore
+from transformers import AutoModel
 
 import frodctl
 from frodctl.checkpoint import manifest
+from frodctl.errors import UsageError
+from frodctl.jobs import ranks
 from frodctl.jobs.decompose import DecomposeOptions, plan_decompose
+from frodctl.jobs.ranks import Launch, RankLost
 from frodctl.method.ranks import divided, shares
 from tests import forked
 from tests.conftest import llama_layers, save_checkpoint, snapshot
@@ -67,15 +73,6 @@ def test_the_example_by_several_ranks(count: int, example: Path, tmp_path: Path)
     assert len(runs[0].stdout.splitlines()) == 8
     check_identities(example, tmp_path / "several.safetensors")
     same_up_to_rounding(tmp_path / "one.safetensors", tmp_path / "several.safetensors")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("count", [2, 4])
-def test_minilm_by_several_ranks(count: int, minilm: Path, tmp_path: Path) -> None:
-    frodctl.decompose(minilm, tmp_path / "one.safetensors", target_modules="all-linear")
-    succeed(torchrun(count, "decompose", minilm, "--target-modules", "all-linear", "-o", "f.safetensors", cwd=tmp_path))
-    check_identities(minilm, tmp_path / "f.safetensors")
-    same_up_to_rounding(tmp_path / "one.safetensors", tmp_path / "f.safetensors")
 
 
 def degenerate() -> dict[str, torch.Tensor]:
@@ -131,14 +128,6 @@ def test_usage_errors_are_said_once_and_other_commands_refuse(example: Path, tmp
     assert "".join(run.stderr for run in runs).count("inspect runs in one process") == 1
 
 
-@pytest.mark.long
-def test_torchrun_itself(example: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "frodctl", "decompose"]
-    done = subprocess.run([*command, example, "-o", "out.safetensors"], cwd=tmp_path, check=False)
-    assert done.returncode == 0
-    check_identities(example, tmp_path / "out.safetensors")
-
-
 def test_a_plan_says_what_each_rank_does_and_takes(example: Path, tmp_path: Path) -> None:
     plan = plan_decompose(
         example, None, DecomposeOptions.of(target_modules="all-linear"), dry_run=True, ranks=3
@@ -177,8 +166,84 @@ def test_shares_are_even() -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+A_RANK = {
+    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RANK": "x"}, "RANK=x in the environment is no whole number from 0 to 1 (WORLD_SIZE=2)"),
+        ({"RANK": "2"}, "RANK=2 in the environment is no whole number from 0 to 1 (WORLD_SIZE=2)"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": None}, "RANK is missing"),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is missing"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is no whole number of 1 or more;"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is missing"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is missing"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is missing"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 in the environment is no whole number from 1 to 65535"),
+        ({"MASTER_PORT": "٣"}, "MASTER_PORT=٣"),
+    ],
+)
+def test_variables_that_torchrun_would_not_set(changed: dict[str, str | None], said: str) -> None:
+    environ = {name: text for name, text in {**A_RANK, **changed}.items() if text is not None}
+    with pytest.raises(UsageError) as caught:
+        Launch(environ)
+    assert str(caught.value).startswith(said)
+    assert str(caught.value).endswith("without RANK and WORLD_SIZE in the environment this is one process")
+
+
+def test_one_process_needs_none_of_them() -> None:
+    for environ in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"LOCAL_RANK": "x"}):
+        assert Launch(environ).count == 1
+
+
+def test_they_are_a_usage_error_of_the_command() -> None:
+    command = [sys.executable, "-m", "frodctl", "--help"]
+    done = subprocess.run(command, env=os.environ | {"RANK": "x"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: WORLD_SIZE is missing")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_ranks_that_do_not_meet(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port is another program's: the first rank cannot open a store there, the second gets no answer."""
+    monkeypatch.setattr(ranks, "_START", timedelta(seconds=0.5))
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        environ = {**A_RANK, "RANK": str(number), "LOCAL_RANK": str(number), "MASTER_PORT": port}
+        for name, text in environ.items():
+            monkeypatch.setenv(name, text)
+        launch = Launch(environ)
+        with pytest.raises(RankLost, match=f"do not meet at 127.0.0.1:{port} "):
+            _ = launch.world
+        assert launch.first_to_fail()
+
+
+def test_ranks_of_which_one_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_START", timedelta(seconds=0.5))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {**A_RANK, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, text in environ.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(RankLost, match="not all of the 2 ranks of torchrun came"):
+        _ = Launch(environ).world
+
+
 CORPUS = Path(__file__).parents[1] / "corpus" / "553d683"
 MERGE = ("--basis", CORPUS / "basis.safetensors", "--max-shard-size", "1MB")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """A merged checkpoint's files, but those that hold the folder's name, or such a file's size."""
+    return {name: data for name, data in snapshot(folder).items() if name not in {"README.md", manifest.FILE}}
 
 
 def test_merged_bytes_are_one_processs_and_a_killed_merge_is_taken_up(example: Path, tmp_path: Path) -> None:
@@ -194,11 +259,7 @@ def test_merged_bytes_are_one_processs_and_a_killed_merge_is_taken_up(example: P
     assert result["ranks"] == 2
     alone = forked.frodctl(("merge", example, CORPUS / "lean", "alone", *MERGE), tmp_path, one_thread())
     assert alone.returncode == 0, alone.stderr
-    differing = {"README.md", manifest.FILE}  # the folder's name is in the first, whose size in the second
-    ours, theirs = snapshot(tmp_path / "merged"), snapshot(tmp_path / "alone")
-    assert {n: b for n, b in ours.items() if n not in differing} == {
-        n: b for n, b in theirs.items() if n not in differing
-    }
+    assert weights(tmp_path / "merged") == weights(tmp_path / "alone")
 
 
 def one_thread() -> dict[str, str]:
@@ -209,3 +270,66 @@ def test_a_lora_adapter_is_not_for_several_ranks(example: Path, tmp_path: Path) 
     runs = torchrun(2, "merge", example, CORPUS / "lean", "out", "--as", "lora", "--rank", "4", cwd=tmp_path)
     assert [run.returncode for run in runs] == [2, 2]
     assert "".join(run.stderr for run in runs).count("--as lora runs in one process") == 1
+
+
+def trained_minilm(minilm: Path, folder: Path) -> tuple[Path, Path]:
+    """A basis of MiniLM's, and an adapter as if it had been trained."""
+    basis, adapter = folder / "basis.safetensors", folder / "adapter"
+    frodctl.decompose(minilm, basis, target_modules="all-linear")
+    model: Any = frodctl.attach(AutoModel.from_pretrained(minilm), basis)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    frodctl.save_adapter(model, adapter)
+    return basis, adapter
+
+
+@pytest.mark.long
+def test_minilm_by_several_ranks(minilm: Path, tmp_path: Path) -> None:
+    basis, adapter = trained_minilm(minilm, tmp_path)
+    merging = ("merge", minilm, adapter, "--basis", basis, "--max-shard-size", "20MB")
+    for count in (1, 2, 4):
+        output = f"{count}.safetensors"
+        succeed(torchrun(count, "decompose", minilm, "--target-modules", "all-linear", "-o", output, cwd=tmp_path))
+        check_identities(minilm, tmp_path / output)
+        same_up_to_rounding(basis, tmp_path / output)
+        succeed(torchrun(count, *merging[:3], f"merged-{count}", *merging[3:], cwd=tmp_path))
+        assert weights(tmp_path / f"merged-{count}") == weights(tmp_path / "merged-1")
+
+
+def by_torchrun(count: int, *words: object, cwd: Path, killed: tuple[object, ...] = ()) -> Any:
+    """The command as torchrun starts it; ``killed`` are the rank, number and word of where one kills itself."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, "-m"]
+    program = ("tests.rank", *killed) if killed else ("frodctl",)
+    command = [str(word) for word in (*launch, *program, *words)]
+    environ = {**one_thread(), "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("rank", "number"), [(0, 1), (3, 3)])
+def test_a_rank_of_torchruns_is_killed_and_a_rerun_resumes(
+    rank: int, number: int, minilm: Path, tmp_path: Path
+) -> None:
+    """As the first writes the category that is divided, or the last its second one; torchrun ends the others."""
+    decomposing = ("decompose", minilm, "--target-modules", "all-linear", "-o", "basis.safetensors", "--json")
+    done = by_torchrun(4, *decomposing, cwd=tmp_path, killed=(rank, number, ".safetensors.tmp"))
+    assert done.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["basis.safetensors.partial"]
+    done = by_torchrun(4, *decomposing, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert any(row["resumed"] for row in json.loads(done.stdout)["categories"])
+    check_identities(minilm, tmp_path / "basis.safetensors")
+
+    (tmp_path / "trained").mkdir()
+    basis, adapter = trained_minilm(minilm, tmp_path / "trained")
+    merging = ("merge", minilm, adapter, "merged", "--basis", basis, "--max-shard-size", "20MB", "--json")
+    done = by_torchrun(4, *merging, cwd=tmp_path, killed=(rank, 3, "merging"))
+    assert done.returncode != 0
+    assert not (tmp_path / "merged").exists()
+    done = by_torchrun(4, *merging, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["resumed_tensors"] > 0
+    alone = forked.frodctl(("merge", minilm, adapter, "alone", *merging[4:]), tmp_path, one_thread())
+    assert alone.returncode == 0, alone.stderr
+    assert weights(tmp_path / "merged") == weights(tmp_path / "alone")

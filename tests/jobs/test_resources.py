@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 
 from frodctl.errors import OutOfResources, UsageError
 from frodctl.jobs import resources
+from frodctl.jobs.decompose import DecomposeOptions, plan_decompose
 from frodctl.jobs.progress import Progress
 from frodctl.jobs.ranks import BY_ITSELF, Launch
+from frodctl.method.kernels import kernels_of
+from frodctl.method.kernels.device import Device
 from tests.conftest import Run
 
 
@@ -97,6 +101,14 @@ def taken(name: str, nbytes: int, launch: Launch = BY_ITSELF) -> tuple[str, list
     return kernels.name, [report.text for report in said]
 
 
+class Named(Device):
+    """torch's arithmetic on the CPU, under another device's name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("cpu")
+        self.name = name
+
+
 @pytest.mark.usefixtures("gpu")
 class TestAGpu:
     def test_taken_unasked_is_named(self) -> None:
@@ -110,6 +122,22 @@ class TestAGpu:
         assert "computing on the CPU: cuda:0 has 0.05 GB" in done.stderr
         assert "s on cpu" in done.stderr
 
+    def test_too_small_for_some_is_left_for_these(
+        self, frodctl: Run, example: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What they are computed on is said of each; here the GPU's arithmetic is torch's on the CPU."""
+        options = DecomposeOptions.of(target_modules="all-linear", device="cpu")
+        plan = plan_decompose(example, None, options, dry_run=True)
+        needs = [category.most_memory_bytes(plan.memory(category)) for category in plan.categories]
+        free = sorted(needs)[len(needs) // 2]
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 80_000_000))
+        monkeypatch.setattr(resources, "kernels_of", lambda name: Named(name) if name != "cpu" else kernels_of(name))
+        done = frodctl("decompose", example, "-o", "b.safetensors", "--target-modules", "all-linear", "--json")
+        assert done.returncode == 0, done.stderr
+        expected = ["cuda:0" if nbytes <= free else "cpu" for nbytes in needs]
+        assert [row["device"] for row in json.loads(done.stdout)["categories"]] == expected
+        assert f"computing {expected.count('cpu')} of 7, as the table says, on the CPU: cuda:0 has" in done.stderr
+
     def test_asked_for_is_taken_without_a_word(self) -> None:
         assert taken("cuda:0", 40_000_000) == ("cuda:0", [])
         assert taken("cpu", 60_000_000) == ("cpu", [])
@@ -121,7 +149,8 @@ class TestAGpu:
         assert not list(tmp_path.iterdir())
 
     def test_ranks_are_alike(self) -> None:
-        launch = Launch({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+        ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        launch = Launch({**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
         with pytest.raises(OutOfResources, match="on cuda:0"):
             taken("auto", 60_000_000, launch)
 

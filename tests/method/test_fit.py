@@ -7,10 +7,9 @@ import numpy.typing as npt
 import pytest
 
 from frodctl.method.fit import CategoryFit, best_positions, conjugate_gradients
-from frodctl.method.kernels import Kernels, kernels_of
-from frodctl.method.kernels.device import Device
+from frodctl.method.kernels import Kernels
+from tests.devices import KERNELS
 
-KERNELS: dict[str, Kernels] = {"host": kernels_of("cpu"), "device": Device("cpu")}
 N = 12
 Matrix = npt.NDArray[np.float64]
 

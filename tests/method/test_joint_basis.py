@@ -11,13 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from frodctl.method.joint_basis import NonFiniteWeights, Unrepresentable
-from frodctl.method.kernels import Kernels, kernels_of
-from frodctl.method.kernels.device import Device
+from frodctl.method.kernels import Kernels
+from tests.devices import KERNELS
 from tests.method import reference
 from tests.method.reference import Basis, Layers
 
 ALPHA = 1e-3
-KERNELS: dict[str, Kernels] = {"numpy and scipy": kernels_of("cpu"), "torch": Device("cpu")}
 _current: list[Kernels] = []
 
 

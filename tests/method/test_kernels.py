@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,8 @@ from frodctl.arrays import DTYPES, HostArray, from_torch, to_torch
 from frodctl.method.kernels import Kernels, host, kernels_of
 from frodctl.method.kernels.device import Device
 from frodctl.method.linalg import Scratch, spectral_norm_of_triangle
+from tests.devices import KERNELS
 
-KERNELS: dict[str, Kernels] = {"host": kernels_of("cpu"), "device": Device("cpu")}
 SIZES = [1, 2, 33, 127, 128, 129, 300]
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
 Matrix = npt.NDArray[np.float64]
@@ -237,6 +238,22 @@ def test_weights_of_every_dtype_come_in_exactly(kernels: Kernels, name: str, tra
     W = W.T if transposed else W
     found = kernels.copy(kernels.put(W), kernels.empty(W.shape, "float64"))
     assert (kernels.get(found) == W.astype(np.float64)).all()
+
+
+@pytest.mark.parametrize("name", ["BF16", "F32"])
+def test_arrays_that_come_ahead_of_each_other(kernels: Kernels, name: str) -> None:
+    """All are read into the same memory, in turn."""
+    arrays = [normal(70, 50, seed=i).astype(DTYPES[name]) for i in range(5)]
+
+    def read() -> Iterator[HostArray]:
+        memory = kernels.buffer(arrays[0].nbytes).view(DTYPES[name])
+        for i, X in enumerate(arrays):
+            memory[:] = X.ravel()
+            yield memory.reshape(70, 50).T if i % 2 else memory.reshape(70, 50)
+
+    for i, X in enumerate(kernels.ahead(read())):
+        expected = arrays[i].T if i % 2 else arrays[i]
+        assert (kernels.get(kernels.put(X, "float32")) == expected.astype(np.float32)).all()
 
 
 @given(

@@ -7,11 +7,10 @@ import numpy.typing as npt
 import pytest
 
 from frodctl.method.fidelity import Fidelity, together
-from frodctl.method.kernels import Kernels, kernels_of
-from frodctl.method.kernels.device import Device
+from frodctl.method.kernels import Kernels
 from frodctl.method.lowrank import energies, energy_rank, fidelity, truncated
+from tests.devices import KERNELS
 
-KERNELS: dict[str, Kernels] = {"host": kernels_of("cpu"), "device": Device("cpu")}
 SHAPES = [(90, 60), (60, 90), (64, 64), (1, 5), (5, 1)]
 Matrix = npt.NDArray[np.float64]
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from frodctl.method.kernels import Kernels, kernels_of
-from frodctl.method.kernels.device import Device
 from frodctl.method.profile import REST, UNPROFILED, Profile, Step
 from frodctl.pipeline import in_order
+from tests.devices import KERNELS
 
-KERNELS: dict[str, Kernels] = {"host": kernels_of("cpu"), "device": Device("cpu")}
 M, N, K = 60, 40, 30
 
 

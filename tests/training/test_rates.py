@@ -168,10 +168,18 @@ def test_shorter_runs_take_longer_steps(cases: Cases) -> None:
         return [group["lr"] for group in frodctl.parameter_groups(model, **given)]
 
     hundred, more, unknown = rates(steps=100), rates(steps=10_000), rates()
-    assert more == pytest.approx([rate / 10 for rate in hundred])
+    assert more == pytest.approx([rate * relative_step(10_000) / relative_step(100) for rate in hundred])
     assert more == pytest.approx([rate * relative_step(10_000) / RHO_UNKNOWN for rate in unknown])
     assert rates(steps=100, rho_lambda=0.5) != hundred
     assert rates(steps="100") == hundred
+
+
+def test_a_longer_run_goes_further_by_the_root_of_its_steps() -> None:
+    assert relative_step(40_000) == pytest.approx(relative_step(10_000) / 2, rel=0.01)
+    lengths = [1, 10, 100, 1000, 10_000]
+    assert all(relative_step(a) > relative_step(b) for a, b in pairwise(lengths))
+    assert all(a * relative_step(a) < b * relative_step(b) for a, b in pairwise(lengths))
+    assert relative_step(1) < 0.05
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, "many", True, float("inf"), [], {}])

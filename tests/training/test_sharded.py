@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,25 @@ def test_two_processes_with_half_a_batch_each(kind: str, files: Files, folder: P
     expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
     for way in ("replicated", "accelerated"):
         check_alike(load_file(folder / kind / way / "adapter_model.safetensors"), expected)
+
+
+@pytest.mark.long
+def test_two_processes_by_deepspeed(files: Files, tmp_path: Path) -> None:
+    """ZeRO's stages 2 and 3, where it is installed."""
+    pytest.importorskip("deepspeed")
+    alone = attached("bert", *files["bert"])
+    train(alone, "bert")
+    frodctl.save_adapter(alone, tmp_path / "alone")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "tests.training.zero", str(tmp_path), *map(str, files["bert"])]
+    environ = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environ, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    for stage in (2, 3):
+        check_alike(load_file(tmp_path / f"zero-{stage}" / "adapter_model.safetensors"), expected)
 
 
 def untrained(kind: str, files: Files) -> Any:

@@ -6,6 +6,7 @@ exit codes, says why in plain characters, and neither opens nor changes what is 
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -16,9 +17,11 @@ import sys
 import time
 import traceback
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -175,16 +178,16 @@ class Target:
 _MERGE = "merge base adapter out --basis basis.safetensors --dry-run"
 _DECOMPOSE = "decompose base --dry-run -o x.safetensors"
 TARGETS = {
-    "a checkpoint": Target("base/model.safetensors", safetensors, ("inspect base",), 50),
-    "its values": Target("base/model.safetensors", safetensors, ("inspect base --spectrum",), 30),
-    "an index": Target("sharded/model.safetensors.index.json", _json, ("inspect sharded",), 30),
-    "a manifest": Target("sharded/frodctl.json", _json, ("inspect sharded --spectrum",), 10),
-    "a config": Target("base/config.json", _json, ("inspect base",), 20),
+    "a checkpoint": Target("base/model.safetensors", safetensors, ("inspect base",), 34),
+    "its values": Target("base/model.safetensors", safetensors, ("inspect base --spectrum",), 20),
+    "an index": Target("sharded/model.safetensors.index.json", _json, ("inspect sharded",), 20),
+    "a manifest": Target("sharded/frodctl.json", _json, ("inspect sharded --spectrum",), 7),
+    "a config": Target("base/config.json", _json, ("inspect base",), 14),
     "a plan": Target("base/config.json", _json, (_DECOMPOSE,), 1),
-    "a basis": Target("basis.safetensors", _basis, ("inspect basis.safetensors", _MERGE), 30),
-    "an adapter": Target("adapter/adapter_model.safetensors", safetensors, ("inspect adapter", _MERGE), 20),
-    "its config": Target("adapter/adapter_config.json", _json, ("inspect adapter", _MERGE), 20),
-    "a pickle": Target("old/pytorch_model.bin", pickled, ("inspect old",), 20),
+    "a basis": Target("basis.safetensors", _basis, ("inspect basis.safetensors", _MERGE), 20),
+    "an adapter": Target("adapter/adapter_model.safetensors", safetensors, ("inspect adapter", _MERGE), 14),
+    "its config": Target("adapter/adapter_config.json", _json, ("inspect adapter", _MERGE), 14),
+    "a pickle": Target("old/pytorch_model.bin", pickled, ("inspect old",), 14),
 }
 
 
@@ -230,49 +233,71 @@ def _guard(home: Path) -> None:
     sys.addaudithook(audit)
 
 
+Attempt = Callable[[object, bytes], None]  #: of a file's bytes, and what they are called where they fail
+
+
 def batch(home: Path, target: str, seeds: range) -> None:
     """Try as many changes of one target, in a process."""
     kind = TARGETS[target]
-    path = home / kind.file
-    valid = path.read_bytes()
+    valid = (home / kind.file).read_bytes()
+
+    def trials(attempt: Attempt) -> None:
+        for seed in seeds:
+            attempt((target, seed), kind.change(valid, Random(f"{target} {seed}")))
+
+    in_a_process(home, kind.file, partial(by_commands, home / kind.file, kind.commands), trials)
+
+
+def by_commands(path: Path, commands: Sequence[str], data: bytes) -> None:
+    """What each of these commands makes of a file of such bytes."""
+    path.write_bytes(data)
+    for words in commands:
+        command(words.split())
+
+
+def in_a_process(home: Path, file: str, attempt: Callable[[bytes], None], trials: Callable[[Attempt], None]) -> None:
+    """Try a file's bytes as they come, in a process that ends at the first that are not as promised."""
+    path = home / file
+    valid = path.read_bytes() if path.exists() else None
     before = {str(p) for p in home.parent.rglob("*")}
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            os.chdir(home)
-            os.environ["HF_HUB_OFFLINE"] = "1"
-            _warm(kind.commands)
-            Path("/proc/self/clear_refs").write_text("5")
-            most = _peak() + MEMORY
-            _guard(home)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            for seed in seeds:
-                data = kind.change(valid, Random(f"{target} {seed}"))
-                path.write_bytes(data)
-                signal.alarm(int(3 * SECONDS))
-                for words in kind.commands:
-                    try:
-                        command(words.split())
-                    except BaseException:
-                        os.write(2, f"{target} {seed}: {words}\n{traceback.format_exc()}".encode(errors="replace"))
-                        os._exit(1)
-                assert _peak() <= most + 2 * len(data), (target, seed, _peak() - most)
+            attempt = guarded(home, attempt, valid)
+            trials(attempt)
             code = 0
         except BaseException:
-            traceback.print_exc()
+            os.write(2, traceback.format_exc()[:3000].encode(errors="replace"))
         finally:
             os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    path.write_bytes(valid)
-    assert status == 0, (target, seeds, status)
+    path.unlink(missing_ok=True) if valid is None else path.write_bytes(valid)
+    assert status == 0, (file, status)
     assert {str(p) for p in home.parent.rglob("*")} == before
 
 
-def _warm(commands: Sequence[str]) -> None:
-    """Have everything imported."""
-    for words in commands:
-        command(words.split())
+def guarded(home: Path, attempt: Callable[[bytes], None], valid: bytes | None) -> Attempt:
+    """The attempt, in this process from now on: it ends where one is too long, too large, or not as promised."""
+    os.chdir(home)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    attempt(valid or b"")  # once, so that everything is imported
+    Path("/proc/self/clear_refs").write_text("5")
+    most = _peak() + MEMORY
+    _guard(home)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    def one(label: object, data: bytes) -> None:
+        signal.alarm(int(3 * SECONDS))
+        try:
+            attempt(data)
+            assert _peak() <= most + 2 * len(data), _peak() - most
+        except BaseException:
+            shown = base64.b85encode(zlib.compress(data))[:5000].decode()
+            os.write(2, f"{label}: {shown}\n{traceback.format_exc()[-3000:]}".encode(errors="replace"))
+            os._exit(1)
+
+    return one
 
 
 def make(home: Path) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
 import frodctl
 from frodctl.errors import InvalidInput
-from tests.trust import faults, fuzz, power
+from tests.trust import drawn, faults, fuzz, power
 from tests.trust.jobs import Content, Job, content, jobs, make_adapter, make_inputs
 
 Case = Callable[[], object]
 BATCH = 500  #: of fuzzed files in a process
+GUIDED = 1000  #: of guided ones
 _MOMENTS = ("before", "amid", "after")
 _COPIED = ("config.json", "tokenizer.json", "frodctl.json")  # or no part of what a model means
 
@@ -25,8 +29,12 @@ class Suite:
     """Cases of one kind."""
 
     cases: Callable[[Path], list[Case]]  #: those of a folder that is theirs
-    every: int  #: which of them are of the short form
+    every: int  #: which of them are of the short form; 0: none
     size: int = 1  #: what is tried in one case
+
+    def short(self, count: int) -> range:
+        """The numbers of the cases that are of the short form, of so many."""
+        return range(0, count, self.every) if self.every else range(0)
 
 
 def _jobs(folder: Path) -> tuple[dict[str, Job], Content]:
@@ -162,10 +170,31 @@ def fuzzed(folder: Path) -> list[Case]:
     return [partial(fuzz.batch, folder / "fuzzed", *pair) for pair in ranges]
 
 
+def drawn_files(folder: Path) -> list[Case]:
+    """Every kind of file as hypothesis draws it, and the work that runs take up, a batch of one kind in each case."""
+    home = folder / "drawn"
+    batches = [(number, kind) for kind in drawn.kinds(home).values() for number in range(kind.batches)]
+    return [partial(drawn.batch, home, kind, number) for number, kind in sorted(batches, key=lambda pair: pair[0])]
+
+
+def guided_files(folder: Path) -> list[Case]:
+    """The same kinds by a fuzzer that looks for lines of frodctl that nothing has led to; none where it is not."""
+    there = find_spec("atheris") is not None
+    return [partial(_guided, kind) for kind in drawn.KINDS] if there else []
+
+
+def _guided(kind: str) -> None:
+    command = [sys.executable, "-m", "tests.trust.guided", kind, "--files", str(GUIDED)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 SUITES = {
-    "injected faults": Suite(injected, 89),
+    "injected faults": Suite(injected, 149),
     "kills": Suite(kills, 131),
     "power losses": Suite(power_losses, 61),
     "flipped bits": Suite(flipped_bits, 97),
-    "fuzzed files": Suite(fuzzed, 80, BATCH),
+    "fuzzed files": Suite(fuzzed, 79, BATCH),
+    "drawn files": Suite(drawn_files, 41, drawn.BATCH),
+    "guided files": Suite(guided_files, 0, GUIDED),
 }

@@ -22,12 +22,12 @@ from frodctl.errors import FrodctlError, InvalidInput, UsageError
 from frodctl.formats import basis_file
 from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.card import model_card
-from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan
+from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan, Memory
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_file
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
-from frodctl.jobs.resources import memory_errors, take_device
+from frodctl.jobs.resources import is_out_of_memory, memory_errors, take_devices
 from frodctl.pipeline import AHEAD, in_order
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Outcome:
     tau_max: float
     rms_singular_value: float  #: of the stacked weights
     seconds: float
+    device: str  #: that it was computed on
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class CategoryResult:
 class DecomposeResult(Written):
     """A finished decomposition."""
 
-    columns: ClassVar[tuple[Column, ...]] = (
+    _columns: ClassVar[tuple[Column, ...]] = (
         *SHAPE_COLUMNS,
         Column("flops"),
         Column("precision"),
@@ -87,8 +88,14 @@ class DecomposeResult(Written):
     categories: tuple[CategoryResult, ...]
     output: Path
     output_bytes: int
-    device: str
+    device: str  #: or devices, where a GPU was too small for some categories
     seconds: float
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Of its rows."""
+        several = len({category.outcome.device for category in self.categories}) > 1
+        return (*self._columns, Column("device", "device", "text") if several else Column("device"))
 
     def as_dict(self) -> dict[str, Json]:
         """For JSON: the plan's figures and what came of them."""
@@ -119,13 +126,16 @@ def run_decompose(
     if plan.checkpoint.source is None:
         raise UsageError(f"{plan.checkpoint.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
-        kernels = profile.kernels(take_device(plan.options.device, progress, plan.most_memory_bytes, launch))
+        needs = [category.most_memory_bytes(plan.memory(category)) for category in plan.categories]
+        taken = take_devices(plan.options.device, progress, needs, launch)
+        kernels = [profile.kernels(each) for each in taken]
     with profile.step("start and imports"):
         world = launch.world
 
     def open_staging() -> sink.Staging:
         key = _job_key(plan, kernels)
-        return sink.Staging(plan.output, key, partial(plan.check_output, key), resume=plan.options.resume)
+        check = partial(plan.check_output, key)
+        return sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=noticed(progress))
 
     order = _order(plan)
     with (
@@ -145,7 +155,7 @@ def run_decompose(
                 _publish(plan, staging, parts, profile)
         world.gather(None)
         size = files.stat(plan.output).st_size
-        result = DecomposeResult(plan, results, plan.output, size, kernels.name, time.perf_counter() - started)
+        result = DecomposeResult(plan, results, plan.output, size, _devices(results), time.perf_counter() - started)
         if isinstance(staging, sink.Staging):
             result = push_file(result, staging, plan.options, model_card(plan), progress)
         return result
@@ -194,7 +204,7 @@ class _Parts:
         plan: DecomposePlan,
         source: Source,
         staging: sink.Pieces,
-        kernels: Kernels,
+        kernels: Sequence[Kernels],
         world: World,
         progress: Callback,
         profile: Unprofiled,
@@ -202,7 +212,7 @@ class _Parts:
         self.plan = plan
         self.source = source
         self.staging = staging
-        self.kernels = kernels
+        self.kernels = kernels  #: by category
         self.progress = progress
         self.profile = profile
         self.world = world
@@ -233,7 +243,7 @@ class _Parts:
     def _finish(self, number: int, ranks: Ranks) -> tuple[dict[str, Json], bool]:
         """The record of a category, and whether it is of an earlier run."""
         category = self.plan.categories[number]
-        weights = _Weights(self.source, category.targets, self.profile, ranks)
+        weights = _Weights(self.source, category.targets, self.kernels[number], self.profile, ranks)
         record = _read_part(self.path(number), self.plan.specs(category), weights)
         if record is None:
             return self._compute(number, category, ranks), False
@@ -243,31 +253,16 @@ class _Parts:
     def _compute(self, number: int, category: CategoryPlan, ranks: Ranks) -> dict[str, Json]:
         with self.profile.step("start and imports"):
             from frodctl.checkpoint import stream
-            from frodctl.method.joint_basis import (
-                NonFiniteWeights,
-                NotPositiveDefinite,
-                Unrepresentable,
-                in_memory,
-                joint_basis,
-            )
+            from frodctl.method.joint_basis import NonFiniteWeights, NotPositiveDefinite, Unrepresentable
 
-        options, memory = self.plan.options, self.plan.memory(category)
+        options = self.plan.options
         started = time.perf_counter()
         begun = self.done
-        layers = _Weights(self.source, category.targets, self.profile, ranks)
+        kernels = self.kernels[number]
+        layers = _Weights(self.source, category.targets, kernels, self.profile, ranks)
         try:
-            with memory_errors(self.kernels.name), self.profile.step("other arithmetic"):
-                basis = joint_basis(
-                    layers,
-                    alpha=options.alpha,
-                    precision=options.precision,
-                    dtype=options.dtype,
-                    kernels=self.kernels,
-                    cache_bytes=memory.cache_bytes,
-                    park=self._park if memory.parked else in_memory,
-                    advance=lambda flops: self._advance(category, flops),
-                    ranks=ranks,
-                )
+            with memory_errors(kernels.name), self.profile.step("other arithmetic"):
+                basis = self._joint_basis(category, layers)
         except NonFiniteWeights:
             layers.check_finite()
             raise
@@ -289,6 +284,7 @@ class _Parts:
             tau_max=float(basis.tau[-1]),
             rms_singular_value=basis.rms_singular_value,
             seconds=time.perf_counter() - started,
+            device=kernels.name,
         )
         tensors = _tensors(category, basis)
         with self.profile.step("digests"):
@@ -304,12 +300,41 @@ class _Parts:
         self._advance(category, begun + _flops_of_rank(category) - self.done)
         return record
 
-    def _park(self, matrix: Array) -> Held:
+    def _joint_basis(self, category: CategoryPlan, layers: _Weights) -> JointBasis:
+        """As planned; where a GPU has no room for that after all, once more with as little memory as can be."""
+        begun = self.done
+        try:
+            return self._joint_basis_in(self.plan.memory(category), category, layers)
+        except Exception as error:
+            if layers.kernels.name == "cpu" or layers.ranks.count > 1 or not is_out_of_memory(error):
+                raise
+        self.done = begun
+        self.progress(
+            Progress(f"out of memory on {layers.kernels.name}: {category.name} again, with what waits on disk")
+        )
+        return self._joint_basis_in(Memory(0, parked=True), category, layers)
+
+    def _joint_basis_in(self, memory: Memory, category: CategoryPlan, layers: _Weights) -> JointBasis:
+        from frodctl.method.joint_basis import in_memory, joint_basis
+
+        return joint_basis(
+            layers,
+            alpha=self.plan.options.alpha,
+            precision=self.plan.options.precision,
+            dtype=self.plan.options.dtype,
+            kernels=layers.kernels,
+            cache_bytes=memory.cache_bytes,
+            park=partial(self._park, layers.kernels) if memory.parked else in_memory,
+            advance=lambda flops: self._advance(category, flops),
+            ranks=layers.ranks,
+        )
+
+    def _park(self, kernels: Kernels, matrix: Array) -> Held:
         """Have a matrix wait beside the finished categories."""
         from frodctl.checkpoint.parking import park
 
-        back = park(self.kernels.get(matrix), self.staging.folder)
-        return lambda: self.kernels.put(back())
+        back = park(kernels.get(matrix), self.staging.folder)
+        return lambda: kernels.put(back())
 
     def _advance(self, category: CategoryPlan, flops: float) -> None:
         self.done += flops
@@ -378,9 +403,12 @@ def _tensors(category: CategoryPlan, basis: JointBasis) -> Mapping[str, HostArra
 class _Weights:
     """The weights of a category, each read by one of its ranks from the source at each walk; digested at the first."""
 
-    def __init__(self, source: Source, targets: tuple[Target, ...], profile: Unprofiled, ranks: Ranks) -> None:
+    def __init__(
+        self, source: Source, targets: tuple[Target, ...], kernels: Kernels, profile: Unprofiled, ranks: Ranks
+    ) -> None:
         self.source = source
         self.targets = targets
+        self.kernels = kernels
         self.profile = profile
         self.ranks = ranks
         self.own = ranks.own(len(targets))
@@ -431,11 +459,9 @@ class _Weights:
 
     def _buffers(self) -> list[HostArray]:
         """Memory to read into: for the weight in use and those ahead of it."""
-        import numpy as np
-
         if self.buffers is None:
             largest = max(target.nbytes for target in self.targets)
-            self.buffers = [np.empty(largest, np.uint8) for _ in range(AHEAD + 1)]
+            self.buffers = [self.kernels.buffer(largest) for _ in range(AHEAD + 1)]
         return self.buffers
 
     def _read(self, target: Target, buffer: HostArray) -> HostArray:
@@ -449,11 +475,15 @@ class _Weights:
         return weight.T if target.transposed else weight
 
 
-def _job_key(plan: DecomposePlan, kernels: Kernels) -> str:
+def _devices(results: Sequence[CategoryResult]) -> str:
+    return " and ".join(dict.fromkeys(result.outcome.device for result in results))
+
+
+def _job_key(plan: DecomposePlan, kernels: Sequence[Kernels]) -> str:
     """A digest of everything that the output's bytes depend on but the weights' values."""
     job = {
         "frodctl": frodctl.__version__,
-        "arithmetic": kernels.identity(),
+        "arithmetic": [each.identity() for each in kernels],
         "weights": _weights_key(plan),
         "options": [plan.options.alpha, plan.options.precision, plan.options.dtype, plan.options.cache_size],
         "memory_limit": plan.options.memory_limit,

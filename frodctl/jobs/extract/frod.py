@@ -28,7 +28,7 @@ from frodctl.jobs.extract.options import ExtractOptions
 from frodctl.jobs.extract.pairs import Pair, Pairs, paired
 from frodctl.jobs.merge.key import state_of
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import PROCESS_BYTES, measured_rates, memory_errors, take_device
 from frodctl.method.budget import allocate, nnz
@@ -270,8 +270,8 @@ def run_frod(plan: FrodPlan, progress: Callback = silent, profile: Unprofiled = 
     with profile.step("start and imports"):
         kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes))
     key = _job_key(plan, kernels)
-    check = partial(plan.check_output, key)
-    with sink.Staging(plan.output, key, check, resume=plan.options.resume) as staging:
+    check, notice = partial(plan.check_output, key), noticed(progress)
+    with sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=notice) as staging:
         sink.require_disk(staging.folder, 8 * plan.trained_parameters)
         with memory_errors(kernels.name), profile.step("other arithmetic"):
             work = _Work(plan, kernels, progress, profile)

@@ -22,7 +22,7 @@ from frodctl.jobs.lora.card import model_card
 from frodctl.jobs.lora.plan import LoraPlan
 from frodctl.jobs.notes import Notes
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import memory_errors
 from frodctl.method.fidelity import Fidelity, together
@@ -118,8 +118,8 @@ def run_lora(
         As for `frodctl.merge`, and so are the errors.
     """
     started = time.perf_counter()
-    check = partial(plan.check_output, key)
-    with sink.Staging(plan.output, key, check, resume=plan.options.resume) as staging:
+    check, notice = partial(plan.check_output, key), noticed(progress)
+    with sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=notice) as staging:
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
         tree = staging.begin_folder(_TREE, [lora.WEIGHTS_FILE])
         work = _Work(plan, changes, kernels, progress, profile)

@@ -21,7 +21,7 @@ from frodctl.jobs.merge.division import names_of_ranks
 from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, silent
+from frodctl.jobs.progress import Callback, Progress, noticed, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import memory_errors, take_device
@@ -140,7 +140,7 @@ def run_merge(
         kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes, launch))
     with profile.step("start and imports"):
         world = launch.world
-    with staged(world, plan.output, lambda: _staging(plan, kernels, profile)) as staging:
+    with staged(world, plan.output, lambda: _staging(plan, kernels, progress, profile)) as staging:
         tree = staging.path(_TREE)
         names = names_of_ranks(plan, world.count)[world.number]
         if isinstance(staging, sink.Staging):
@@ -186,10 +186,11 @@ def run_merge(
         return push_folder(result, staging, plan.options, progress) if isinstance(staging, sink.Staging) else result
 
 
-def _staging(plan: MergePlan, kernels: Kernels, profile: Unprofiled) -> sink.Staging:
+def _staging(plan: MergePlan, kernels: Kernels, progress: Callback, profile: Unprofiled) -> sink.Staging:
     with profile.step("digests"):
         key = _job_key(plan, kernels)
-    return sink.Staging(plan.output, key, partial(plan.check_output, key), resume=plan.options.resume)
+    check = partial(plan.check_output, key)
+    return sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=noticed(progress))
 
 
 def _begin(plan: MergePlan, staging: sink.Staging) -> None:

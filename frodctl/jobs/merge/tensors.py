@@ -64,7 +64,7 @@ class TensorMerger:
         self.done = 0.0
         self.total = sum(flops(weight) for weight in self.weights)
         largest = max((weight.target.nbytes for weight in self.weights), default=0)
-        self._read_buffers = _ring(AHEAD + 1, largest)
+        self._read_buffers = itertools.cycle([kernels.buffer(largest) for _ in range(AHEAD + 1)])
         widest = max((self._output_bytes(weight) for weight in self.weights), default=0)
         self._write_buffer = np.empty(widest, np.uint8)  # or for ΔW, of a weight that is written in 8 bits
 
@@ -254,8 +254,3 @@ def _cast(tensor: HostArray, dtype: str) -> HostArray:
 
 def _all_finite(tensor: HostArray) -> bool:
     return bool(np.isfinite(tensor).all())
-
-
-def _ring(count: int, nbytes: int) -> Iterator[HostArray]:
-    """Buffers that are used in turn: fresh memory would cost page faults."""
-    return itertools.cycle([np.empty(nbytes, np.uint8) for _ in range(count)])

@@ -12,6 +12,7 @@ first one's. `matmul`, `eigvalsh` and `svdvals` are numpy's alone, for work in s
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -46,6 +47,17 @@ class Kernels(Protocol):
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Zeros."""
+        ...
+
+    def buffer(self, nbytes: int) -> HostArray:
+        """Memory of the host (nbytes,) uint8 to read into; pinned where a device copies from it."""
+        ...
+
+    def ahead(self, arrays: Iterator[HostArray]) -> Iterator[Array]:
+        """Each array on the device, valid until the next, which a device copies meanwhile.
+
+        An array may go once the one after it was asked for.
+        """
         ...
 
     def put(self, X: Array, dtype: str | None = None) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +58,24 @@ class Device:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return torch.zeros(shape, dtype=_DTYPES[dtype], device=self.device)
+
+    def buffer(self, nbytes: int) -> Any:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
+
+    def ahead(self, arrays: Iterator[Any]) -> Iterator[torch.Tensor]:
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        before = None
+        for X in arrays:
+            with torch.cuda.stream(copies) if copies else nullcontext():
+                tensor = to_torch(X).to(self.device, non_blocking=True, copy=True).contiguous()
+            if before is not None:
+                yield before  # its arithmetic is begun while X is copied
+            if copies:
+                copies.synchronize()
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+            before = tensor
+        if before is not None:
+            yield before
 
     def put(self, X: Any, dtype: str | None = None) -> torch.Tensor:
         tensor = X if isinstance(X, torch.Tensor) else to_torch(X)

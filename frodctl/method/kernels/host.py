@@ -7,6 +7,7 @@ triangle of a row-major matrix is the lower one of its transpose.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,12 @@ class Host:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.zeros(shape, dtype)
+
+    def buffer(self, nbytes: int) -> Matrix:
+        return np.empty(nbytes, np.uint8)
+
+    def ahead(self, arrays: Iterator[Matrix]) -> Iterator[Matrix]:
+        return arrays
 
     @np.errstate(all="ignore")  # what is undefined may be NaN
     def put(self, X: Array, dtype: str | None = None) -> Array:
