@@ -1,10 +1,12 @@
-"""What truncation to LoRA leaves of a FRoD adapter: finetune.py's, merged and in fewer ranks, and their worth then.
+"""What compression leaves of a fine-tuning: finetune.py's models, written down in fewer bytes, and their worth then.
 
     pip install 'frodctl[test]' && python examples/compressed.py
 
-A classifier is trained by FRoD as finetune.py does it, at the middle of the learning rates that are tried there. What
-the adapter makes of the encoder's linear layers is then merged, and written down as LoRA by `frodctl.merge`. The head
-and all other tensors stay as they were trained. Progress goes to stderr, a table in markdown to stdout.
+Two classifiers are trained as finetune.py does it, one by FRoD over a shared basis and one as a whole, at the middle of
+the learning rates that are tried there. The weights of the encoder's linear layers are then written down in fewer
+bytes: the adapter as LoRA by `frodctl.merge`; of the whole model what changed in them as FRoD and as LoRA by
+`frodctl.extract`, and as its largest entries. The head and all other tensors stay as they were trained. Progress goes
+to stderr, tables in markdown to stdout.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import peft
 import torch
 import transformers
 from finetune import (
+    BUDGET,
     TARGETS,
     Classifier,
     Groups,
@@ -37,6 +40,8 @@ from torch import Tensor, nn
 import frodctl
 
 RANKS = [16, 64, 256]
+BUDGETS = [BUDGET, 4 * BUDGET]
+POSITION_BYTES = 4  # of an entry among the largest, beside four for its value
 
 Weights = dict[str, Tensor]
 
@@ -133,6 +138,47 @@ def of_adapters(setup: Setup, seeds: int, steps: int) -> Found:
     return found
 
 
+def forms_of_tuned(setup: Setup, tuned: Path, end: Weights) -> Iterator[Form]:
+    """A model that was trained as a whole, itself and extracted: LoRA and the largest entries at FRoD's bytes."""
+    yield setup.base()
+    yield Form("full fine-tuning", sum(4 * W.numel() for W in end.values()), end)
+    output = setup.folder / "extracted"
+    rank_bytes = sum(4 * sum(W.shape) for W in end.values())
+    for budget in BUDGETS:
+        frodctl.extract(setup.source, tuned, output, as_="frod", basis=setup.basis, budget=budget, force=True)
+        frod = setup.merged(f"FRoD, budget {budget:.2%}", output)
+        yield frod
+        rank = round(frod.nbytes / rank_bytes)
+        frodctl.extract(
+            setup.source, tuned, output, target_modules=TARGETS, exclude_modules="pooler.dense", rank=rank, force=True
+        )
+        yield setup.as_lora(output, rank)
+        yield largest_entries(weights_of(setup.lab.encoder), end, frod.nbytes)
+
+
+def of_tuned(setup: Setup, seeds: int, steps: int) -> Found:
+    """Train models as a whole and try their forms."""
+    method = method_called("full", setup.source, setup.folder, setup.lab.task)
+    found: Found = {}
+    tuned = setup.folder / "tuned"
+    for seed in range(seeds):
+        model = setup.trained(method, seed, steps)
+        model.encoder.save_pretrained(tuned)
+        compare(setup, model, forms_of_tuned(setup, tuned, weights_of(model.encoder)), found)
+    return found
+
+
+def largest_entries(start: Weights, end: Weights, nbytes: int) -> Form:
+    """As many entries of ΔW as fit into the bytes: those that are largest, of all layers."""
+    count = nbytes // (4 + POSITION_BYTES)
+    changes = torch.cat([(end[name] - start[name]).flatten() for name in start])
+    largest = changes.abs().topk(count).indices
+    kept = torch.zeros_like(changes).index_copy_(0, largest, changes[largest])
+    parts = kept.split([W.numel() for W in start.values()])
+    weights = {name: W + part.view_as(W) for (name, W), part in zip(start.items(), parts, strict=True)}
+    return Form(f"the {count / len(changes):.1%} largest entries", count * (4 + POSITION_BYTES), weights)
+
+
 def compare(setup: Setup, model: Classifier, forms: Iterator[Form], found: Found) -> None:
     """Add what each form of a trained model's linear layers is worth, all else being the model's."""
     start, original = weights_of(setup.lab.encoder), weights_of(model.encoder)
@@ -178,6 +224,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of a training")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--short", action="store_true", help="little of everything, two layers: does it run?")
+    parser.add_argument("--trained", nargs="+", choices=["frod", "full"], default=["frod", "full"], help="whose table")
     arguments = parser.parse_args()
     steps, seeds = (6, 1) if arguments.short else (arguments.steps, arguments.seeds)
     with tempfile.TemporaryDirectory() as name:
@@ -185,7 +232,10 @@ def main() -> None:
         source, lab = open_lab(folder, arguments.short)
         basis, _ = decompose(source, folder, "uniform", False)
         setup = Setup(lab, source, basis, folder)
-        print_worth("A FRoD adapter, merged and as LoRA:", of_adapters(setup, seeds, steps))
+        if "frod" in arguments.trained:
+            print_worth("A FRoD adapter, merged and as LoRA:", of_adapters(setup, seeds, steps))
+        if "full" in arguments.trained:
+            print_worth("A model that was fine-tuned as a whole, itself and extracted:", of_tuned(setup, seeds, steps))
 
 
 if __name__ == "__main__":

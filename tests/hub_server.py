@@ -124,6 +124,8 @@ class HubServer:
 
     `spoil` is asked of each request what headers its answer has beside the true ones, or in place of them.
 
+    `piece` is how many bytes of a file's content are sent at a time.
+
     `limit` is how many bytes of a file's content are sent before the connection is dropped.
 
     With `lost` what is written is done, and the connection dropped in place of an answer.
@@ -153,6 +155,7 @@ class HubServer:
         self.watch: Callable[[Request], None] = lambda request: None
         self.spoil: Callable[[Request], Mapping[str, str]] = lambda request: {}
         self.limit: int | None = None
+        self.piece = 65_536
         self.lost = False
         self.store: str | None = None
         self._server = _Server(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"hub": self}))
@@ -390,7 +393,7 @@ class _Handler(BaseHTTPRequestHandler):
             if value:
                 self.send_header(name, value)
         self.end_headers()
-        while self.command != "HEAD" and (data := body.read(min(65536, length - self.seen.bytes_sent))):
+        while self.command != "HEAD" and (data := body.read(min(self.hub.piece, length - self.seen.bytes_sent))):
             watch(self.seen)
             if "/resolve/" in self.path and self.hub.limit is not None:
                 data = data[: self.hub.limit - self.seen.bytes_sent]

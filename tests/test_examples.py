@@ -46,12 +46,18 @@ def test_finetune_compares_the_methods(tmp_path: Path) -> None:
 def test_compressed_measures_what_is_left() -> None:
     shown = run_example("compressed.py", "--short")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
-    [[_, *lines]] = split_at_headers(rows)
-    assert lines[0][2:4] == ["0.0", "1.000"]  # the base keeps nothing
-    assert lines[1][2:4] == ["100.0", "0.000"]
+    [[_, *lines], [_, *whole]] = split_at_headers(rows)
+    for first, second, *_ in (lines, whole):
+        assert first[2:4] == ["0.0", "1.000"]  # the base keeps nothing
+        assert second[2:4] == ["100.0", "0.000"]
     assert [line[0] for line in lines[2:]] == ["LoRA, r = 16", "LoRA, r = 64", "LoRA, r = 256"]
     kept = [float(line[2]) for line in lines[2:]]
     assert 0 < kept[0] < kept[1] < kept[2] < 100
+    for three in (whole[2:5], whole[5:]):  # at about equal bytes
+        assert [line[0].split()[0] for line in three] == ["FRoD,", "LoRA,", "the"]
+        sizes = [float(line[1].removesuffix(" MB")) for line in three]
+        assert max(sizes) <= 1.3 * min(sizes)
+        assert all(0 < float(line[2]) < 100 for line in three)
 
 
 def split_at_headers(rows: list[list[str]]) -> list[list[list[str]]]:

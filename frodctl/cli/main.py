@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
@@ -38,6 +39,7 @@ _COMMANDS = {
 
 #: What several ranks can do together.
 _SHARED = ("decompose", "merge")
+_PATIENCE_SECONDS = 5  # from an interrupt to the end
 
 
 class _LazyGroup(click.Group):
@@ -87,12 +89,16 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | No
             stream.reconfigure(errors="replace")
     try:
         launch = Launch(environ or {})
+        if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, partial(_interrupt, arguments, launch))
         if launch.number:
             silence_stdout()  # the first rank's is all there is to see
         code = _run(arguments, Started(own_process, launch))
         launch.leave()
         return code
     except (KeyboardInterrupt, click.Abort):
+        if own_process:
+            _end_soon(lambda: 130)
         return _interrupted(arguments, 130, launch)
     except _Terminated:
         return _interrupted(arguments, 143, launch)
@@ -156,6 +162,21 @@ def _interrupted(arguments: list[str], code: int, launch: Launch) -> int:
     with suppress(OSError):
         click.echo(f"Interrupted{'; the same command resumes' if resumes else ''}.", err=True)
     return code
+
+
+def _interrupt(arguments: list[str], launch: Launch, number: int, frame: FrameType | None) -> NoReturn:
+    _end_soon(lambda: _interrupted(arguments, 130, launch))
+    raise KeyboardInterrupt
+
+
+def _end_soon(code: Callable[[], int]) -> None:
+    """End the process, come what may: the Hub's client waits for its threads, and they for a body that need not end.
+
+    What is half done is as a kill leaves it, which the next run takes up.
+    """
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(code()))
+        signal.alarm(_PATIENCE_SECONDS)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

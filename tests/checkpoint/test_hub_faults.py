@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +50,32 @@ def header(entry: str, **headers: str) -> Fault:
     return Fault(f"{entry}: {names}", lambda hub, other: setattr(hub, "spoil", spoiled))
 
 
+def stalled(count: int) -> Fault:
+    """After so many bytes of each answer, for good; the connection stays."""
+
+    def wait(request: Request) -> None:
+        if request.bytes_sent >= count:
+            threading.Event().wait()
+
+    def make(hub: HubServer, other: HubServer) -> None:
+        hub.piece, hub.watch = 1000, wait
+
+    return Fault(f"stalled after {count}", make)
+
+
+def unanswered(entry: str) -> Fault:
+    def wait(request: Request) -> None:
+        if f"{request.method} {request.path}".startswith(entry):
+            threading.Event().wait()
+
+    return Fault(f"{entry}: no answer", lambda hub, other: setattr(hub, "meet", wait))
+
+
+def dripping(count: int) -> Fault:
+    """So many bytes at a time, whether they are wanted or not."""
+    return Fault(f"{count} bytes at a time", lambda hub, other: setattr(hub, "piece", count), harmless=True)
+
+
 def elsewhere(hub: HubServer, other: HubServer) -> None:
     hub.store = other.url
 
@@ -62,6 +93,9 @@ LONG = [
     *(cut(count) for count in (0, 5000, 2000, 3000, 4000, 7000, 9000, 12_000, 20_000, 33_000)),
     *(header(ENTRIES[2], Content_Length=str(count)) for count in (0, 1, 8, 100, 5000)),
     *(header(entry, Location="http://127.0.0.1:9/x") for entry in ENTRIES),
+    *(stalled(count) for count in (0, 3000)),
+    *map(unanswered, ENTRIES),
+    *(dripping(count) for count in (1, 7, 100)),
 ]
 
 
@@ -93,7 +127,8 @@ def survives(fault: Fault, how: str, hubs: tuple[HubServer, HubServer], frodctl:
         assert "unexpected" not in done.stderr
     assert not any(request.authorization for request in other.requests)
     hub.broken.clear()
-    hub.limit, hub.store, hub.spoil = None, None, lambda request: {}
+    hub.limit, hub.store, hub.spoil, hub.piece = None, None, lambda request: {}, 65_536
+    hub.meet = hub.watch = lambda request: None
     again = frodctl(*command, "--force", env=env, cwd=folder)
     assert again.returncode == 0, again.stderr
     assert TOKEN not in done.stdout + done.stderr + again.stdout + again.stderr
@@ -113,3 +148,31 @@ def test_many_bad_networks(
     fault: Fault, how: str, hubs: tuple[HubServer, HubServer], frodctl: Run, tmp_path: Path
 ) -> None:
     survives(fault, how, hubs, frodctl, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["", "--stream"])
+def test_a_body_that_never_ends_is_interrupted(
+    how: str, hubs: tuple[HubServer, HubServer], frodctl: Run, tmp_path: Path
+) -> None:
+    """The client's threads wait for it, and the command does not wait for them."""
+    hub, _ = hubs
+    env = {"HF_HUB_OFFLINE": "0", **hub.env(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    command = ("decompose", "org/name", *how.split(), "-o", "out.safetensors")
+    dripping = threading.Event()
+
+    def drip(request: Request) -> None:
+        dripping.set()
+        time.sleep(1)
+
+    hub.piece, hub.watch = 1, drip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "frodctl", *command], env=env, cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    assert dripping.wait(60)
+    process.send_signal(signal.SIGINT)
+    assert b"Interrupted; the same command resumes." in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert not (tmp_path / "out.safetensors").exists()
+    hub.piece, hub.watch = 65_536, lambda request: None
+    assert frodctl(*command, env=env, cwd=tmp_path).returncode == 0

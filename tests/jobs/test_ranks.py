@@ -307,15 +307,15 @@ def by_torchrun(count: int, *words: object, cwd: Path, killed: tuple[object, ...
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("rank", "number"), [(0, 1), (3, 3)])
+@pytest.mark.parametrize(("rank", "number"), [(0, 1), (3, 5)])
 def test_a_rank_of_torchruns_is_killed_and_a_rerun_resumes(
     rank: int, number: int, minilm: Path, tmp_path: Path
 ) -> None:
-    """As the first writes the category that is divided, or the last its second one; torchrun ends the others."""
+    """As the first writes the category that is divided, or the last its second or third; torchrun ends the others."""
     decomposing = ("decompose", minilm, "--target-modules", "all-linear", "-o", "basis.safetensors", "--json")
     done = by_torchrun(4, *decomposing, cwd=tmp_path, killed=(rank, number, ".safetensors.tmp"))
     assert done.returncode != 0
-    assert [path.name for path in tmp_path.iterdir()] == ["basis.safetensors.partial"]
+    assert not (tmp_path / "basis.safetensors").exists()
     done = by_torchrun(4, *decomposing, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert any(row["resumed"] for row in json.loads(done.stdout)["categories"])

@@ -34,7 +34,8 @@ def trained(kind: Any, arguments: Any, model: Any, example: Path, rows: dict[str
     tokenizer = AutoTokenizer.from_pretrained(example)
     optimizer = torch.optim.AdamW(frodctl.parameter_groups(model, steps=STEPS))
     data = Dataset.from_dict(rows)
-    trainer = kind(model, arguments, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None))
+    options = {"train_dataset": data, "processing_class": tokenizer, "optimizers": (optimizer, None)}
+    trainer = kind(model, args=arguments, **options)
     trainer.train()
     return trainer
 

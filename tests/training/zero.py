@@ -23,6 +23,7 @@ def zero(stage: int, folder: Path, base: Path, basis: Path, rank: int) -> None:
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default it is 1
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.Adam(groups, eps=1e-5), config=config)

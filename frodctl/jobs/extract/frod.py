@@ -98,7 +98,7 @@ class FrodPlan:
     def peak_memory_bytes(self) -> int:
         """Peak resident memory of the whole process, about."""
         shapes = [(pair.target.m, pair.target.n) for pair in self.pairs.chosen]
-        work = max(80 * n * n + 48 * m * n for m, n in shapes)
+        work = max(96 * n * n + 48 * m * n for m, n in shapes)
         return PROCESS_BYTES + work + 8 * self.trained_parameters
 
     def calls(self) -> list[Call]:
