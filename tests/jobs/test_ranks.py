@@ -303,7 +303,8 @@ def by_torchrun(count: int, *words: object, cwd: Path, killed: tuple[object, ...
     program = ("tests.rank", *killed) if killed else ("frodctl",)
     command = [str(word) for word in (*launch, *program, *words)]
     environ = {**one_thread(), "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    limit = 30 if killed else 120  # the others end soon
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=limit, check=False)
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import pickle
 import struct
 import zipfile
@@ -149,9 +150,11 @@ def _near(value: Any) -> st.SearchStrategy[Any]:
     if isinstance(value, bool) or value is None:
         return st.booleans() | st.none() | st.sampled_from([0, 1])
     if isinstance(value, int):
-        return st.sampled_from([value - 1, value + 1, -value, float(value)]) | SIZES
+        same = [float(value)] if abs(value) < 2**1000 else []  # longer ones are no floats
+        return st.sampled_from([value - 1, value + 1, -value, *same]) | SIZES
     if isinstance(value, float):
-        return st.floats() | st.sampled_from([value * (1 + 2**-52), -value, int(value)])
+        whole = [int(value)] if math.isfinite(value) else []
+        return st.floats() | st.sampled_from([value * (1 + 2**-52), -value, *whole])
     if isinstance(value, str):
         return st.sampled_from([value.upper(), f"{value} ", value[:-1], f"{value}/{value}", value[::-1]]) | TEXTS
     if isinstance(value, list):
