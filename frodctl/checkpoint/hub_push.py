@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # they are in
     disable_progress_bars,
     enable_progress_bars,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from frodctl.checkpoint.hub_errors import is_connection_error, is_offline
 from frodctl.checkpoint.manifest import WEIGHTS
@@ -154,8 +154,7 @@ def _has(item: RepoSibling | None, addition: CommitOperationAdd) -> bool:
     if item.lfs is not None:
         return item.lfs.sha256 == addition.upload_info.sha256.hex()
     with addition.as_file() as file:
-        content = file.read()
-    return item.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        return item.blob_id == git_hash(file.read())
 
 
 @contextmanager

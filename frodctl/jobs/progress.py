@@ -20,8 +20,3 @@ Callback = Callable[[Progress], None]
 
 def silent(report: Progress) -> None:
     """The callback that shows nothing."""
-
-
-def noticed(callback: Callback) -> Callable[[str], None]:
-    """Reports lines of text."""
-    return lambda text: callback(Progress(text))

@@ -24,10 +24,11 @@ from frodctl.jobs.columns import Column
 from frodctl.jobs.decompose.card import model_card
 from frodctl.jobs.decompose.plan import SHAPE_COLUMNS, CategoryPlan, DecomposePlan, Memory
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, noticed, silent
+from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_file
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import is_out_of_memory, memory_errors, take_devices
+from frodctl.jobs.staging import staging_of
 from frodctl.pipeline import AHEAD, in_order
 
 if TYPE_CHECKING:
@@ -133,9 +134,7 @@ def run_decompose(
         world = launch.world
 
     def open_staging() -> sink.Staging:
-        key = _job_key(plan, kernels)
-        check = partial(plan.check_output, key)
-        return sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=noticed(progress))
+        return staging_of(plan, _job_key(plan, kernels), progress)
 
     order = _order(plan)
     with (

@@ -28,9 +28,10 @@ from frodctl.jobs.extract.options import ExtractOptions
 from frodctl.jobs.extract.pairs import Pair, Pairs, paired
 from frodctl.jobs.merge.key import state_of
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, noticed, silent
+from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import PROCESS_BYTES, measured_rates, memory_errors, take_device
+from frodctl.jobs.staging import staging_of
 from frodctl.method.budget import allocate, nnz
 from frodctl.method.cost import Call
 from frodctl.method.fidelity import Fidelity, together
@@ -269,9 +270,7 @@ def run_frod(plan: FrodPlan, progress: Callback = silent, profile: Unprofiled = 
         raise UsageError(f"{plan.pairs.base.model}: planned from headers alone; plan again without `dry_run=True`")
     with profile.step("start and imports"):
         kernels = profile.kernels(take_device(plan.options.device, progress, plan.peak_memory_bytes))
-    key = _job_key(plan, kernels)
-    check, notice = partial(plan.check_output, key), noticed(progress)
-    with sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=notice) as staging:
+    with staging_of(plan, _job_key(plan, kernels), progress) as staging:
         sink.require_disk(staging.folder, 8 * plan.trained_parameters)
         with memory_errors(kernels.name), profile.step("other arithmetic"):
             work = _Work(plan, kernels, progress, profile)

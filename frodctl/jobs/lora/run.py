@@ -22,9 +22,10 @@ from frodctl.jobs.lora.card import model_card
 from frodctl.jobs.lora.plan import LoraPlan
 from frodctl.jobs.notes import Notes
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, noticed, silent
+from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.resources import memory_errors
+from frodctl.jobs.staging import staging_of
 from frodctl.method.fidelity import Fidelity, together
 from frodctl.method.lowrank import energies, energy_rank, fidelity, truncated
 from frodctl.pipeline import in_order
@@ -118,8 +119,7 @@ def run_lora(
         As for `frodctl.merge`, and so are the errors.
     """
     started = time.perf_counter()
-    check, notice = partial(plan.check_output, key), noticed(progress)
-    with sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=notice) as staging:
+    with staging_of(plan, key, progress) as staging:
         sink.require_disk(staging.folder, plan.output_bytes - staging.finished_bytes())
         tree = staging.begin_folder(_TREE, [lora.WEIGHTS_FILE])
         work = _Work(plan, changes, kernels, progress, profile)

@@ -21,10 +21,11 @@ from frodctl.jobs.merge.division import names_of_ranks
 from frodctl.jobs.merge.key import part_key, source_key, state_of
 from frodctl.jobs.merge.plan import MergePlan
 from frodctl.jobs.profile import UNPROFILED, Unprofiled
-from frodctl.jobs.progress import Callback, Progress, noticed, silent
+from frodctl.jobs.progress import Callback, Progress, silent
 from frodctl.jobs.push import Written, push_folder
 from frodctl.jobs.ranks import BY_ITSELF, Launch, World, staged
 from frodctl.jobs.resources import memory_errors, take_device
+from frodctl.jobs.staging import staging_of
 
 if TYPE_CHECKING:
     from frodctl.method.fidelity import Fidelity
@@ -189,8 +190,7 @@ def run_merge(
 def _staging(plan: MergePlan, kernels: Kernels, progress: Callback, profile: Unprofiled) -> sink.Staging:
     with profile.step("digests"):
         key = _job_key(plan, kernels)
-    check = partial(plan.check_output, key)
-    return sink.Staging(plan.output, key, check, resume=plan.options.resume, notice=noticed(progress))
+    return staging_of(plan, key, progress)
 
 
 def _begin(plan: MergePlan, staging: sink.Staging) -> None:
